@@ -1,0 +1,26 @@
+# Each target sets up what it needs: a virtual environment in .venv, exact package versions from constraints.txt.
+PYTHON ?= python3
+BIN := .venv/bin
+RUNS ?= runs
+OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1
+
+.PHONY: reproduce test lint
+
+reproduce: .venv/installed
+	$(OFFLINE) $(BIN)/python -m experiments.reproduce --out $(RUNS)
+
+test: .venv/installed
+	$(OFFLINE) $(BIN)/python -m pytest -n 2
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# torch goes first and alone: its exact version has a small CPU build where a range would bring CUDA packages.
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "rope_probe needs Python 3.11 or newer, but $(PYTHON) is %d.%d; set PYTHON=..." % sys.version_info[:2])'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@

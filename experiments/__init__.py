@@ -1,0 +1,1 @@
+"""One script per claim; each composes the package and writes a run directory."""

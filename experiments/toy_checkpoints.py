@@ -1,0 +1,122 @@
+"""A long-context teacher and a short-window base at toy scale, on one CPU core each, by cross-entropy.
+
+Llama architecture, 2 layers, width 64, 2 heads of 32, on key-value streams (256 keys, 256 values). The teacher (theta
+10,000) learns on packed 64-token documents, then on 1,024-token documents with 32 to 256 keys; the base (theta 300)
+only ever sees 64-token windows. Each phase ends when its gate passes: retrieval of 0.95 or more at every distance.
+
+    python -m experiments.toy_checkpoints teacher 0 runs/teacher-0
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Literal
+
+import torch
+import typer
+from transformers import LlamaConfig
+
+from rope_probe import KeyValueStream, checkpoints, load_model
+from rope_probe.distillation import Gate, Phase, train_phase
+from rope_probe.progress import progress
+from rope_probe.results import Run, describe_model, new_run, tidy
+
+SHORT, LONG = 64, 1024
+Role = Literal["teacher", "base"]
+
+SHORT_DOCUMENTS = KeyValueStream(SHORT, distinct=(4, 16))
+LONG_DOCUMENTS = KeyValueStream(LONG, distinct=(32, 256))
+IN_SHORT = (8, 16, 32, 48, 60)
+IN_LONG = (64, 128, 256, 512, 768, 1000)
+
+PHASES: dict[str, tuple[Phase, ...]] = {
+    "teacher": (
+        Phase(
+            "short",
+            SHORT_DOCUMENTS,
+            SHORT,
+            theta=10_000.0,
+            steps=800,
+            batch_tokens=8192,
+            gate=Gate(SHORT, IN_SHORT, accuracy=0.90, every=25),
+        ),
+        Phase(
+            "long",
+            LONG_DOCUMENTS,
+            LONG,
+            theta=10_000.0,
+            steps=800,
+            batch_tokens=8192,
+            gate=Gate(LONG, IN_LONG, accuracy=0.95, every=25),
+        ),
+    ),
+    "base": (
+        Phase(
+            "short",
+            SHORT_DOCUMENTS,
+            SHORT,
+            theta=300.0,
+            steps=800,
+            batch_tokens=8192,
+            gate=Gate(SHORT, IN_SHORT, accuracy=0.95, every=25),
+        ),
+    ),
+}
+
+
+def make(role: Role, seed: int, out: Path) -> None:
+    """Train one checkpoint into the run directory `out` (its `checkpoint/` is a Hugging Face folder).
+
+    Raises GateError when a phase misses its gate within its cap, and leaves no run directory then.
+    """
+    torch.set_num_threads(1)
+    with new_run(out, "toy_checkpoints", config_of(role, seed)) as run:
+        model = None
+        for phase in PHASES[role]:
+            print(f"{role} {seed}: phase {phase.name}, window {phase.window}, theta {phase.theta:g}", file=sys.stderr)
+            rope = {"rope_type": "default", "rope_theta": phase.theta}
+            plain = checkpoints.build(architecture(rope), seed=seed) if model is None else model
+            model = checkpoints.with_rope(plain, rope)
+            _train(run, model, phase, seed)
+        checkpoints.save(model, run.folder / "checkpoint")
+        run.manifest["models"] = {role: describe_model(model)}
+
+
+def config_of(role: Role, seed: int) -> dict:
+    """The whole configuration of a checkpoint, as its manifest holds it."""
+    return {"role": role, "seed": seed, "phases": [dataclasses.asdict(phase) for phase in PHASES[role]]}
+
+
+def architecture(rope_parameters: dict) -> LlamaConfig:
+    """The toy Llama: 2 layers, width 64, 2 heads of 32."""
+    return LlamaConfig(
+        vocab_size=SHORT_DOCUMENTS.vocab_size,
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=LONG,
+        tie_word_embeddings=False,
+        rope_parameters=rope_parameters,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+
+
+def _train(run: Run, model: torch.nn.Module, phase: Phase, seed: int) -> None:
+    hooked = load_model(model)
+    with progress(f"{phase.name} phase, tokens", phase.steps * phase.batch_tokens) as advance:
+        history, gate = train_phase(
+            hooked, phase, seed=seed, on_step=lambda step, n: advance(phase.batch_tokens, f"CE {n['ce_nats']:.2f} nats")
+        )
+    hooked.release()
+    role = run.manifest["config"]["role"]
+    losses = [{"position": n["tokens"], "metric": "ce_nats", "value": n["ce_nats"]} for n in history]
+    run.record(tidy(losses), model=role, seed=seed, phase=phase.name, seq_len=phase.window)
+    run.record(gate.assign(metric="gate_accuracy"), model=role, phase=phase.name)
+    print(gate[["distance", "value", "low", "high"]].to_string(index=False), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    typer.run(make)

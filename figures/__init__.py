@@ -1,0 +1,1 @@
+"""One script per figure; each reads a run directory and nothing else."""

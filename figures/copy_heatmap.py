@@ -1,0 +1,23 @@
+"""Layer x copy heatmap: how the copies of one document differ in q, k, residual stream and logits.
+
+python -m figures.copy_heatmap runs/propagation-0 figure.html --model teacher --arm "repeated document"
+"""
+
+from pathlib import Path
+
+import typer
+
+from rope_probe import plots
+from rope_probe.report import write_figure
+from rope_probe.results import read_run
+
+
+def draw(run: Path, out: Path, model: str = "teacher", arm: str = "repeated document") -> None:
+    """Draw one model and arm of a propagation run into the page `out`."""
+    frame, _ = read_run(run)
+    chosen = frame[(frame["model"] == model) & (frame["arm"] == arm)]
+    print(write_figure(plots.copy_heatmap(chosen, f"{model}, {arm}"), out))
+
+
+if __name__ == "__main__":
+    typer.run(draw)

@@ -1,0 +1,26 @@
+"""rope_probe: a mechanistic-interpretability toolkit for rotary position embeddings."""
+
+from rope_probe import rope
+from rope_probe.errors import InputError
+from rope_probe.hooked import HookedCausalLM, load_model
+from rope_probe.packing import KeyValueStream, Window, pack, repeated_window
+from rope_probe.perturbations import DocumentOffset, PairFreeze, PositionJitter, PositionShift, ThetaSwap
+from rope_probe.propagation import copy_deltas, trace
+
+__all__ = [
+    "DocumentOffset",
+    "HookedCausalLM",
+    "InputError",
+    "KeyValueStream",
+    "PairFreeze",
+    "PositionJitter",
+    "PositionShift",
+    "ThetaSwap",
+    "Window",
+    "copy_deltas",
+    "load_model",
+    "pack",
+    "repeated_window",
+    "rope",
+    "trace",
+]

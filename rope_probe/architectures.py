@@ -1,0 +1,136 @@
+"""What rope_probe must know of a transformers model type: where its parts are and how its pairs lie in memory.
+
+One table entry per model type, each checked by tests that never read the entry: with one token repeated, the rotated
+queries of layer 0 must be rotations of each other under the layout and frequencies given here, and hooked logits must
+equal transformers' own. A model type that is not in the table is refused, never guessed.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from rope_probe.errors import InputError
+from rope_probe.rope import Layout
+
+LayerRule = Callable[[PreTrainedConfig, int], bool]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Sub-module names of one decoder layer, and the layout of its rotary pairs.
+
+    `attn_out` and `mlp_out` name the modules whose output is added to the residual stream (the norm after attention,
+    where there is one); `resid_mid` the module whose *input* is the residual stream between attention and MLP, None
+    where both read the same stream. `rotates` says which layers apply RoPE at all.
+    """
+
+    layout: Layout = "half"
+    attn: str = "self_attn"
+    attn_out: str = "self_attn"
+    resid_mid: str | None = "post_attention_layernorm"
+    mlp_out: str = "mlp"
+    rotates: LayerRule = field(default=lambda config, layer: True)
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """The rotation one layer applies: frequencies in radians per token (float64), scaling of cos and sin, layout."""
+
+    inv_freq: Float[Tensor, " P"]
+    scaling: float
+    layout: Layout
+
+
+_SANDWICH = Architecture(
+    attn_out="post_attention_layernorm", resid_mid="pre_feedforward_layernorm", mlp_out="post_feedforward_layernorm"
+)
+_PARALLEL = Architecture(resid_mid=None)
+
+
+def _either(parallel: Architecture, sequential: Architecture, config: PreTrainedConfig) -> Architecture:
+    return parallel if config.use_parallel_residual else sequential
+
+
+ARCHITECTURES: dict[str, Architecture | Callable[[PreTrainedConfig], Architecture]] = {
+    **dict.fromkeys(
+        ["llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma", "phi3", "olmo", "starcoder2"],
+        Architecture(),
+    ),
+    "smollm3": Architecture(rotates=lambda config, layer: bool(config.no_rope_layers[layer])),
+    "gemma2": _SANDWICH,
+    "gemma3_text": _SANDWICH,
+    "olmo2": Architecture(attn_out="post_attention_layernorm", resid_mid="mlp", mlp_out="post_feedforward_layernorm"),
+    "gpt_neox": partial(
+        _either,
+        Architecture(attn="attention", attn_out="attention", resid_mid=None),
+        Architecture(attn="attention", attn_out="attention"),
+    ),
+    "stablelm": partial(_either, _PARALLEL, Architecture()),
+    "phi": _PARALLEL,
+    "glm": Architecture(layout="adjacent"),
+    "ernie4_5": Architecture(layout="adjacent"),
+    "cohere": Architecture(layout="adjacent", resid_mid=None),
+    "cohere2": Architecture(
+        layout="adjacent",
+        resid_mid=None,
+        rotates=lambda config, layer: config.layer_types[layer] == "sliding_attention",
+    ),
+}
+
+
+def architecture_of(config: PreTrainedConfig) -> Architecture:
+    """The table entry for a config's model type.
+
+    Raises InputError for a type that is not in the table: its layout of rotary pairs is unknown.
+    """
+    entry = ARCHITECTURES.get(config.model_type)
+    if entry is None:
+        raise InputError(
+            f"model type {config.model_type!r} has no rotary position embedding, or a layout of rotary pairs that "
+            f"rope_probe does not know; known model types are {', '.join(sorted(ARCHITECTURES))}"
+        )
+    return entry if isinstance(entry, Architecture) else entry(config)
+
+
+def rotary_layers(model: PreTrainedModel) -> list[Rotary | None]:
+    """Per layer, the rotation the model's own buffers say it applies; None for a layer without RoPE."""
+    architecture = architecture_of(model.config)
+    embedding = model.base_model.rotary_emb
+    layer_types = getattr(model.config, "layer_types", None)
+
+    def rotary(layer: int) -> Rotary | None:
+        if not architecture.rotates(model.config, layer):
+            return None
+        per_type = layer_types is not None and hasattr(embedding, f"{layer_types[layer]}_inv_freq")
+        prefix = f"{layer_types[layer]}_" if per_type else ""
+        return Rotary(
+            inv_freq=getattr(embedding, f"{prefix}inv_freq").detach().to("cpu", torch.float64),
+            scaling=float(getattr(embedding, f"{prefix}attention_scaling")),
+            layout=architecture.layout,
+        )
+
+    return [rotary(layer) for layer in range(model.config.num_hidden_layers)]
+
+
+def exact_length(model: PreTrainedModel) -> int | None:
+    """Number of positions up to which the model's frequencies do not depend on its input; None where they never do."""
+    parameters = model.config.rope_parameters
+    per_type = [parameters] if "rope_type" in parameters else [p for p in parameters.values() if p is not None]
+    limits = []
+    for rope in per_type:
+        if rope["rope_type"] == "dynamic":
+            limits.append(model.config.max_position_embeddings)
+        elif rope["rope_type"] == "longrope":
+            limits.append(rope["original_max_position_embeddings"])
+    return min(limits, default=None)
+
+
+def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
+    """The attention module of every layer, first layer first."""
+    name = architecture_of(model.config).attn
+    return [layer.get_submodule(name) for layer in model.base_model.layers]

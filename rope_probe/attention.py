@@ -1,0 +1,265 @@
+"""The one attention seam: rotated q and k go in on every architecture, and any kernel stands behind it.
+
+- Registered with transformers' `AttentionInterface` under a name of its own; transformers calls it with q
+  [B, H, T, D] and k, v [B, K, T, D] after rotation. The TransformerLens hook points fire here.
+- No T x T mask is ever built. The seam registers a mask function that returns nothing, and applies causality, documents
+  and sliding windows itself: documents run one by one (equal lengths together), sliding windows in blocks of queries.
+- Documents come as `cu_seqlens`, never through `position_ids`, where transformers would read a jump as a boundary.
+- Kernels are transformers' own, except "eager": scores and patterns exist only there, with hooks on them, and its
+  softmax keeps float64. A soft cap, which sdpa has no kernel for, runs in exact blocks of queries.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from rope_probe.architectures import attention_modules
+from rope_probe.errors import InputError
+
+KERNELS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4")
+QUERY_BLOCK = 512
+_NAMES = {kernel: f"rope_probe_{i}" for i, kernel in enumerate(KERNELS)}  # transformers reads "sdpa", "flash" in names
+
+Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass
+class Context:
+    """What the seams of one model share.
+
+    `native` is the attention implementation the model had before; `cu_seqlens` says where the documents of the window
+    that is running begin and end, None where attention is not masked by document.
+    """
+
+    native: str
+    cu_seqlens: list[int] | None = None
+
+
+@dataclass
+class Seam:
+    """What the seam knows of one attention module: its hook points, and what all layers share.
+
+    Shapes at the hooks are TransformerLens': rot_q, z [B, T, H, D]; rot_k, v [B, T, K, D]; scores, pattern [B, H, T, S].
+    """
+
+    context: Context
+    hook_rot_q: HookPoint = field(default_factory=HookPoint)
+    hook_rot_k: HookPoint = field(default_factory=HookPoint)
+    hook_v: HookPoint = field(default_factory=HookPoint)
+    hook_z: HookPoint = field(default_factory=HookPoint)
+    hook_attn_scores: HookPoint = field(default_factory=HookPoint)
+    hook_pattern: HookPoint = field(default_factory=HookPoint)
+
+
+def attach(model: PreTrainedModel, kernel: str, seams: Sequence[Seam]) -> None:
+    """Route every attention layer of `model` through its seam with this kernel.
+
+    Raises InputError for an unknown kernel, one whose package is missing, or one the model does not support.
+    """
+    if kernel not in KERNELS:
+        raise InputError(f"attention kernel {kernel!r} is unknown; known are {', '.join(KERNELS)}")
+    if kernel.startswith("flash"):
+        try:
+            model.set_attn_implementation(kernel)
+        except (ImportError, ValueError) as error:
+            raise InputError(f"attention kernel {kernel!r} cannot run here: {error}; 'sdpa' runs everywhere") from error
+    model.set_attn_implementation(_NAMES[kernel])
+    for module, seam in zip(attention_modules(model), seams, strict=True):
+        if not getattr(module, "is_causal", True):
+            raise InputError(f"{model.config.model_type} attends in both directions; rope_probe reads causal models")
+        module.rope_probe_seam = seam
+
+
+def native_kernel(model: PreTrainedModel) -> str:
+    """The attention implementation `model` runs, or ran before the seam took over."""
+    seam = getattr(attention_modules(model)[0], "rope_probe_seam", None)
+    return model.config._attn_implementation if seam is None else seam.context.native
+
+
+def detach(model: PreTrainedModel) -> None:
+    """Give `model` back the attention it had; undoes `attach`."""
+    model.set_attn_implementation(native_kernel(model))
+    for module in attention_modules(model):
+        del module.rope_probe_seam
+
+
+def is_attached(model: PreTrainedModel, seams: Sequence[Seam]) -> bool:
+    """Whether the model's attention runs through these seams: not after `detach`, nor after another `attach`."""
+    return getattr(attention_modules(model)[0], "rope_probe_seam", None) is seams[0]
+
+
+def _attend(
+    kernel: str,
+    module: nn.Module,
+    query: Float[Tensor, "B H T D"],
+    key: Float[Tensor, "B K T D"],
+    value: Float[Tensor, "B K T D"],
+    attention_mask: Tensor | None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Float[Tensor, "B T H D"], None]:
+    seam = module.rope_probe_seam
+    if attention_mask is not None:
+        raise InputError("a 4D attention mask cannot pass the seam; say where documents end with cu_seqlens")
+    query = seam.hook_rot_q(query.transpose(1, 2)).transpose(1, 2)
+    key = seam.hook_rot_k(key.transpose(1, 2)).transpose(1, 2)
+    value = seam.hook_v(value.transpose(1, 2)).transpose(1, 2)
+    bounds = seam.context.cu_seqlens
+    kwargs.pop("position_ids", None)  # flash attention would infer documents from it
+    if kernel.startswith("flash"):
+        z = _flash(kernel, module, query, key, value, bounds, sliding_window, kwargs)
+    elif kernel == "eager":
+        z = _eager(seam, query, key, value, _full_mask(query, bounds, sliding_window), kwargs)
+    else:
+        z = _by_document(_block_kernel(module, sliding_window, kwargs), query, key, value, bounds)
+    return seam.hook_z(z), None
+
+
+def _flash(
+    kernel: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds: list[int] | None,
+    sliding_window: int | None,
+    kwargs: dict[str, Any],
+) -> Tensor:
+    forward = ALL_ATTENTION_FUNCTIONS[kernel]
+    if bounds is None:
+        return forward(module, query, key, value, None, sliding_window=sliding_window, **kwargs)[0]
+    batch, heads, length, _ = query.shape
+    rows = length * torch.arange(batch).unsqueeze(1)  # the batch becomes one long window of batch x documents
+    flat = [0, *(rows + torch.tensor(bounds[1:])).flatten().tolist()]
+    cu_seqlens = torch.tensor(flat, dtype=torch.int32, device=query.device)
+    longest = max(end - start for start, end in zip(bounds, bounds[1:], strict=False))
+    one_row = [x.transpose(1, 2).flatten(0, 1).transpose(0, 1).unsqueeze(0) for x in (query, key, value)]
+    z, _ = forward(
+        module,
+        *one_row,
+        None,
+        sliding_window=sliding_window,
+        cu_seq_lens_q=cu_seqlens,
+        cu_seq_lens_k=cu_seqlens,
+        max_length_q=longest,
+        max_length_k=longest,
+        **kwargs,
+    )
+    return z.view(batch, length, heads, -1)
+
+
+def _block_kernel(module: nn.Module, sliding_window: int | None, kwargs: dict[str, Any]) -> Kernel:
+    """Causal attention over one document by sdpa, in blocks of queries where a window or a missing kernel asks for it."""
+    softcap, sinks = kwargs.pop("softcap", None), kwargs.pop("s_aux", None)
+    if sinks is not None:
+        raise InputError(
+            f"{module.config.model_type} has attention sinks, which only flash attention kernels serve here"
+        )
+
+    def run(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        if softcap is not None:
+            return _eager(None, query, key, value, mask, {**kwargs, "softcap": softcap})
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, **kwargs)[0]
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        length = query.shape[2]
+        window = None if sliding_window is None or sliding_window >= length else sliding_window
+        if window is None and (softcap is None or length <= QUERY_BLOCK):
+            return run(query, key, value, None)
+        return torch.cat(
+            [
+                run(query[:, :, rows], key[:, :, keys], value[:, :, keys], mask)
+                for rows, keys, mask in _query_blocks(length, window, query.device)
+            ],
+            dim=1,
+        )
+
+    return attend
+
+
+def _eager(
+    seam: Seam | None, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
+) -> Tensor:
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, 1) if groups > 1 else x for x in (key, value))
+    scores = query @ key.transpose(-1, -2) * kwargs["scaling"]  # [B, H, T, S]
+    if kwargs.get("softcap") is not None:
+        scores = torch.tanh(scores / kwargs["softcap"]) * kwargs["softcap"]
+    mask = _causal(query.shape[2], key.shape[2], query.device) if mask is None else mask
+    scores = scores.masked_fill(~mask, float("-inf"))
+    if seam is not None:
+        scores = seam.hook_attn_scores(scores)
+    pattern = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
+    if seam is not None:
+        pattern = seam.hook_pattern(pattern)
+    pattern = nn.functional.dropout(pattern, kwargs.get("dropout", 0.0), training=kwargs.get("dropout", 0.0) > 0)
+    return (pattern @ value).transpose(1, 2)
+
+
+def _by_document(
+    attend: Kernel,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds: list[int] | None,
+) -> Tensor:
+    """Attention inside each document [start, end); documents of one length run together as a batch."""
+    if bounds is None:
+        return attend(query, key, value)
+    starts_by_length = defaultdict(list)
+    for start, end in zip(bounds, bounds[1:], strict=False):
+        starts_by_length[end - start].append(start)
+    batch, heads, length, dim = query.shape
+    z = query.new_empty(batch, length, heads, value.shape[-1])
+    for size, starts in starts_by_length.items():
+        rows = (torch.tensor(starts).unsqueeze(1) + torch.arange(size)).to(query.device)  # [documents, size]
+        stacked = [x[:, :, rows].transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
+        z[:, rows] = attend(*stacked).unflatten(0, (batch, len(starts)))
+    return z
+
+
+def _query_blocks(
+    length: int, sliding_window: int | None, device: torch.device
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    for start in range(0, length, QUERY_BLOCK):
+        end = min(start + QUERY_BLOCK, length)
+        first = 0 if sliding_window is None else max(0, start - sliding_window + 1)
+        yield slice(start, end), slice(first, end), _causal(end - start, end - first, device, sliding_window)
+
+
+def _causal(queries: int, keys: int, device: torch.device, sliding_window: int | None = None) -> Tensor:
+    """Boolean [queries, keys], true where a query may look; the last query stands at the last key."""
+    reach = torch.arange(keys - queries, keys, device=device).unsqueeze(1) - torch.arange(keys, device=device)
+    return (reach >= 0) if sliding_window is None else (reach >= 0) & (reach < sliding_window)
+
+
+def _full_mask(query: Tensor, bounds: list[int] | None, sliding_window: int | None) -> Tensor:
+    length = query.shape[2]
+    mask = _causal(length, length, query.device, sliding_window)
+    if bounds is not None:
+        sizes = torch.tensor(bounds).diff()
+        document = torch.arange(len(sizes)).repeat_interleave(sizes).to(query.device)
+        mask &= document.unsqueeze(1) == document
+    return mask
+
+
+def _no_mask(*, attention_mask: Tensor | None = None, q_length: int, kv_length: int, **kwargs: Any) -> None:
+    if attention_mask is not None and not attention_mask.all():
+        raise InputError("a padding mask cannot pass the seam; pack documents and give cu_seqlens")
+    if q_length != kv_length:
+        raise InputError(f"the seam reads whole windows, but {q_length} queries met {kv_length} cached keys")
+
+
+for _kernel in KERNELS:
+    AttentionInterface.register(_NAMES[_kernel], partial(_attend, _kernel))
+    AttentionMaskInterface.register(_NAMES[_kernel], _no_mask)

@@ -1,0 +1,97 @@
+"""Hugging Face checkpoints: build, load, save, and change how a model rotates. Safetensors only, never pickle."""
+
+import copy
+import logging
+import math
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import logging as transformers_logging
+
+from rope_probe.atomic import whole_folder
+from rope_probe.errors import InputError
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def build(config: Any, *, seed: int) -> PreTrainedModel:
+    """A causal LM with random weights from a transformers config, a pure function of (config, seed); torch's RNG is kept."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
+
+
+def load(
+    model: str | os.PathLike[str], *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> PreTrainedModel:
+    """Load a causal LM in eval mode from a folder or by hub id, in the dtype it was saved in unless one is given.
+
+    Raises InputError for a folder that does not exist, is not a checkpoint, or has a shard that is missing or corrupt,
+    for weights that are missing or of the wrong shape, and for a dtype that the device cannot compute in.
+    """
+    name = os.fspath(model)
+    device = torch.device(device or "cpu")
+    require_dtype(device, dtype or torch.float32)
+    if not Path(name).is_dir() and not _HUB_ID.fullmatch(name):
+        raise InputError(f"no folder at {name!r}; give the folder of a Hugging Face checkpoint, or a hub id")
+    verbosity, hub_log = transformers_logging.get_verbosity(), logging.getLogger("huggingface_hub")
+    hub_level = hub_log.level
+    transformers_logging.set_verbosity(logging.CRITICAL)  # what it warns of is raised below, as one clear error
+    hub_log.setLevel(logging.CRITICAL)
+    try:
+        loaded, info = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
+        )
+    except SafetensorError as error:
+        raise InputError(f"checkpoint {name!r} has a corrupt weight file: {error}; copy it again") from error
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        first_line = str(error).strip().split("\n")[0]
+        raise InputError(f"cannot load {name!r} as a causal LM: {first_line}") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        hub_log.setLevel(hub_level)
+    absent = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    if absent:
+        raise InputError(f"checkpoint {name!r} lacks {len(absent)} weights of its model, the first is {absent[0]}")
+    return loaded.to(device).eval()
+
+
+def save(model: PreTrainedModel, folder: str | os.PathLike[str]) -> Path:
+    """Write a checkpoint to `folder`, whole or not at all, replacing an older one there."""
+    with whole_folder(folder, marker="config.json") as partial:
+        model.save_pretrained(partial)
+    return Path(folder)
+
+
+def with_rope(model: PreTrainedModel, rope: float | Mapping[str, Any]) -> PreTrainedModel:
+    """A copy of `model` that rotates with another theta, or with other `rope_parameters`; its weights are the same.
+
+    This is how a model passes from one phase to the next. Raises InputError for a theta that is not positive and finite,
+    and for a model whose layers do not share one set of rope parameters.
+    """
+    if "rope_type" not in model.config.rope_parameters:
+        raise InputError(f"{model.config.model_type} has rope parameters per layer type; set them in its config")
+    parameters = dict(rope) if isinstance(rope, Mapping) else {**model.config.rope_parameters, "rope_theta": rope}
+    theta = parameters.get("rope_theta")
+    if not isinstance(theta, int | float) or not math.isfinite(theta) or theta <= 0:
+        raise InputError(f"rope_theta must be a positive finite number, but it is {theta!r}")
+    switched = copy.deepcopy(model)
+    switched.config.rope_parameters = parameters
+    old = switched.base_model.rotary_emb
+    switched.base_model.rotary_emb = type(old)(config=switched.config).to(old.inv_freq.device)
+    return switched
+
+
+def require_dtype(device: torch.device, dtype: torch.dtype) -> None:
+    """Raise InputError unless `device` is there and computes matrix products in `dtype`."""
+    try:
+        torch.mm(torch.ones(2, 2, dtype=dtype, device=device), torch.ones(2, 2, dtype=dtype, device=device))
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(f"device {str(device)!r} cannot compute in {dtype}: {reason}; try float32 on cpu") from error

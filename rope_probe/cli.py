@@ -1,0 +1,173 @@
+"""The command line, `rope-probe`: typed functions, one line on stderr and exit code 2 for bad input."""
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from typer.exceptions import TyperException
+
+from rope_probe import packing, report
+from rope_probe.attention import KERNELS
+from rope_probe.errors import InputError
+from rope_probe.hooked import HookedCausalLM, load_model
+from rope_probe.perturbations import Perturbation, PositionShift
+from rope_probe.progress import progress
+from rope_probe.propagation import attribute
+from rope_probe.propagation import trace as trace_deltas
+from rope_probe.results import describe_model, hash_tokens, new_run
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Probe rotary position embeddings in Hugging Face language models.",
+)
+
+
+class _Side(StrEnum):
+    Q = "q"
+    K = "k"
+    QK = "qk"
+
+
+class _Dtype(StrEnum):
+    FLOAT64 = "float64"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+_Kernel = StrEnum("_Kernel", {kernel.upper(): kernel for kernel in KERNELS})  # type: ignore[misc]
+
+Out = Annotated[Path, typer.Option(help="Run directory to write; an older run there is replaced.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of everything drawn at random.")]
+Device = Annotated[str, typer.Option(help="Torch device: cpu, cuda, cuda:1, mps.")]
+Dtype = Annotated[_Dtype | None, typer.Option(help="Dtype to compute in; as the checkpoint was saved by default.")]
+Attn = Annotated[_Kernel, typer.Option(help="Attention kernel.")]
+
+
+@app.callback()
+def _rope_probe() -> None:
+    """Probe rotary position embeddings in Hugging Face language models."""
+
+
+@app.command()
+def trace(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id.")],
+    out: Out,
+    window: Annotated[int | None, typer.Option(help="Tokens in the window [default: all of --tokens, or 512].")] = None,
+    document: Annotated[
+        str | None, typer.Option(help="Token ids, comma separated, repeated across the window.")
+    ] = None,
+    document_length: Annotated[int, typer.Option(min=1, help="Length of the random document repeated otherwise.")] = 64,
+    tokens: Annotated[
+        Path | None, typer.Option(help="File of documents to pack: token ids, one document a line.")
+    ] = None,
+    masked: Annotated[bool, typer.Option("--masked/--unmasked", help="Keep attention inside documents.")] = False,
+    shift: Annotated[
+        list[float] | None, typer.Option(help="Tokens to shift by [default: 1/4, 1, 4, ... window].")
+    ] = None,
+    side: Annotated[list[_Side] | None, typer.Option(help="What to shift [default: each of q, k, qk].")] = None,
+    layer: Annotated[list[int] | None, typer.Option(help="Layers to perturb [default: all].")] = None,
+    head: Annotated[list[int] | None, typer.Option(help="Heads to perturb [default: all].")] = None,
+    pair: Annotated[list[int] | None, typer.Option(help="Rotary pairs to perturb, 0 fastest [default: all].")] = None,
+    control: Annotated[bool, typer.Option(help="Measure in float64 too, to tell rounding from signal.")] = True,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    attn: Attn = _Kernel("sdpa"),
+) -> None:
+    """Shift the positions of queries and keys and trace the change through the layers to the logits."""
+    config = {key: value for key, value in locals().items() if key != "out"}
+    with new_run(out, "trace", config) as run:
+        torch.manual_seed(seed)
+        hooked = load_model(model, attn=attn.value, dtype=dtype and getattr(torch, dtype.value), device=device)
+        read = _window(hooked, window, document, document_length, tokens, seed)
+        perturbations: list[Perturbation] = [
+            PositionShift(one.value, amount, layers=layer, heads=head, pairs=pair)
+            for one in side or list(_Side)
+            for amount in shift or _doses(len(read))
+        ]
+        passes = len(perturbations) * (2 if control and hooked.dtype != torch.float64 else 1)
+        with progress("perturbations", passes) as advance:
+            frame = trace_deltas(hooked, read, perturbations, masked=masked, control=control, progress=advance)
+        run.record(frame, model=model, seed=seed)
+        run.manifest |= {
+            "models": {model: describe_model(hooked.original_model)},
+            "tokens_sha256": hash_tokens(read.tokens),
+            "attention_kernel": attn.value,
+            "mask": "documents" if masked else "none",
+            "positions": "continuous",
+        }
+    if control:
+        table = attribute(frame[frame["metric"].isin(["rel_l2", "kl_nats"]) & ~frame["site"].str.contains("rot_")])
+        print(table.drop(columns="perturbation").to_string(index=False, float_format="{:.3e}".format))
+    print(out)
+
+
+@app.command(name="report")
+def report_command(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories.")],
+    out: Annotated[Path, typer.Option(help="Folder for the gallery; an older gallery there is replaced.")],
+) -> None:
+    """Draw the figures of some runs into an offline HTML gallery."""
+    print(report.gallery(runs, out))
+
+
+def _window(
+    model: HookedCausalLM, length: int | None, document: str | None, document_length: int, file: Path | None, seed: int
+) -> packing.Window:
+    if file is not None and document is not None:
+        raise InputError("--tokens and --document both say what to read; give one of them")
+    if file is not None:
+        documents = _read_documents(file)
+        return packing.pack(documents, sum(map(len, documents)) if length is None else length)
+    length = 512 if length is None else length
+    if document is not None:
+        ids = _token_ids(document.replace(",", " "), "--document")
+    else:
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.randint(model.config.vocab_size, (document_length,), generator=generator).tolist()
+    if length % len(ids):
+        raise InputError(f"--window must hold whole documents of {len(ids)} tokens, but it is {length}")
+    return packing.repeated_window(ids, length // len(ids))
+
+
+def _read_documents(file: Path) -> list[list[int]]:
+    try:
+        lines = file.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read --tokens {str(file)!r}: {error}") from error
+    return [_token_ids(line, f"{file}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def _token_ids(text: str, where: str) -> list[int]:
+    try:
+        return [int(word) for word in text.split()]
+    except ValueError as error:
+        raise InputError(f"{where}: token ids are whole numbers, but {str(error).split(': ')[-1]} is not") from error
+
+
+def _doses(window: int) -> list[float]:
+    doses, dose = [], 0.25
+    while dose <= window:
+        doses.append(dose)
+        dose *= 4
+    return doses
+
+
+def main() -> None:
+    """Entry point: exit code 0, or 2 with one line `error: ...` for what the user can put right."""
+    try:
+        code = app(standalone_mode=False)
+    except (InputError, TyperException) as error:
+        message = error.format_message() if isinstance(error, TyperException) else str(error)
+        print("error:", " ".join(message.split()), file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        code = 130
+    sys.exit(code)

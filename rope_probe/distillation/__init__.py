@@ -1,0 +1,6 @@
+"""Making checkpoints: phases of training, each with its own window and theta."""
+
+from rope_probe.distillation.loop import train_phase
+from rope_probe.distillation.phase import Gate, GateError, Phase
+
+__all__ = ["Gate", "GateError", "Phase", "train_phase"]

@@ -1,0 +1,63 @@
+"""What a training phase is: its window, theta, data, budget and the gate it must pass."""
+
+from dataclasses import dataclass
+
+import pandas as pd
+
+from rope_probe.errors import InputError
+from rope_probe.hooked import HookedCausalLM
+from rope_probe.packing import KeyValueStream
+from rope_probe.retrieval import KeyValueTask, retrieval_accuracy
+
+
+class GateError(RuntimeError):
+    """A phase used its whole budget and its model still does not retrieve what its gate asks for."""
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A retrieval probe that a phase must pass: at every distance, `accuracy` or more.
+
+    It is tried every `every` steps and ends the phase when it passes, so models are compared at equal skill.
+    """
+
+    window: int
+    distances: tuple[int, ...]
+    accuracy: float
+    every: int
+    trials: int = 128
+    seed: int = 0
+
+    def measure(self, model: HookedCausalLM, data: KeyValueStream) -> pd.DataFrame:
+        """Accuracy by distance."""
+        task = KeyValueTask(data, self.window)
+        frame = retrieval_accuracy(model, task, self.distances, trials=self.trials, seed=self.seed)
+        return frame[frame["metric"] == "accuracy"]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One stage of training by cross-entropy on windows of packed documents, all tokens counted.
+
+    `matrix_lr` is Muon's learning rate for the matrices inside the layers, `lr` AdamW's for embeddings, head and norms;
+    None trains everything with AdamW. Both rise over `warmup` steps and stay. `steps` is the cap when there is a gate.
+    """
+
+    name: str
+    data: KeyValueStream
+    window: int
+    theta: float
+    steps: int
+    batch_tokens: int
+    lr: float = 3e-3
+    matrix_lr: float | None = 0.01
+    warmup: int = 50
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    gate: Gate | None = None
+
+    def __post_init__(self) -> None:
+        if self.batch_tokens % self.window:
+            raise InputError(
+                f"batch_tokens must be a multiple of the window, {self.window}, but it is {self.batch_tokens}"
+            )

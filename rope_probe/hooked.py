@@ -1,0 +1,236 @@
+"""HookedCausalLM: TransformerLens' hook names and methods on a Hugging Face causal LM, any kernel, no T x T matrix.
+
+Hook points, named as on `TransformerBridge` (B batch, T positions, H query heads, K key-value heads, D head dim, M width):
+
+    hook_embed                                [B, T, M]
+    blocks.{i}.hook_resid_pre|mid|post        [B, T, M]   mid only where attention and MLP run one after the other
+    blocks.{i}.hook_attn_out, hook_mlp_out    [B, T, M]   what is added to the residual stream
+    blocks.{i}.attn.hook_rot_q, hook_z        [B, T, H, D]
+    blocks.{i}.attn.hook_rot_k, hook_v        [B, T, K, D]
+    blocks.{i}.attn.hook_attn_scores|pattern  [B, H, T, T]   attn="eager" only
+    ln_final.hook_out                         [B, T, M]
+"""
+
+import copy
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformer_lens import HookedRootModule
+from transformer_lens.hook_points import HookPoint
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import MoeModelOutputWithPast
+
+from rope_probe import attention, checkpoints
+from rope_probe.architectures import architecture_of, exact_length, rotary_layers
+from rope_probe.errors import InputError
+from rope_probe.packing import Window
+from rope_probe.precision import promote_float32
+
+
+class HookedCausalLM(HookedRootModule):
+    """A Hugging Face causal LM whose activations can be read and changed by TransformerLens hooks.
+
+    The model is wrapped, not copied: its attention runs through the seam until `release()`. In float64 everything runs
+    in float64, also what transformers itself would compute in float32. Make one with `rope_probe.load_model`.
+
+    Raises InputError for a model type whose layout of rotary pairs is unknown (GPT-2 and others without RoPE too).
+    """
+
+    def __init__(self, model: PreTrainedModel, attn: str = "sdpa") -> None:
+        super().__init__()
+        sequential = architecture_of(model.config).resid_mid is not None
+        self.original_model = model
+        self.attn = attn
+        self.rotary = rotary_layers(model)
+        self.exact_length = exact_length(model)
+        self._context = attention.Context(attention.native_kernel(model))
+        self._seams = [attention.Seam(self._context) for _ in self.rotary]
+        self.hook_embed = HookPoint()
+        self.blocks = nn.ModuleList(_Block(seam, sequential, attn) for seam in self._seams)
+        self.ln_final = _FinalNorm()
+        self._install()
+        self.setup()
+
+    def _install(self) -> None:
+        model, architecture = self.original_model, architecture_of(self.config)
+        attention.attach(model, self.attn, self._seams)
+        self._handles = [model.get_input_embeddings().register_forward_hook(partial(_on_output, self.hook_embed))]
+        for block, layer in zip(self.blocks, model.base_model.layers, strict=True):
+            inputs, outputs = [(layer, block.hook_resid_pre)], [(layer, block.hook_resid_post)]
+            outputs.append((layer.get_submodule(architecture.attn_out), block.hook_attn_out))
+            outputs.append((layer.get_submodule(architecture.mlp_out), block.hook_mlp_out))
+            if architecture.resid_mid is not None:
+                inputs.append((layer.get_submodule(architecture.resid_mid), block.hook_resid_mid))
+            for module, hook_point in inputs:
+                hook = partial(_on_input, hook_point)
+                self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+            for module, hook_point in outputs:
+                self._handles.append(module.register_forward_hook(partial(_on_output, hook_point)))
+
+    def setup(self) -> None:
+        """Name the hook points, and only them: the wrapped modules stay as they are."""
+        self.hook_dict = {name: module for name, module in self.named_modules() if isinstance(module, HookPoint)}
+        self.mod_dict = dict(self.hook_dict)
+        for name, hook_point in self.hook_dict.items():
+            hook_point.name = name
+
+    def release(self) -> PreTrainedModel:
+        """Undo the wrapping: transformers' own attention, no hooks. Returns the plain model."""
+        for handle in self._handles:
+            handle.remove()
+        attention.detach(self.original_model)
+        return self.original_model
+
+    def double(self) -> "HookedCausalLM":
+        """A float64 copy of this model, the control that tells rounding from signal; this one is left as it is."""
+        plain = self.release()
+        try:
+            twin = copy.deepcopy(plain).to(torch.float64)
+        finally:
+            self._install()
+        return HookedCausalLM(twin, self.attn)
+
+    @property
+    def config(self) -> Any:
+        """The transformers config."""
+        return self.original_model.config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights."""
+        return self.original_model.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the input embeddings."""
+        return self.original_model.get_input_embeddings().weight.device
+
+    def forward(
+        self, tokens: Window | Int[Tensor, "B T"], *, masked: bool = False, rows: int = 1
+    ) -> Float[Tensor, "B T V"]:
+        """Logits. `tokens` is a Window or a plain batch of token ids; `masked` keeps attention inside documents.
+
+        A Window is repeated `rows` times along the batch; see `hidden` for what is refused.
+        """
+        return self.unembed(self.hidden(tokens, masked=masked, rows=rows))
+
+    def hidden(
+        self, tokens: Window | Int[Tensor, "B T"], *, masked: bool = False, rows: int = 1
+    ) -> Float[Tensor, "B T M"]:
+        """Final hidden states after the last norm, ready for `unembed`.
+
+        Raises InputError for token ids outside the vocabulary, for `masked` without a Window (plain tokens do not say
+        where documents end), and for positions past the length up to which a dynamic or longrope model's frequencies
+        stand still.
+        """
+        if isinstance(tokens, Window):
+            ids, positions = tokens.tokens.expand(rows, -1), tokens.position_ids
+            bounds = tokens.cu_seqlens.tolist() if masked else None
+        elif masked:
+            raise InputError("masked=True needs a Window: plain tokens do not say where documents end")
+        else:
+            ids, positions, bounds = tokens, torch.arange(tokens.shape[1]).unsqueeze(0), None
+        self._check(ids, positions)
+        self._context.cu_seqlens = bounds
+        try:
+            with self._precision():
+                state = self.original_model.base_model(
+                    input_ids=ids.to(self.device),
+                    position_ids=positions.expand(len(ids), -1).to(self.device),
+                    use_cache=False,
+                ).last_hidden_state
+        finally:
+            self._context.cu_seqlens = None
+        return self.ln_final.hook_out(state)
+
+    def unembed(self, hidden: Float[Tensor, "B T M"]) -> Float[Tensor, "B T V"]:
+        """Logits of final hidden states, by the model's own head: bias, soft cap and logit scale included."""
+        with self._precision(), _passing_through(self.original_model.base_model, hidden):
+            return self.original_model(inputs_embeds=hidden, use_cache=False).logits
+
+    def _precision(self) -> Any:
+        return promote_float32() if self.dtype == torch.float64 else nullcontext()
+
+    def _check(self, ids: Tensor, positions: Tensor) -> None:
+        if not attention.is_attached(self.original_model, self._seams):
+            raise InputError("this wrapper was released, or a newer one took its model over; call load_model again")
+        low, high, vocabulary = int(ids.min()), int(ids.max()), self.config.vocab_size
+        if low < 0 or high >= vocabulary:
+            raise InputError(
+                f"token id {low if low < 0 else high} is outside the vocabulary: ids run from 0 to {vocabulary - 1}"
+            )
+        if self.exact_length is not None and int(positions.max()) >= self.exact_length:
+            raise InputError(
+                f"position {int(positions.max())} is past {self.exact_length - 1}, from where this model's rope type "
+                f"changes its frequencies with the input; use a window of at most {self.exact_length} tokens"
+            )
+
+
+class _Block(nn.Module):
+    def __init__(self, seam: attention.Seam, sequential: bool, attn: str) -> None:
+        super().__init__()
+        self.hook_resid_pre, self.hook_resid_post = HookPoint(), HookPoint()
+        self.hook_attn_out, self.hook_mlp_out = HookPoint(), HookPoint()
+        if sequential:
+            self.hook_resid_mid = HookPoint()
+        self.attn = nn.Module()
+        for name in ("hook_rot_q", "hook_rot_k", "hook_v", "hook_z"):
+            self.attn.add_module(name, getattr(seam, name))
+        if attn == "eager":
+            self.attn.add_module("hook_attn_scores", seam.hook_attn_scores)
+            self.attn.add_module("hook_pattern", seam.hook_pattern)
+
+
+class _FinalNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.hook_out = HookPoint()
+
+
+def _on_input(hook_point: HookPoint, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    if args:
+        return (hook_point(args[0]), *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": hook_point(kwargs["hidden_states"])}
+
+
+def _on_output(hook_point: HookPoint, module: nn.Module, args: tuple, output: Any) -> Any:
+    if isinstance(output, tuple):
+        return (hook_point(output[0]), *output[1:])
+    return hook_point(output)
+
+
+@contextmanager
+def _passing_through(backbone: nn.Module, hidden: Tensor) -> Iterator[None]:
+    """Within it, the backbone returns `hidden` whatever it is given, so the causal LM's forward is its head alone."""
+    forward: Callable = lambda *args, **kwargs: MoeModelOutputWithPast(last_hidden_state=hidden)  # noqa: E731
+    backbone.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        del backbone.__dict__["forward"]
+
+
+def load_model(
+    model: str | os.PathLike[str] | PreTrainedModel,
+    *,
+    attn: str = "sdpa",
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> HookedCausalLM:
+    """A hooked causal LM from a checkpoint folder, a hub id, or a model already in memory.
+
+    `attn` is the kernel: "sdpa" (default), "eager" (the only one with scores and patterns, [T, T] per head), or
+    "flash_attention_2|3|4" where installed. A loaded model is wrapped in place, moved only if dtype or device ask for it.
+    Raises InputError for what cannot be loaded (see `checkpoints.load`) or probed (see `HookedCausalLM`).
+    """
+    if isinstance(model, PreTrainedModel):
+        target = torch.device(device or model.device)
+        checkpoints.require_dtype(target, dtype or model.dtype)
+        return HookedCausalLM(model.to(device=target, dtype=dtype or model.dtype).eval(), attn)
+    return HookedCausalLM(checkpoints.load(model, dtype=dtype, device=device), attn)

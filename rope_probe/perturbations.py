@@ -1,0 +1,256 @@
+"""Perturbations of position: what an intervention does to rotated q or k, each a small frozen dataclass.
+
+Every one of them turns rotary pairs by extra angles at `blocks.{i}.attn.hook_rot_q` and `hook_rot_k`. Turning a rotated
+query by d * inv_freq is exactly what the model would have computed had it stood d tokens further on, so no perturbation
+touches `position_ids`, and each runs on any model with those hook points, TransformerLens' TransformerBridge included.
+
+All of them can be restricted: `side` "q", "k" or "qk"; `layers`; `heads` (of that side: query heads for q, key-value
+heads for k; for "qk" key-value heads with the query heads they serve); `pairs` (0 fastest); `positions`, window indices.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rope_probe import rope
+from rope_probe.architectures import Rotary, rotary_layers
+from rope_probe.errors import InputError
+from rope_probe.packing import Window
+
+Side = Literal["q", "k", "qk"]
+Selection = int | Sequence[int] | None
+Hook = tuple[str, Callable[..., Tensor]]
+
+
+class Perturbation(ABC):
+    """Extra angles on rotary pairs, restricted by side, layers, heads, pairs and positions (None: all of them)."""
+
+    side: Side
+    layers: Selection
+    heads: Selection
+    pairs: Selection
+    positions: Selection
+
+    def __post_init__(self) -> None:
+        if self.side not in get_args(Side):
+            raise InputError(f"side must be 'q', 'k' or 'qk', but it is {self.side!r}")
+        for field in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise InputError(f"{type(self).__name__}.{field.name} must be a finite number, but it is {value}")
+
+    @property
+    def delta_tokens(self) -> float | None:
+        """Size in tokens, where the perturbation has one."""
+        return None
+
+    def __str__(self) -> str:
+        """What it does, without the restrictions that are not set, as written to results."""
+        told = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+        parts = (f"{name}={value!r}" for name, value in told.items() if value is not None)
+        return f"{type(self).__name__}({', '.join(parts)})"
+
+    @abstractmethod
+    def angles(self, rotary: Rotary, positions: Float[Tensor, " T"], window: Window | None) -> Float[Tensor, "T P"]:
+        """Radians by which each position's pairs turn onward, float64, broadcastable to [T, P]."""
+
+    def scaling(self, rotary: Rotary) -> float:
+        """Factor on what is turned; not 1 only where another rope type scales its cos and sin."""
+        return 1.0
+
+    def hooks(self, model: Any, window: Window | None = None) -> list[Hook]:
+        """TransformerLens `(name, hook function)` pairs for `model`, a HookedCausalLM or a TransformerBridge.
+
+        `window` gives the positions the model reads (0, 1, 2, ... without one) and, for DocumentOffset, its documents.
+        Raises InputError for a layer, head, pair or position that is out of range, for a layer without RoPE that is
+        named, and for a bridge without hooks after rotation.
+        """
+        hf_model = model.original_model
+        rotary = rotary_layers(hf_model)
+        layers = _select("layer", self.layers, len(rotary))
+        if self.layers is not None and (bare := [layer for layer in layers if rotary[layer] is None]):
+            raise InputError(f"layer {bare[0]} has no RoPE, so there is no position in it to perturb")
+        return [
+            hook
+            for layer in layers
+            if rotary[layer] is not None
+            for side in self.side
+            for hook in [self._hook(model, side, layer, rotary[layer], window)]
+        ]
+
+    def _hook(self, model: Any, side: str, layer: int, rotary: Rotary, window: Window | None) -> Hook:
+        name = f"blocks.{layer}.attn.hook_rot_{side}"
+        if name not in model.hook_dict:
+            raise InputError(f"this model has no hook {name}; load it with rope_probe.load_model")
+        heads = self._heads(side, model.original_model.config)
+        pairs = _select("pair", self.pairs, len(rotary.inv_freq))
+        factor = self.scaling(rotary)
+
+        def turn(x: Float[Tensor, "B T N D"], hook: Any) -> Float[Tensor, "B T N D"]:
+            length = x.shape[1]
+            at = torch.arange(length) if window is None else window.position_ids[0].cpu()
+            angles = torch.zeros(length, len(rotary.inv_freq), dtype=torch.float64)
+            everywhere = self.angles(rotary, at.double(), window).expand_as(angles)
+            where = torch.tensor(_select("position", self.positions, length)).unsqueeze(1)
+            angles[where, pairs] = everywhere[where, pairs]
+            scale = torch.ones_like(angles)
+            scale[where, pairs] = factor
+            target = x if heads is None else x[:, :, heads]
+            turn_by, scale_by = (table.unsqueeze(1).to(x.device) for table in (angles, scale))  # [T, 1, P]
+            turned = rope.rotate(target, turn_by, rotary.layout, scale_by)
+            if heads is None:
+                return turned
+            changed = x.clone()
+            changed[:, :, heads] = turned
+            return changed
+
+        return name, turn
+
+    def _heads(self, side: str, config: Any) -> list[int] | None:
+        if self.heads is None:
+            return None
+        query_heads = config.num_attention_heads
+        key_heads = getattr(config, "num_key_value_heads", None) or query_heads
+        if self.side != "qk":
+            return _select("head", self.heads, query_heads if side == "q" else key_heads)
+        chosen = _select("key-value head", self.heads, key_heads)
+        group = query_heads // key_heads
+        return chosen if side == "k" else [head * group + i for head in chosen for i in range(group)]
+
+
+def _select(what: str, selection: Selection, count: int) -> list[int]:
+    if selection is None:
+        return list(range(count))
+    chosen = [selection] if isinstance(selection, int) else [int(i) for i in selection]
+    for i in chosen:
+        if not 0 <= i < count:
+            raise InputError(f"{what} {i} is out of range: there are {what}s 0 to {count - 1}")
+    return chosen
+
+
+@dataclass(frozen=True)
+class PositionShift(Perturbation):
+    """Move queries or keys `tokens` positions onward (fractions and negative numbers too).
+
+    A shift of q by d equals a shift of k by -d, and a shift of both changes nothing: scores see relative position only.
+    """
+
+    side: Side
+    tokens: float
+    layers: Selection = None
+    heads: Selection = None
+    pairs: Selection = None
+    positions: Selection = None
+
+    @property
+    def delta_tokens(self) -> float:
+        """Tokens moved."""
+        return self.tokens
+
+    def angles(self, rotary: Rotary, positions: Float[Tensor, " T"], window: Window | None) -> Float[Tensor, "T P"]:
+        """The same turn everywhere, tokens * inv_freq."""
+        return (self.tokens * rotary.inv_freq).unsqueeze(0)
+
+
+@dataclass(frozen=True)
+class PositionJitter(Perturbation):
+    """Move every position by its own random amount, uniform in [-tokens, tokens], the same for q and k and all layers."""
+
+    side: Side
+    tokens: float
+    seed: int = 0
+    layers: Selection = None
+    heads: Selection = None
+    pairs: Selection = None
+    positions: Selection = None
+
+    @property
+    def delta_tokens(self) -> float:
+        """Largest move in tokens."""
+        return self.tokens
+
+    def angles(self, rotary: Rotary, positions: Float[Tensor, " T"], window: Window | None) -> Float[Tensor, "T P"]:
+        """A move per position, a function of the seed and the position's index in the window."""
+        moves = np.random.default_rng(self.seed).uniform(-self.tokens, self.tokens, len(positions))
+        return torch.outer(torch.from_numpy(moves), rotary.inv_freq)
+
+
+@dataclass(frozen=True)
+class ThetaSwap(Perturbation):
+    """Rotate as another theta would, with plain RoPE: angles p * theta^(-2i/d) instead of the model's own."""
+
+    side: Side
+    theta: float
+    layers: Selection = None
+    heads: Selection = None
+    pairs: Selection = None
+    positions: Selection = None
+
+    def _inv_freq(self, rotary: Rotary) -> Tensor:
+        parameters = {"rope_type": "default", "rope_theta": float(self.theta)}
+        return rope.inv_freq(parameters, 2 * len(rotary.inv_freq)).double()
+
+    def angles(self, rotary: Rotary, positions: Float[Tensor, " T"], window: Window | None) -> Float[Tensor, "T P"]:
+        """The difference between the other theta's angle and the model's, at each position."""
+        return torch.outer(positions, self._inv_freq(rotary) - rotary.inv_freq)
+
+    def scaling(self, rotary: Rotary) -> float:
+        """Plain RoPE does not scale, so a scaling of the model's is undone."""
+        return 1 / rotary.scaling
+
+
+@dataclass(frozen=True)
+class PairFreeze(Perturbation):
+    """Hold a band of pairs at one position `at`, so that they carry content but no position."""
+
+    side: Side
+    pairs: Selection
+    at: float = 0.0
+    layers: Selection = None
+    heads: Selection = None
+    positions: Selection = None
+
+    def angles(self, rotary: Rotary, positions: Float[Tensor, " T"], window: Window | None) -> Float[Tensor, "T P"]:
+        """Back from each position to `at`."""
+        return torch.outer(self.at - positions, rotary.inv_freq)
+
+
+@dataclass(frozen=True)
+class DocumentOffset(Perturbation):
+    """Move whole documents `tokens` positions onward, each as one piece; both sides by default.
+
+    Distances inside a document stay as they are, so with masked documents nothing changes.
+    """
+
+    documents: int | Sequence[int]
+    tokens: float
+    side: Side = "qk"
+    layers: Selection = None
+    heads: Selection = None
+    pairs: Selection = None
+    positions: Selection = None
+
+    @property
+    def delta_tokens(self) -> float:
+        """Tokens moved."""
+        return self.tokens
+
+    def angles(self, rotary: Rotary, positions: Float[Tensor, " T"], window: Window | None) -> Float[Tensor, "T P"]:
+        """tokens * inv_freq inside the documents, 0 outside. Raises InputError without a window."""
+        if window is None:
+            raise InputError("DocumentOffset needs to know the documents: pass the window to hooks()")
+        documents = torch.tensor(_select("document", self.documents, window.documents))
+        inside = torch.isin(window.document_of, documents).double()
+        return torch.outer(self.tokens * inside, rotary.inv_freq)
+
+
+def as_list(perturbations: Perturbation | Iterable[Perturbation]) -> list[Perturbation]:
+    """One perturbation or many, as a list."""
+    return [perturbations] if isinstance(perturbations, Perturbation) else list(perturbations)

@@ -1,0 +1,86 @@
+"""Run directories in, an offline HTML gallery out: one page per figure, one shared plotly script, an index."""
+
+import html
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from rope_probe import plots
+from rope_probe.atomic import whole_folder
+from rope_probe.errors import InputError
+from rope_probe.results import read_run
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2rem auto; padding: 0 1rem; color: #222; }
+h1 { margin-bottom: 0; } h2 { margin: 2.5rem 0 .3rem; border-top: 1px solid #ddd; padding-top: 1.5rem; }
+iframe { width: 100%; border: 0; } p.what { color: #555; margin-top: .2rem; }
+table { border-collapse: collapse; font-size: .85rem; } td { padding: .1rem .8rem .1rem 0; vertical-align: top; }
+td:first-child { color: #555; } code { font-size: .85em; }
+"""
+
+
+def write_figure(figure: go.Figure, path: str | os.PathLike[str]) -> Path:
+    """Write a figure as a page that works offline; figures in one folder share one plotly script."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.write_html(path, include_plotlyjs="directory", full_html=True, config={"displaylogo": False})
+    return path
+
+
+def gallery(runs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) -> Path:
+    """Draw every figure that the runs hold and an index.html over them; returns the index.
+
+    An older gallery at `out` is replaced. Raises InputError for a run that is not complete, runs that hold nothing to
+    draw, or an `out` that is something else than a gallery or cannot be written.
+    """
+    sections = [(manifest, _figures(frame)) for frame, manifest in map(read_run, runs)]
+    if not any(figures for _, figures in sections):
+        raise InputError("these runs hold nothing that a figure is drawn from; trace some perturbations first")
+    with whole_folder(out, marker="index.html") as folder:
+        body = "".join(_section(manifest, figures, folder) for manifest, figures in sections)
+        page = f"<!doctype html><meta charset=utf-8><title>rope_probe</title><style>{_STYLE}</style>"
+        (folder / "index.html").write_text(f"{page}<h1>rope_probe</h1><p class=what>{len(sections)} runs</p>{body}\n")
+    return Path(out) / "index.html"
+
+
+def _figures(frame: pd.DataFrame) -> list[tuple[str, go.Figure]]:
+    """(file name, figure) for each drawing, model and arm that the frame has rows for."""
+    figures = []
+    for drawing in plots.DRAWINGS:
+        for labels, part in frame[drawing.rows(frame)].groupby(["model", "arm"], dropna=False, sort=False):
+            label = ", ".join(str(value) for value in labels if pd.notna(value))
+            figures.append((_slug(f"{drawing.name} {label}"), drawing.draw(part, label)))
+    return figures
+
+
+def _section(manifest: dict[str, Any], figures: list[tuple[str, go.Figure]], folder: Path) -> str:
+    run = manifest["run_id"]
+    frames = []
+    for name, figure in figures:
+        page = write_figure(figure, folder / f"{_slug(run)}-{name}.html")
+        frames.append(
+            f'<iframe src="{page.name}" height="{figure.layout.height + 20}" title="{html.escape(name)}"></iframe>'
+        )
+    git = manifest.get("git") or {}
+    facts = {
+        "config": manifest["config"],
+        "command": " ".join(manifest["argv"][1:]),
+        "wall time": f"{manifest['wall_s']:.0f} s",
+        "commit": f"{git.get('commit', 'unknown')}{' with local changes' if git.get('dirty') else ''}",
+        "packages": ", ".join(f"{name} {version}" for name, version in manifest["packages"].items()),
+    }
+    table = "".join(
+        f"<tr><td>{key}</td><td><code>{html.escape(str(value))}</code></td></tr>" for key, value in facts.items()
+    )
+    return (
+        f"<h2>{html.escape(manifest['experiment'])}</h2><p class=what>{html.escape(run)}</p>{''.join(frames)}"
+        f"<details><summary>how it was made</summary><table>{table}</table></details>"
+    )
+
+
+def _slug(text: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in text.lower()).strip("-")

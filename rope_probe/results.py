@@ -1,0 +1,193 @@
+"""Run directories, the only thing passed between stages: metrics.parquet, manifest.json and whatever else a run makes.
+
+A run is written to a temporary folder beside its place and renamed when it is whole, so a folder under its final name is
+complete, always. Nothing is pickled, and nothing here knows what was measured.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from rope_probe.atomic import whole_folder
+from rope_probe.errors import InputError
+
+METRICS, MANIFEST = "metrics.parquet", "manifest.json"
+_TEXT, _WHOLE, _REAL = "string", "Int64", "float64"
+SCHEMA = {
+    "run_id": _TEXT,
+    "experiment": _TEXT,
+    "model": _TEXT,
+    "seed": _WHOLE,
+    "phase": _TEXT,
+    "arm": _TEXT,
+    "seq_len": _WHOLE,
+    "document": _WHOLE,
+    "position": _WHOLE,
+    "distance": _WHOLE,
+    "perturbation": _TEXT,
+    "side": _TEXT,
+    "delta_tokens": _REAL,
+    "inject_layer": _WHOLE,
+    "layer": _WHOLE,
+    "site": _TEXT,
+    "head": _WHOLE,
+    "pair": _WHOLE,
+    "wavelength": _REAL,
+    "metric": _TEXT,
+    "value": _REAL,
+    "value_float64": _REAL,
+    "low": _REAL,
+    "high": _REAL,
+}
+"""Columns of the tidy frame, in order. `value_float64` is the float64 control of `value`; `low` and `high` are the ends
+of its 95% confidence interval. A column that does not apply is null."""
+
+_PACKAGES = ("rope_probe", "torch", "transformers", "transformer-lens", "numpy", "pandas", "pyarrow", "safetensors")
+
+
+def tidy(rows: pd.DataFrame | Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """Rows in the schema's columns, order and types. Raises InputError for a column that the schema does not have."""
+    frame = pd.DataFrame(rows)
+    if unknown := [column for column in frame.columns if column not in SCHEMA]:
+        raise InputError(f"column {unknown[0]!r} is not in the results schema; its columns are {', '.join(SCHEMA)}")
+    return frame.reindex(columns=list(SCHEMA)).astype(SCHEMA)
+
+
+class Run:
+    """A run directory in the making; see `new_run`."""
+
+    def __init__(self, folder: Path, experiment: str, manifest: dict[str, Any]) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self._experiment = experiment
+        self.frames: list[pd.DataFrame] = []
+
+    def record(self, frame: pd.DataFrame, **columns: Any) -> pd.DataFrame:
+        """Add rows to metrics.parquet, with the run's id, the experiment and `columns` (model=..., seed=...) filled in."""
+        filled = tidy(frame.assign(run_id=self.manifest["run_id"], experiment=self._experiment, **columns))
+        self.frames.append(filled)
+        return filled
+
+    def _finish(self, started: float) -> None:
+        tidy(pd.concat(self.frames) if self.frames else []).to_parquet(self.folder / METRICS, index=False)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        self.manifest |= {
+            "wall_s": round(time.time() - started, 3),
+            "peak_memory_bytes": peak,
+            "peak_cuda_memory_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+            "status": "complete",
+        }
+        (self.folder / MANIFEST).write_text(json.dumps(self.manifest, indent=2, default=str) + "\n")
+
+
+@contextmanager
+def new_run(out: str | os.PathLike[str], experiment: str, config: Mapping[str, Any]) -> Iterator[Run]:
+    """Make the run directory `out`: yields a Run whose `folder` is a temporary one, renamed to `out` on success.
+
+    An older run at `out` is replaced, once the new one is whole. On any exception nothing is left behind.
+    Raises InputError when `out` cannot be written, or is something else than a run.
+    """
+    with whole_folder(out, marker=MANIFEST) as folder:
+        started = time.time()
+        run = Run(folder, experiment, _manifest(experiment, config))
+        yield run
+        run._finish(started)
+
+
+def read_run(run: str | os.PathLike[str]) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Metrics and manifest of a complete run directory. Raises InputError for a folder that is not one."""
+    run = Path(run)
+    try:
+        manifest = json.loads((run / MANIFEST).read_text())
+        frame = pd.read_parquet(run / METRICS)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{str(run)!r} is not a readable run directory: {str(error).splitlines()[0]}") from error
+    if manifest.get("status") != "complete":
+        raise InputError(f"run {str(run)!r} is not complete; run it again")
+    return frame, manifest
+
+
+def is_complete(run: str | os.PathLike[str], config: Mapping[str, Any]) -> bool:
+    """Whether `run` is a complete run of just this config, made by this version of rope_probe, so it can be reused."""
+    try:
+        manifest = json.loads((Path(run) / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return False
+    return (
+        manifest.get("status") == "complete"
+        and manifest.get("config") == json.loads(json.dumps(config, default=str))
+        and manifest.get("packages", {}).get("rope_probe") == metadata.version("rope_probe")
+    )
+
+
+def describe_model(model: nn.Module) -> dict[str, Any]:
+    """What a manifest says of a model: its rope parameters in full, dtype, and a hash of its weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return {
+        "model_type": model.config.model_type,
+        "rope_parameters": dict(model.config.rope_parameters),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "dtype": str(next(model.parameters()).dtype),
+        "weights_sha256": digest.hexdigest(),
+    }
+
+
+def hash_tokens(tokens: Tensor) -> str:
+    """SHA-256 of token ids, whatever their integer type."""
+    return hashlib.sha256(tokens.cpu().to(torch.int64).contiguous().numpy().tobytes()).hexdigest()
+
+
+def _manifest(experiment: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    started = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    return {
+        "run_id": f"{experiment}-{started}-{os.urandom(3).hex()}",
+        "experiment": experiment,
+        "status": "running",
+        "config": json.loads(json.dumps(config, default=str)),
+        "argv": sys.argv,
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "python": platform.python_version(),
+        "git": _git(),
+        "hardware": {
+            "machine": platform.machine(),
+            "system": platform.system(),
+            "cpus": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git() -> dict[str, Any] | None:
+    def ask(*command: str) -> str:
+        here = Path(__file__).parent
+        return subprocess.run(["git", *command], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return {"commit": ask("rev-parse", "HEAD"), "dirty": bool(ask("status", "--porcelain"))}
+    except (OSError, subprocess.CalledProcessError):
+        return None
