@@ -66,7 +66,7 @@ def config_of(checkpoints: list[Path]) -> dict:
 def copy_arms(seed: int) -> dict[str, tuple[Window, bool]]:
     """The repeated windows by name, and whether their documents are masked."""
     document = SHORT_DOCUMENTS.documents(1, seed=seed)[0]
-    token, other = document[0].item(), document[1].item()
+    token, other = int(document[0]), int(document[1])
     one_token = repeated_window(token, WINDOW // SHORT)
     first = torch.cat([torch.tensor([[other]]), one_token.tokens[:, 1:]], dim=1)
     repeated = repeated_window(document, WINDOW // SHORT)

@@ -27,7 +27,7 @@ def main(
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 1,
 ) -> None:
     """Run what is missing under `out`, print the tables and the path of the gallery."""
-    roles = ("teacher", "base")
+    roles: tuple[toy_checkpoints.Role, ...] = ("teacher", "base")
     made = {(role, seed): out / f"{role}-{seed}" for seed in range(seeds) for role in roles}
     missing = [key for key, run in made.items() if not is_complete(run, toy_checkpoints.config_of(*key))]
     with ThreadPoolExecutor(WORKERS) as pool:

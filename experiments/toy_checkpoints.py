@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 import typer
-from transformers import LlamaConfig
+from transformers import LlamaConfig, PreTrainedModel
 
 from rope_probe import KeyValueStream, checkpoints, load_model
 from rope_probe.distillation import Gate, Phase, train_phase
@@ -104,11 +104,11 @@ def architecture(rope_parameters: dict) -> LlamaConfig:
     )
 
 
-def _train(run: Run, model: torch.nn.Module, phase: Phase, seed: int) -> None:
+def _train(run: Run, model: PreTrainedModel, phase: Phase, seed: int) -> None:
     hooked = load_model(model)
     with progress(f"{phase.name} phase, tokens", phase.steps * phase.batch_tokens) as advance:
         history, gate = train_phase(
-            hooked, phase, seed=seed, on_step=lambda step, n: advance(phase.batch_tokens, f"CE {n['ce_nats']:.2f} nats")
+            hooked, phase, seed=seed, on_step=lambda n: advance(phase.batch_tokens, f"CE {n['ce_nats']:.2f} nats")
         )
     hooked.release()
     role = run.manifest["config"]["role"]

@@ -8,10 +8,11 @@ equal transformers' own. A model type that is not in the table is refused, never
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from rope_probe.errors import InputError
@@ -101,13 +102,12 @@ def rotary_layers(model: PreTrainedModel) -> list[Rotary | None]:
     """Per layer, the rotation the model's own buffers say it applies; None for a layer without RoPE."""
     architecture = architecture_of(model.config)
     embedding = model.base_model.rotary_emb
-    layer_types = getattr(model.config, "layer_types", None)
+    layer_types = getattr(model.config, "layer_types", None) or [""] * model.config.num_hidden_layers
 
     def rotary(layer: int) -> Rotary | None:
         if not architecture.rotates(model.config, layer):
             return None
-        per_type = layer_types is not None and hasattr(embedding, f"{layer_types[layer]}_inv_freq")
-        prefix = f"{layer_types[layer]}_" if per_type else ""
+        prefix = f"{layer_types[layer]}_" if hasattr(embedding, f"{layer_types[layer]}_inv_freq") else ""
         return Rotary(
             inv_freq=getattr(embedding, f"{prefix}inv_freq").detach().to("cpu", torch.float64),
             scaling=float(getattr(embedding, f"{prefix}attention_scaling")),
@@ -130,7 +130,7 @@ def exact_length(model: PreTrainedModel) -> int | None:
     return min(limits, default=None)
 
 
-def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
+def attention_modules(model: PreTrainedModel) -> list[Any]:
     """The attention module of every layer, first layer first."""
     name = architecture_of(model.config).attn
     return [layer.get_submodule(name) for layer in model.base_model.layers]

@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ class Context:
 class Seam:
     """What the seam knows of one attention module: its hook points, and what all layers share.
 
-    Shapes at the hooks are TransformerLens': rot_q, z [B, T, H, D]; rot_k, v [B, T, K, D]; scores, pattern [B, H, T, S].
+    Shapes are TransformerLens': rot_q, z [B, T, H, D]; rot_k, v [B, T, K, D]; scores, pattern [B, H, T, S].
     """
 
     context: Context
@@ -100,7 +101,7 @@ def is_attached(model: PreTrainedModel, seams: Sequence[Seam]) -> bool:
 
 def _attend(
     kernel: str,
-    module: nn.Module,
+    module: Any,
     query: Float[Tensor, "B H T D"],
     key: Float[Tensor, "B K T D"],
     value: Float[Tensor, "B K T D"],
@@ -127,7 +128,7 @@ def _attend(
 
 def _flash(
     kernel: str,
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -142,7 +143,7 @@ def _flash(
     rows = length * torch.arange(batch).unsqueeze(1)  # the batch becomes one long window of batch x documents
     flat = [0, *(rows + torch.tensor(bounds[1:])).flatten().tolist()]
     cu_seqlens = torch.tensor(flat, dtype=torch.int32, device=query.device)
-    longest = max(end - start for start, end in zip(bounds, bounds[1:], strict=False))
+    longest = max(end - start for start, end in pairwise(bounds))
     one_row = [x.transpose(1, 2).flatten(0, 1).transpose(0, 1).unsqueeze(0) for x in (query, key, value)]
     z, _ = forward(
         module,
@@ -158,8 +159,8 @@ def _flash(
     return z.view(batch, length, heads, -1)
 
 
-def _block_kernel(module: nn.Module, sliding_window: int | None, kwargs: dict[str, Any]) -> Kernel:
-    """Causal attention over one document by sdpa, in blocks of queries where a window or a missing kernel asks for it."""
+def _block_kernel(module: Any, sliding_window: int | None, kwargs: dict[str, Any]) -> Kernel:
+    """Causal attention over one document by sdpa, in blocks of queries where a window or a soft cap asks for it."""
     softcap, sinks = kwargs.pop("softcap", None), kwargs.pop("s_aux", None)
     if sinks is not None:
         raise InputError(
@@ -217,9 +218,9 @@ def _by_document(
     if bounds is None:
         return attend(query, key, value)
     starts_by_length = defaultdict(list)
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in pairwise(bounds):
         starts_by_length[end - start].append(start)
-    batch, heads, length, dim = query.shape
+    batch, heads, length, _ = query.shape
     z = query.new_empty(batch, length, heads, value.shape[-1])
     for size, starts in starts_by_length.items():
         rows = (torch.tensor(starts).unsqueeze(1) + torch.arange(size)).to(query.device)  # [documents, size]

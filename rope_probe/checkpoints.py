@@ -21,7 +21,7 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def build(config: Any, *, seed: int) -> PreTrainedModel:
-    """A causal LM with random weights from a transformers config, a pure function of (config, seed); torch's RNG is kept."""
+    """A causal LM with random weights from a transformers config, a pure function of (config, seed)."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
@@ -72,8 +72,8 @@ def save(model: PreTrainedModel, folder: str | os.PathLike[str]) -> Path:
 def with_rope(model: PreTrainedModel, rope: float | Mapping[str, Any]) -> PreTrainedModel:
     """A copy of `model` that rotates with another theta, or with other `rope_parameters`; its weights are the same.
 
-    This is how a model passes from one phase to the next. Raises InputError for a theta that is not positive and finite,
-    and for a model whose layers do not share one set of rope parameters.
+    This is how a model passes from one phase to the next. Raises InputError for a theta that is not positive and
+    finite, and for a model whose layers do not share one set of rope parameters.
     """
     if "rope_type" not in model.config.rope_parameters:
         raise InputError(f"{model.config.model_type} has rope parameters per layer type; set them in its config")

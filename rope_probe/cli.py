@@ -42,6 +42,7 @@ class _Dtype(StrEnum):
 
 
 _Kernel = StrEnum("_Kernel", {kernel.upper(): kernel for kernel in KERNELS})  # type: ignore[misc]
+_SDPA = _Kernel("sdpa")
 
 Out = Annotated[Path, typer.Option(help="Run directory to write; an older run there is replaced.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of everything drawn at random.")]
@@ -79,13 +80,15 @@ def trace(
     seed: Seed = 0,
     device: Device = "cpu",
     dtype: Dtype = None,
-    attn: Attn = _Kernel("sdpa"),
+    attn: Attn = _SDPA,
 ) -> None:
     """Shift the positions of queries and keys and trace the change through the layers to the logits."""
     config = {key: value for key, value in locals().items() if key != "out"}
     with new_run(out, "trace", config) as run:
         torch.manual_seed(seed)
-        hooked = load_model(model, attn=attn.value, dtype=dtype and getattr(torch, dtype.value), device=device)
+        hooked = load_model(
+            model, attn=attn.value, dtype=None if dtype is None else getattr(torch, dtype.value), device=device
+        )
         read = _window(hooked, window, document, document_length, tokens, seed)
         perturbations: list[Perturbation] = [
             PositionShift(one.value, amount, layers=layer, heads=head, pairs=pair)

@@ -1,6 +1,7 @@
 """HookedCausalLM: TransformerLens' hook names and methods on a Hugging Face causal LM, any kernel, no T x T matrix.
 
-Hook points, named as on `TransformerBridge` (B batch, T positions, H query heads, K key-value heads, D head dim, M width):
+Hook points, named as on `TransformerBridge` (B batch, T positions, H query and K key-value heads, D head dim,
+M width):
 
     hook_embed                                [B, T, M]
     blocks.{i}.hook_resid_pre|mid|post        [B, T, M]   mid only where attention and MLP run one after the other
@@ -226,7 +227,7 @@ def load_model(
     """A hooked causal LM from a checkpoint folder, a hub id, or a model already in memory.
 
     `attn` is the kernel: "sdpa" (default), "eager" (the only one with scores and patterns, [T, T] per head), or
-    "flash_attention_2|3|4" where installed. A loaded model is wrapped in place, moved only if dtype or device ask for it.
+    "flash_attention_2|3|4" where installed. A model in memory is wrapped in place, and moved if dtype or device ask.
     Raises InputError for what cannot be loaded (see `checkpoints.load`) or probed (see `HookedCausalLM`).
     """
     if isinstance(model, PreTrainedModel):

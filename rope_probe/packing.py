@@ -45,7 +45,7 @@ class Window:
 
 
 def repeated_window(document: int | Sequence[int] | Int[Tensor, " n"], copies: int) -> Window:
-    """One token, or one document of n tokens, `copies` times over: constant content, so copies differ by position alone.
+    """One token, or one document of n tokens, `copies` times over: content is constant, position alone varies.
 
     Positions are continuous. Raises InputError for an empty document or fewer than one copy.
     """
@@ -132,7 +132,7 @@ def _window(
 
 @dataclass(frozen=True)
 class KeyValueStream:
-    """Documents that bind keys to values: "key value key value ...", the same key with the same value inside a document.
+    """Documents that bind keys to values: "key value key value ...", a key with one value per document.
 
     A document draws m distinct keys, m log-uniform in `distinct`, gives each a random value, and emits
     `document_length / 2` pairs by sampling its keys with replacement. Token ids: 4.. are keys, the next are values.

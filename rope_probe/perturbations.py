@@ -5,7 +5,8 @@ query by d * inv_freq is exactly what the model would have computed had it stood
 touches `position_ids`, and each runs on any model with those hook points, TransformerLens' TransformerBridge included.
 
 All of them can be restricted: `side` "q", "k" or "qk"; `layers`; `heads` (of that side: query heads for q, key-value
-heads for k; for "qk" key-value heads with the query heads they serve); `pairs` (0 fastest); `positions`, window indices.
+heads for k; for "qk" key-value heads with the query heads they serve); `pairs`, 0 fastest; `positions`, indices into
+the window.
 """
 
 import math
@@ -77,13 +78,8 @@ class Perturbation(ABC):
         layers = _select("layer", self.layers, len(rotary))
         if self.layers is not None and (bare := [layer for layer in layers if rotary[layer] is None]):
             raise InputError(f"layer {bare[0]} has no RoPE, so there is no position in it to perturb")
-        return [
-            hook
-            for layer in layers
-            if rotary[layer] is not None
-            for side in self.side
-            for hook in [self._hook(model, side, layer, rotary[layer], window)]
-        ]
+        turning = [(side, layer, rotary[layer]) for layer in layers for side in self.side]
+        return [self._hook(model, side, layer, one, window) for side, layer, one in turning if one is not None]
 
     def _hook(self, model: Any, side: str, layer: int, rotary: Rotary, window: Window | None) -> Hook:
         name = f"blocks.{layer}.attn.hook_rot_{side}"
@@ -161,7 +157,7 @@ class PositionShift(Perturbation):
 
 @dataclass(frozen=True)
 class PositionJitter(Perturbation):
-    """Move every position by its own random amount, uniform in [-tokens, tokens], the same for q and k and all layers."""
+    """Move every position by its own random amount, uniform in [-tokens, tokens]; one move for q, k and all layers."""
 
     side: Side
     tokens: float

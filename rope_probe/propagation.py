@@ -248,8 +248,8 @@ def _measure(
                     logits = model.unembed(block)
                     for deltas, perturbed in zip(blocks, logits[1:], strict=True):
                         deltas.append(logit_deltas(logits[0], perturbed))
-                for deltas, row_blocks in zip(found, blocks, strict=True):
-                    deltas.update({(LOGITS, m): v.cpu() for m, v in _concatenate(row_blocks).items()})
+                for row, of_row in zip(found, blocks, strict=True):
+                    row.update({(LOGITS, metric): values.cpu() for metric, values in _concatenate(of_row).items()})
         yield from found
         if progress is not None:
             progress(len(group))
@@ -287,8 +287,8 @@ def _columns(perturbation: Perturbation, model: HookedCausalLM) -> dict[str, Any
     layer, head, pair = (
         s if isinstance(s, int) else None for s in (perturbation.layers, perturbation.heads, perturbation.pairs)
     )
-    rotary = next(r for r in model.rotary if r is not None) if layer is None else model.rotary[layer]
-    wavelength = None if pair is None else rope.wavelengths(rotary.inv_freq)[pair].item()
+    rotary = model.rotary[0 if layer is None else layer]
+    wavelength = None if pair is None or rotary is None else rope.wavelengths(rotary.inv_freq)[pair].item()
     return {
         "perturbation": str(perturbation),
         "side": perturbation.side,

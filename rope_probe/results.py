@@ -1,7 +1,7 @@
 """Run directories, the only thing passed between stages: metrics.parquet, manifest.json and whatever else a run makes.
 
-A run is written to a temporary folder beside its place and renamed when it is whole, so a folder under its final name is
-complete, always. Nothing is pickled, and nothing here knows what was measured.
+A run is written to a temporary folder beside its place and renamed when it is whole, so a folder under its final name
+is complete, always. Nothing is pickled, and nothing here knows what was measured.
 """
 
 import hashlib
@@ -20,7 +20,8 @@ from typing import Any
 
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from rope_probe.atomic import whole_folder
 from rope_probe.errors import InputError
@@ -77,7 +78,7 @@ class Run:
         self.frames: list[pd.DataFrame] = []
 
     def record(self, frame: pd.DataFrame, **columns: Any) -> pd.DataFrame:
-        """Add rows to metrics.parquet, with the run's id, the experiment and `columns` (model=..., seed=...) filled in."""
+        """Add rows to metrics.parquet, run id, experiment and `columns` (model=..., seed=...) filled in."""
         filled = tidy(frame.assign(run_id=self.manifest["run_id"], experiment=self._experiment, **columns))
         self.frames.append(filled)
         return filled
@@ -134,7 +135,7 @@ def is_complete(run: str | os.PathLike[str], config: Mapping[str, Any]) -> bool:
     )
 
 
-def describe_model(model: nn.Module) -> dict[str, Any]:
+def describe_model(model: PreTrainedModel) -> dict[str, Any]:
     """What a manifest says of a model: its rope parameters in full, dtype, and a hash of its weights."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):

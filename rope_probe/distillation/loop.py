@@ -11,19 +11,20 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from rope_probe.distillation.phase import GateError, Phase
 from rope_probe.hooked import HookedCausalLM
 
-OnStep = Callable[[int, dict[str, float]], Any]
+OnStep = Callable[[dict[str, float]], Any]
 
 
 def train_phase(
     model: HookedCausalLM, phase: Phase, *, seed: int, on_step: OnStep | None = None
-) -> tuple[list[dict[str, float]], pd.DataFrame | None]:
-    """Train `model` in place through `phase`; returns the loss by step, and the gate's last measurement if there is one.
+) -> tuple[list[dict[str, float]], pd.DataFrame]:
+    """Train `model` in place through `phase`; returns the losses, and the gate's last measurement.
 
-    `on_step(step, numbers)` hears of every step. Ends early when the gate passes.
+    `on_step({"step", "tokens", "ce_nats"})` hears of every step. Ends early when the gate passes.
     Raises GateError, naming distance, accuracy and budget, when the gate is not passed within the phase's steps.
     """
     optimizers = _optimizers(model.original_model, phase)
@@ -31,33 +32,25 @@ def train_phase(
         torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / phase.warmup))
         for optimizer in optimizers
     ]
-    history, measured = [], None
+    gate, history, measured, passed = phase.gate, [], pd.DataFrame(), phase.gate is None
     for step in range(phase.steps):
         tokens = phase.data.windows(phase.batch_tokens // phase.window, phase.window, seed=seed, index=step)
         loss = _step(model, tokens.to(model.device), optimizers, phase.clip_norm)
         for scheduler in schedulers:
             scheduler.step()
-        numbers = {"step": step, "tokens": (step + 1) * phase.batch_tokens, "ce_nats": loss}
-        history.append(numbers)
-        if phase.gate is not None and (step + 1) % phase.gate.every == 0:
-            measured = phase.gate.measure(model, phase.data)
-            numbers["gate"] = float(measured["value"].min())
+        history.append({"step": step, "tokens": (step + 1) * phase.batch_tokens, "ce_nats": loss})
         if on_step is not None:
-            on_step(step, numbers)
-        if numbers.get("gate", -1.0) >= (phase.gate.accuracy if phase.gate else 0.0):
-            break
-    if phase.gate is not None and (measured is None or measured["value"].min() < phase.gate.accuracy):
-        seen = (
-            "it was never tried"
-            if measured is None
-            else ", ".join(
-                f"{accuracy:.2f} at {distance}"
-                for distance, accuracy in zip(measured["distance"], measured["value"], strict=True)
-            )
-        )
+            on_step(history[-1])
+        if gate is not None and (step + 1) % gate.every == 0:
+            measured = gate.measure(model, phase.data)
+            passed = bool((measured["value"] >= gate.accuracy).all())
+            if passed:
+                break
+    if gate is not None and not passed:
+        seen = ", ".join(f"{row.value:.2f} at {row.distance}" for row in measured.itertuples())
         raise GateError(
-            f"phase {phase.name!r} with seed {seed} missed its gate, accuracy {phase.gate.accuracy} at every distance, "
-            f"within {phase.steps} steps of {phase.batch_tokens} tokens: {seen}"
+            f"phase {phase.name!r} with seed {seed} missed its gate, accuracy {gate.accuracy} at every distance, "
+            f"within {phase.steps} steps of {phase.batch_tokens} tokens: {seen or 'it was never tried'}"
         )
     return history, measured
 
@@ -76,15 +69,15 @@ def _step(model: HookedCausalLM, tokens: Tensor, optimizers: list[torch.optim.Op
     return loss.item()
 
 
-def _optimizers(model: nn.Module, phase: Phase) -> list[torch.optim.Optimizer]:
-    inside = {id(p) for p in model.base_model.layers.parameters() if p.ndim == 2}
-    matrices = [p for p in model.parameters() if id(p) in inside]
-    rest = [p for p in model.parameters() if id(p) not in inside]
+def _optimizers(model: PreTrainedModel, phase: Phase) -> list[torch.optim.Optimizer]:
+    parameters = list(model.parameters())
     if phase.matrix_lr is None:
-        matrices, rest = [], list(model.parameters())
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(rest, lr=phase.lr, weight_decay=phase.weight_decay, betas=(0.9, 0.95))
-    ]
-    if matrices:
-        optimizers.append(torch.optim.Muon(matrices, lr=phase.matrix_lr, weight_decay=phase.weight_decay))
-    return optimizers
+        return [_adamw(parameters, phase)]
+    inside = {id(p) for p in model.base_model.layers.parameters() if p.ndim == 2}
+    matrices = [p for p in parameters if id(p) in inside]
+    rest = [p for p in parameters if id(p) not in inside]
+    return [_adamw(rest, phase), torch.optim.Muon(matrices, lr=phase.matrix_lr, weight_decay=phase.weight_decay)]
+
+
+def _adamw(parameters: list[nn.Parameter], phase: Phase) -> torch.optim.AdamW:
+    return torch.optim.AdamW(parameters, lr=phase.lr, weight_decay=phase.weight_decay, betas=(0.9, 0.95))
