@@ -60,6 +60,8 @@ class HookedCausalLM(HookedRootModule):
 
     def _install(self) -> None:
         model, architecture = self.original_model, architecture_of(self.config)
+        if self.dtype == torch.float64:
+            model.set_experts_implementation("eager")  # the grouped kernels of mixtures of experts stop at float32
         attention.attach(model, self.attn, self._seams)
         self._handles = [model.get_input_embeddings().register_forward_hook(partial(_on_output, self.hook_embed))]
         for block, layer in zip(self.blocks, model.base_model.layers, strict=True):

@@ -1,0 +1,348 @@
+import copy
+
+import pytest
+import torch
+import transformers as hf
+
+from rope_probe import InputError, KeyValueStream, load_model, pack, repeated_window, rope
+from rope_probe.architectures import ARCHITECTURES
+from rope_probe.packing import Window
+from tests import zoo
+
+KERNELS = ["sdpa", "eager"]
+
+
+def native(name, kernel):
+    """Gemma 2 has no sdpa of its own in transformers: its soft cap needs eager, which the seam's sdpa must equal."""
+    return "eager" if name == "gemma2" else kernel
+
+
+def test_the_zoo_has_every_known_architecture():
+    assert {make().model_type for make in zoo.CONFIGS.values()} == set(ARCHITECTURES)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("name", zoo.CONFIGS)
+def test_logits_equal_transformers_own(name, kernel):
+    plain = zoo.model(zoo.CONFIGS[name](), attn=native(name, kernel))
+    tokens = zoo.tokens()
+    with torch.no_grad():
+        expected = plain(tokens, use_cache=False).logits
+        got = load_model(plain, attn=kernel)(tokens)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["mistral_sliding", "gemma2", "gemma3", "cohere2_nope_layer"])
+def test_windows_longer_than_a_block_of_queries_equal_transformers_own(name):
+    config = zoo.CONFIGS[name]()
+    config.max_position_embeddings = 2048
+    plain = zoo.model(config, attn=native(name, "sdpa"))
+    tokens = zoo.tokens(1, 1300)
+    with torch.no_grad():
+        expected = plain(tokens, use_cache=False).logits
+        got = load_model(plain)(tokens)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("rope_type", zoo.ROPE_TYPES)
+def test_logits_equal_transformers_own_for_every_rope_type(rope_type):
+    plain = zoo.llama(rope_parameters=zoo.ROPE_TYPES[rope_type])
+    tokens = zoo.tokens()
+    with torch.no_grad():
+        expected = plain(tokens, use_cache=False).logits
+        got = load_model(plain)(tokens)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", zoo.CONFIGS)
+def test_repeated_tokens_show_the_layout_and_the_frequencies(name):
+    model = load_model(zoo.model(zoo.CONFIGS[name]()))
+    _, cache = model.run_with_cache(repeated_window(7, 24))
+    rotary = model.rotary[0]
+    angles = torch.outer(torch.arange(24).double(), rotary.inv_freq).unsqueeze(1)
+    for side in "qk":
+        rotated = cache[f"blocks.0.attn.hook_rot_{side}"][0]
+        torch.testing.assert_close(rope.rotate(rotated[:1], angles, rotary.layout), rotated, rtol=0, atol=1e-5)
+        assert (rotated[1:] - rotated[:1]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", ["smollm3_nope_layer", "cohere2_nope_layer"])
+def test_layers_without_rope_are_known(name):
+    model = load_model(zoo.model(zoo.CONFIGS[name]()))
+    _, cache = model.run_with_cache(repeated_window(7, 24))
+    for layer, rotary in enumerate(model.rotary):
+        q = cache[f"blocks.{layer}.attn.hook_rot_q"][0]
+        position_shows = (q - q[:1]).abs().max() > 1e-2
+        assert position_shows == (rotary is not None)
+    assert None in model.rotary
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "olmo2", "gpt_neox_sequential"])
+def test_the_residual_stream_adds_up(name):
+    model = load_model(zoo.model(zoo.CONFIGS[name]()))
+    _, cache = model.run_with_cache(zoo.tokens())
+    for layer in range(2):
+        at = {site: cache[f"blocks.{layer}.hook_{site}"] for site in
+              ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")}  # fmt: skip
+        torch.testing.assert_close(at["resid_pre"] + at["attn_out"], at["resid_mid"], rtol=0, atol=1e-5)
+        torch.testing.assert_close(at["resid_mid"] + at["mlp_out"], at["resid_post"], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "phi", "cohere"])
+def test_parallel_blocks_add_up_without_a_middle(name):
+    model = load_model(zoo.model(zoo.CONFIGS[name]()))
+    _, cache = model.run_with_cache(zoo.tokens())
+    total = sum(cache[f"blocks.0.hook_{site}"] for site in ("resid_pre", "attn_out", "mlp_out"))
+    torch.testing.assert_close(total, cache["blocks.0.hook_resid_post"], rtol=0, atol=1e-5)
+    assert "blocks.0.hook_resid_mid" not in model.hook_dict
+
+
+def test_hook_shapes_are_transformer_lens_ones():
+    model = load_model(zoo.llama(), attn="eager")
+    _, cache = model.run_with_cache(zoo.tokens(2, 30))
+    shapes = {name: tuple(x.shape) for name, x in cache.items() if not name.startswith("blocks.1")}
+    assert shapes == {
+        "hook_embed": (2, 30, 32),
+        "blocks.0.hook_resid_pre": (2, 30, 32),
+        "blocks.0.attn.hook_rot_q": (2, 30, 4, 8),
+        "blocks.0.attn.hook_rot_k": (2, 30, 2, 8),
+        "blocks.0.attn.hook_v": (2, 30, 2, 8),
+        "blocks.0.attn.hook_attn_scores": (2, 4, 30, 30),
+        "blocks.0.attn.hook_pattern": (2, 4, 30, 30),
+        "blocks.0.attn.hook_z": (2, 30, 4, 8),
+        "blocks.0.hook_attn_out": (2, 30, 32),
+        "blocks.0.hook_resid_mid": (2, 30, 32),
+        "blocks.0.hook_mlp_out": (2, 30, 32),
+        "blocks.0.hook_resid_post": (2, 30, 32),
+        "ln_final.hook_out": (2, 30, 32),
+    }
+
+
+@pytest.mark.parametrize("site", ["hook_resid_pre", "hook_resid_mid", "hook_attn_out", "hook_mlp_out", "attn.hook_z",
+                                  "attn.hook_v", "attn.hook_rot_q", "attn.hook_rot_k"])  # fmt: skip
+def test_what_a_hook_returns_is_what_the_model_goes_on_with(site):
+    model = load_model(zoo.llama())
+    tokens = zoo.tokens()
+    clean = model(tokens)
+    changed = model.run_with_hooks(tokens, fwd_hooks=[(f"blocks.1.{site}", lambda x, hook: x.flip(1))])
+    assert (changed - clean).abs().max() > 1e-3
+    assert torch.equal(model(tokens), clean)
+
+
+def test_patterns_are_causal_and_sum_to_one():
+    model = load_model(zoo.llama(), attn="eager")
+    _, cache = model.run_with_cache(zoo.tokens())
+    pattern = cache["blocks.0.attn.hook_pattern"]
+    torch.testing.assert_close(pattern.sum(-1), torch.ones(2, 4, 30))
+    assert pattern.triu(1).abs().max() == 0
+
+
+def effective_mask(model, window, masked):
+    """Which positions can influence which: the mask as the model sees it, read from gradients."""
+    inputs = []
+
+    def keep(x, hook):
+        inputs.append(x.detach().requires_grad_())
+        return inputs[0]
+
+    with model.hooks(fwd_hooks=[("blocks.0.attn.hook_v", keep)]):
+        reads = []
+        with model.hooks(fwd_hooks=[("blocks.0.attn.hook_z", lambda x, hook: reads.append(x))]):
+            model(window, masked=masked)
+    rows = [torch.autograd.grad(z.sum(), inputs[0], retain_graph=True)[0][0].abs().sum((1, 2)) for z in reads[0][0]]
+    return torch.stack(rows) > 0
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("name", ["llama", "mistral_sliding", "gemma2"])
+def test_the_effective_mask_is_the_documents_and_the_window(name, kernel):
+    model = load_model(zoo.model(zoo.CONFIGS[name]()), attn=kernel)
+    documents = [zoo.tokens(1, n, seed=n)[0] for n in (10, 13, 10)]
+    for positions in ("continuous", "reset", "skipped"):
+        window = pack(documents, 33, positions=positions, target_window=100)
+        distance = torch.arange(33).unsqueeze(1) - torch.arange(33)
+        causal = (distance >= 0) & (distance < (33 if name == "llama" else 8))
+        same = window.document_of.unsqueeze(1) == window.document_of
+        assert torch.equal(effective_mask(model, window, masked=True), causal & same)
+        assert torch.equal(effective_mask(model, window, masked=False), causal)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral_sliding", "gemma2", "gemma3"])
+def test_kernels_agree_in_float64_on_masked_packs(name):
+    plain = zoo.model(zoo.CONFIGS[name]()).double()
+    window = pack([zoo.tokens(1, n, seed=n)[0] for n in (10, 13, 10, 4)], 37)
+    with torch.no_grad():
+        fused = load_model(plain, attn="sdpa")(window, masked=True, rows=2)
+        eager = load_model(plain, attn="eager")(window, masked=True, rows=2)
+    torch.testing.assert_close(fused, eager, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", zoo.CONFIGS)
+def test_a_document_alone_equals_itself_in_a_masked_pack_wherever_it_stands(name):
+    model = load_model(zoo.model(zoo.CONFIGS[name]()).double())
+    document, other, third = (zoo.tokens(1, n, seed=n)[0] for n in (12, 17, 9))
+    with torch.no_grad():
+        alone = model(document.unsqueeze(0))[0]
+        first = model(pack([document, other, third], 38), masked=True)[0, :12]
+        last = model(pack([other, third, document], 38), masked=True)[0, 26:]
+        reset = model(pack([other, third, document], 38, positions="reset"), masked=True)[0, 26:]
+    for placed in (first, last, reset):
+        torch.testing.assert_close(placed, alone, rtol=0, atol=1e-10)
+
+
+def test_unmasked_documents_see_each_other():
+    model = load_model(zoo.llama())
+    window = pack([zoo.tokens(1, 12)[0], zoo.tokens(1, 12, seed=1)[0]], 24)
+    with torch.no_grad():
+        assert (model(window)[0, 12:] - model(window, masked=True)[0, 12:]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("scheme", ["reset", "skipped"])
+def test_position_schemes_rotate_but_never_mask(scheme):
+    model = load_model(zoo.llama().double())
+    window = pack([zoo.tokens(1, 12)[0], zoo.tokens(1, 12, seed=1)[0]], 24, positions=scheme, target_window=60)
+    _, cache = model.run_with_cache(window)
+    plain = Window(window.tokens, window.cu_seqlens, torch.arange(24).unsqueeze(0))
+    _, continuous = model.run_with_cache(plain)
+    rotary = model.rotary[0]
+    moved = (window.position_ids - plain.position_ids)[0].double()
+    expected = rope.rotate(continuous["blocks.0.attn.hook_rot_q"][0], torch.outer(moved, rotary.inv_freq).unsqueeze(1))
+    torch.testing.assert_close(cache["blocks.0.attn.hook_rot_q"][0], expected, rtol=0, atol=1e-10)
+
+
+def test_float64_is_float64_throughout():
+    model = load_model(zoo.llama().double())
+    window = repeated_window(zoo.tokens(1, 10)[0], 3)
+    seen = {name: x.dtype for name, x in model.run_with_cache(window)[1].items()}
+    assert set(seen.values()) == {torch.float64}
+    _, cache = model.run_with_cache(repeated_window(7, 24))
+    rotated, rotary = cache["blocks.0.attn.hook_rot_q"][0], model.rotary[0]
+    angles = torch.outer(torch.arange(24).double(), rotary.inv_freq).unsqueeze(1)
+    torch.testing.assert_close(rope.rotate(rotated[:1], angles), rotated, rtol=0, atol=1e-13)
+
+
+def test_double_makes_a_control_and_leaves_the_model_as_it_was():
+    model = load_model(zoo.llama())
+    tokens = zoo.tokens()
+    before = model(tokens)
+    control = model.double()
+    assert (model.dtype, control.dtype) == (torch.float32, torch.float64)
+    torch.testing.assert_close(control(tokens).float(), before, rtol=0, atol=1e-4)
+    assert torch.equal(model(tokens), before)
+    changed = model.run_with_hooks(tokens, fwd_hooks=[("blocks.0.attn.hook_rot_q", lambda x, hook: x.flip(1))])
+    assert not torch.equal(changed, before)
+
+
+def test_release_gives_the_plain_model_back():
+    plain = zoo.llama()
+    tokens = zoo.tokens()
+    expected = plain(tokens, use_cache=False).logits
+    model = load_model(plain)
+    assert model.release() is plain
+    assert plain.config._attn_implementation == "sdpa"
+    assert torch.equal(plain(tokens, use_cache=False).logits, expected)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in plain.modules())
+    with pytest.raises(InputError, match="released"):
+        model(tokens)
+
+
+def test_a_newer_wrapper_takes_over_and_the_older_one_says_so():
+    plain = zoo.llama()
+    older = load_model(plain)
+    load_model(plain, attn="eager")
+    with pytest.raises(InputError, match="newer"):
+        older(zoo.tokens())
+
+
+def test_a_saved_model_does_not_know_that_it_was_hooked(tmp_path):
+    plain = zoo.llama()
+    load_model(plain)
+    plain.save_pretrained(tmp_path)
+    assert "rope_probe" not in (tmp_path / "config.json").read_text()
+    reloaded = load_model(tmp_path)
+    assert torch.equal(reloaded(zoo.tokens()), load_model(plain)(zoo.tokens()))
+
+
+def test_an_exception_in_a_hook_leaves_no_hook_and_no_mask_behind():
+    model = load_model(zoo.llama())
+    window = pack([zoo.tokens(1, 12)[0], zoo.tokens(1, 12, seed=1)[0]], 24)
+    clean = model(window)
+
+    def fail(x, hook):
+        raise RuntimeError("on purpose")
+
+    with pytest.raises(RuntimeError, match="on purpose"):
+        model.run_with_hooks(window, masked=True, fwd_hooks=[("blocks.1.attn.hook_rot_k", fail)])
+    assert torch.equal(model(window), clean)
+
+
+def test_gradients_flow_through_masked_packs():
+    model = load_model(zoo.llama().double())
+    window = pack([zoo.tokens(1, 12)[0], zoo.tokens(1, 7, seed=1)[0], zoo.tokens(1, 12, seed=2)[0]], 31)
+    weight = model.original_model.model.layers[0].self_attn.q_proj.weight
+    grads = []
+    for kernel in KERNELS:
+        model = load_model(model.original_model, attn=kernel)
+        model(window, masked=True).square().mean().backward()
+        grads.append(weight.grad.clone())
+        weight.grad = None
+    torch.testing.assert_close(*grads, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (lambda: hf.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4), "gpt2"),
+        (lambda: hf.GptOssConfig(**zoo.SIZES, num_local_experts=2, head_dim=8), "gpt_oss"),
+    ],
+)
+def test_models_without_rope_or_of_an_unknown_layout_are_refused(make, named):
+    with pytest.raises(InputError, match=named):
+        load_model(hf.AutoModelForCausalLM.from_config(make()))
+
+
+@pytest.mark.parametrize("rope_type", ["longrope", "dynamic"])
+def test_frequencies_that_would_change_with_the_input_are_refused(rope_type):
+    model = load_model(zoo.llama(rope_parameters=zoo.ROPE_TYPES[rope_type]))
+    limit = {"longrope": 64, "dynamic": 128}[rope_type]
+    model(zoo.tokens(1, limit))
+    with pytest.raises(InputError, match=f"at most {limit} tokens"):
+        model(zoo.tokens(1, limit + 1))
+
+
+@pytest.mark.parametrize(
+    ("call", "named"),
+    [
+        (lambda m: m(torch.tensor([[1, 64]])), "token id 64"),
+        (lambda m: m(torch.tensor([[-1, 4]])), "token id -1"),
+        (lambda m: m(zoo.tokens(), masked=True), "Window"),
+        (lambda m: load_model(m.original_model, attn="quantum"), "quantum"),
+    ],
+)
+def test_bad_calls_are_refused_by_name(call, named):
+    with pytest.raises(InputError, match=named):
+        call(load_model(zoo.llama()))
+
+
+def test_padding_cannot_slip_through_the_seam():
+    plain = load_model(zoo.llama()).original_model
+    mask = torch.ones(2, 30, dtype=torch.long)
+    mask[0, :4] = 0
+    with pytest.raises(InputError, match="padding"):
+        plain(zoo.tokens(), attention_mask=mask, use_cache=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel", ["flash_attention_2", "flash_attention_3"])
+def test_flash_kernels_agree_with_sdpa(kernel):
+    config = hf.LlamaConfig(**{**zoo.SIZES, "hidden_size": 128, "head_dim": 32})
+    plain = zoo.model(config).to("cuda", torch.bfloat16)
+    stream = KeyValueStream(16, (2, 4), keys=20, values=20)
+    window = pack(list(stream.documents(4, seed=0)), 64)
+    reference = load_model(copy.deepcopy(plain))
+    try:
+        model = load_model(plain, attn=kernel)
+    except InputError as error:
+        pytest.skip(str(error))
+    for masked in (False, True):
+        torch.testing.assert_close(model(window, masked=masked), reference(window, masked=masked), rtol=0, atol=0.1)
