@@ -23,6 +23,7 @@ from torch import Tensor
 from rope_probe import rope
 from rope_probe.architectures import Rotary, rotary_layers
 from rope_probe.errors import InputError
+from rope_probe.hooked import HookedCausalLM
 from rope_probe.packing import Window
 
 Side = Literal["q", "k", "qk"]
@@ -78,13 +79,12 @@ class Perturbation(ABC):
         layers = _select("layer", self.layers, len(rotary))
         if self.layers is not None and (bare := [layer for layer in layers if rotary[layer] is None]):
             raise InputError(f"layer {bare[0]} has no RoPE, so there is no position in it to perturb")
+        self._check_fires(model, layers)
         turning = [(side, layer, rotary[layer]) for layer in layers for side in self.side]
         return [self._hook(model, side, layer, one, window) for side, layer, one in turning if one is not None]
 
     def _hook(self, model: Any, side: str, layer: int, rotary: Rotary, window: Window | None) -> Hook:
         name = f"blocks.{layer}.attn.hook_rot_{side}"
-        if name not in model.hook_dict:
-            raise InputError(f"this model has no hook {name}; load it with rope_probe.load_model")
         heads = self._heads(side, model.original_model.config)
         pairs = _select("pair", self.pairs, len(rotary.inv_freq))
         factor = self.scaling(rotary)
@@ -108,6 +108,18 @@ class Perturbation(ABC):
             return changed
 
         return name, turn
+
+    def _check_fires(self, model: Any, layers: list[int]) -> None:
+        """A bridge can have hook points that never fire, and a perturbation there would silently do nothing."""
+        if isinstance(model, HookedCausalLM):
+            return
+        fired = set()
+        names = {f"blocks.{layer}.attn.hook_rot_{side}" for layer in layers for side in self.side}
+        reads = [(name, lambda x, hook, name=name: fired.add(name)) for name in names if name in model.hook_dict]
+        with torch.no_grad():
+            model.run_with_hooks(torch.zeros(1, 2, dtype=torch.long), fwd_hooks=reads)
+        if silent := sorted(names - fired):
+            raise InputError(f"the hook {silent[0]} never fires on this model; load it with rope_probe.load_model")
 
     def _heads(self, side: str, config: Any) -> list[int] | None:
         if self.heads is None:

@@ -5,7 +5,9 @@ upcast; in a float64 model it is a *downcast*, and the control loses nine digits
 request gets float64 instead, so transformers' own code runs unchanged in double precision.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 _DOUBLE = {torch.float32: torch.float64}
+_suspended = ContextVar("_suspended", default=False)
 
 
 class promote_float32(TorchFunctionMode):  # noqa: N801  (a context manager, used like a function)
@@ -21,6 +24,8 @@ class promote_float32(TorchFunctionMode):  # noqa: N801  (a context manager, use
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        if _suspended.get():
+            return func(*args, **(kwargs or {}))
         if func is Tensor.float:
             func = Tensor.double
         promoted = {name: self._promote(value) for name, value in (kwargs or {}).items()}
@@ -29,3 +34,13 @@ class promote_float32(TorchFunctionMode):  # noqa: N801  (a context manager, use
     @staticmethod
     def _promote(value: Any) -> Any:
         return _DOUBLE.get(value, value) if isinstance(value, torch.dtype) else value
+
+
+@contextmanager
+def keep_float32() -> Iterator[None]:
+    """Within it, float32 means float32 even inside `promote_float32`: for what is float32 by definition."""
+    token = _suspended.set(True)
+    try:
+        yield
+    finally:
+        _suspended.reset(token)

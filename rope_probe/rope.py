@@ -12,7 +12,6 @@ Shape letters: D head dim, P rotary pairs.
 
 import math
 from collections.abc import Mapping
-from contextlib import nullcontext
 from typing import Any, Literal, get_args
 
 import torch
@@ -23,7 +22,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbedding
 
 from rope_probe.errors import InputError
-from rope_probe.precision import promote_float32
+from rope_probe.precision import keep_float32, promote_float32
 
 Layout = Literal["half", "adjacent"]
 
@@ -88,14 +87,14 @@ def _rope_init(
         raise InputError(f"rope_type {rope_type!r} reads the model's length: pass max_position_embeddings")
     length = max_position_embeddings or original or 2048
     shape = {"hidden_size": head_dim, "num_attention_heads": 1, "max_position_embeddings": length}
-    with promote_float32() if dtype == torch.float64 else nullcontext():
+    with promote_float32() if dtype == torch.float64 else keep_float32():
         if rope_type == "default":
             config = GPTNeoXConfig(**shape, rope_parameters={"partial_rotary_factor": 1.0, **rope_parameters})
             frequencies, factor = GPTNeoXRotaryEmbedding.compute_default_rope_parameters(config)
         else:
             config = LlamaConfig(**shape, head_dim=head_dim, rope_parameters=dict(rope_parameters))
             frequencies, factor = ROPE_INIT_FUNCTIONS[rope_type](config, torch.device("cpu"), seq_len=seq_len)
-    return frequencies.to(dtype), float(factor)
+        return frequencies.to(dtype), float(factor)
 
 
 def wavelengths(inv_freq: Float[Tensor, " P"]) -> Float[Tensor, " P"]:

@@ -62,7 +62,7 @@ ROPE_TYPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def model(config: Any, *, attn: str | None = None, seed: int = 0) -> Any:
+def model(config: Any, *, attn: str | None = None, seed: int = 0, scale: float = 0.3) -> Any:
     """A tiny model with weights large enough that every part of it matters."""
     torch.manual_seed(seed)
     config._attn_implementation = attn
@@ -70,7 +70,7 @@ def model(config: Any, *, attn: str | None = None, seed: int = 0) -> Any:
     generator = torch.Generator().manual_seed(seed)
     for parameter in made.parameters():
         if parameter.ndim > 1:
-            parameter.data.normal_(0, 0.3, generator=generator)
+            parameter.data.normal_(0, scale, generator=generator)
     return made
 
 

@@ -2,7 +2,7 @@
 
 - Muon turns the matrices inside the layers, AdamW the rest: with AdamW alone, small models with a small theta settle on
   copying from fixed offsets, and content-matched retrieval never emerges on some seeds (see docs/log.md).
-- Batch i is a pure function of (seed, i). bfloat16 autocast; weights stay float32.
+- Batch i is a pure function of (seed, i). Weights stay float32, under bfloat16 autocast too.
 """
 
 from collections.abc import Callable
@@ -28,14 +28,11 @@ def train_phase(
     Raises GateError, naming distance, accuracy and budget, when the gate is not passed within the phase's steps.
     """
     optimizers = _optimizers(model.original_model, phase)
-    schedulers = [
-        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / phase.warmup))
-        for optimizer in optimizers
-    ]
+    schedulers = [torch.optim.lr_scheduler.LambdaLR(one, phase.learning_rate_factor) for one in optimizers]
     gate, history, measured, passed = phase.gate, [], pd.DataFrame(), phase.gate is None
     for step in range(phase.steps):
         tokens = phase.data.windows(phase.batch_tokens // phase.window, phase.window, seed=seed, index=step)
-        loss = _step(model, tokens.to(model.device), optimizers, phase.clip_norm)
+        loss = _step(model, tokens.to(model.device), optimizers, phase)
         for scheduler in schedulers:
             scheduler.step()
         history.append({"step": step, "tokens": (step + 1) * phase.batch_tokens, "ce_nats": loss})
@@ -55,13 +52,13 @@ def train_phase(
     return history, measured
 
 
-def _step(model: HookedCausalLM, tokens: Tensor, optimizers: list[torch.optim.Optimizer], clip_norm: float) -> float:
+def _step(model: HookedCausalLM, tokens: Tensor, optimizers: list[torch.optim.Optimizer], phase: Phase) -> float:
     model.original_model.train()
-    with torch.autocast(tokens.device.type, dtype=torch.bfloat16):
-        logits = model(tokens[:, :-1])
+    with torch.autocast(tokens.device.type, dtype=torch.bfloat16, enabled=phase.autocast):
+        logits = model(tokens)[:, :-1]
     loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
     loss.backward()
-    nn.utils.clip_grad_norm_(model.original_model.parameters(), clip_norm)
+    nn.utils.clip_grad_norm_(model.original_model.parameters(), phase.clip_norm)
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad()

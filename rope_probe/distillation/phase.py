@@ -1,6 +1,8 @@
 """What a training phase is: its window, theta, data, budget and the gate it must pass."""
 
+import math
 from dataclasses import dataclass
+from typing import Literal
 
 import pandas as pd
 
@@ -40,7 +42,8 @@ class Phase:
     """One stage of training by cross-entropy on windows of packed documents, all tokens counted.
 
     `matrix_lr` is Muon's learning rate for the matrices inside the layers, `lr` AdamW's for embeddings, head and norms;
-    None trains everything with AdamW. Both rise over `warmup` steps and stay. `steps` is the cap when there is a gate.
+    None trains everything with AdamW. Both rise over `warmup` steps, then stay ("constant") or fall to a tenth at
+    `steps` ("cosine"). `steps` is the cap when there is a gate. `autocast` computes in bfloat16, where that is faster.
     """
 
     name: str
@@ -51,10 +54,19 @@ class Phase:
     batch_tokens: int
     lr: float = 3e-3
     matrix_lr: float | None = 0.01
+    schedule: Literal["constant", "cosine"] = "constant"
     warmup: int = 50
     weight_decay: float = 0.1
     clip_norm: float = 1.0
+    autocast: bool = False
     gate: Gate | None = None
+
+    def learning_rate_factor(self, step: int) -> float:
+        """Factor on the learning rates at a step, counted from 0."""
+        rise = min(1.0, (step + 1) / self.warmup)
+        if self.schedule == "constant":
+            return rise
+        return rise * (0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, step / self.steps))))
 
     def __post_init__(self) -> None:
         if self.batch_tokens % self.window:
