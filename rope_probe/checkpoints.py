@@ -5,7 +5,8 @@ import logging
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,26 +37,19 @@ def load(
     for weights that are missing or of the wrong shape, and for a dtype that the device cannot compute in.
     """
     name = os.fspath(model)
-    device = torch.device(device or "cpu")
-    require_dtype(device, dtype or torch.float32)
+    device = require_device(device or "cpu", dtype or torch.float32)
     if not Path(name).is_dir() and not _HUB_ID.fullmatch(name):
         raise InputError(f"no folder at {name!r}; give the folder of a Hugging Face checkpoint, or a hub id")
-    verbosity, hub_log = transformers_logging.get_verbosity(), logging.getLogger("huggingface_hub")
-    hub_level = hub_log.level
-    transformers_logging.set_verbosity(logging.CRITICAL)  # what it warns of is raised below, as one clear error
-    hub_log.setLevel(logging.CRITICAL)
     try:
-        loaded, info = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
-        )
+        with _quiet():  # what transformers would warn of is raised below, as one clear error
+            loaded, info = AutoModelForCausalLM.from_pretrained(
+                name, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
+            )
     except SafetensorError as error:
         raise InputError(f"checkpoint {name!r} has a corrupt weight file: {error}; copy it again") from error
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         first_line = str(error).strip().split("\n")[0]
         raise InputError(f"cannot load {name!r} as a causal LM: {first_line}") from error
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        hub_log.setLevel(hub_level)
     absent = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if absent:
         raise InputError(f"checkpoint {name!r} lacks {len(absent)} weights of its model, the first is {absent[0]}")
@@ -64,7 +58,7 @@ def load(
 
 def save(model: PreTrainedModel, folder: str | os.PathLike[str]) -> Path:
     """Write a checkpoint to `folder`, whole or not at all, replacing an older one there."""
-    with whole_folder(folder, marker="config.json") as partial:
+    with whole_folder(folder, marker="config.json") as partial, _quiet():
         model.save_pretrained(partial)
     return Path(folder)
 
@@ -88,10 +82,30 @@ def with_rope(model: PreTrainedModel, rope: float | Mapping[str, Any]) -> PreTra
     return switched
 
 
-def require_dtype(device: torch.device, dtype: torch.dtype) -> None:
-    """Raise InputError unless `device` is there and computes matrix products in `dtype`."""
+def require_device(device: torch.device | str, dtype: torch.dtype) -> torch.device:
+    """The torch device, after seeing it compute in `dtype`. Raises InputError for one that is not there or cannot."""
     try:
-        torch.mm(torch.ones(2, 2, dtype=dtype, device=device), torch.ones(2, 2, dtype=dtype, device=device))
+        x = torch.ones(2, 2, dtype=dtype, device=device)
+        (x @ x).softmax(-1).sum().item()
     except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).strip().split("\n")[0]
         raise InputError(f"device {str(device)!r} cannot compute in {dtype}: {reason}; try float32 on cpu") from error
+    return x.device
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No warnings and no progress bars from transformers and the hub client."""
+    hub_log = logging.getLogger("huggingface_hub")
+    verbosity, hub_level = transformers_logging.get_verbosity(), hub_log.level
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(logging.CRITICAL)
+    transformers_logging.disable_progress_bar()
+    hub_log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        hub_log.setLevel(hub_level)
+        if bars:
+            transformers_logging.enable_progress_bar()

@@ -233,7 +233,6 @@ def load_model(
     Raises InputError for what cannot be loaded (see `checkpoints.load`) or probed (see `HookedCausalLM`).
     """
     if isinstance(model, PreTrainedModel):
-        target = torch.device(device or model.device)
-        checkpoints.require_dtype(target, dtype or model.dtype)
+        target = checkpoints.require_device(device or model.device, dtype or model.dtype)
         return HookedCausalLM(model.to(device=target, dtype=dtype or model.dtype).eval(), attn)
     return HookedCausalLM(checkpoints.load(model, dtype=dtype, device=device), attn)

@@ -1,0 +1,185 @@
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from rope_probe import cli
+from rope_probe.results import read_run
+from tests import zoo
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "llama"
+    zoo.llama().save_pretrained(folder, max_shard_size="10KB")
+    return folder
+
+
+def rope_probe(capsys, *arguments):
+    """Exit code, stdout and stderr of the command, run in this process."""
+    argv, sys.argv = sys.argv, ["rope-probe", *map(str, arguments)]
+    try:
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+    finally:
+        sys.argv = argv
+    out, err = capsys.readouterr()
+    return stop.value.code or 0, out, err
+
+
+def test_trace_writes_a_run_and_ends_with_its_path(checkpoint, tmp_path, capsys):
+    out = tmp_path / "run"
+    options = "--window 40 --document-length 10 --shift 0.5 --shift 4 --side q --side qk --masked"
+    code, stdout, _ = rope_probe(capsys, "trace", checkpoint, "--out", out, *options.split())
+    assert code == 0
+    assert stdout.splitlines()[-1] == str(out)
+    assert "rounding" in stdout
+    assert "signal" in stdout
+    frame, manifest = read_run(out)
+    assert set(frame["side"]) == {"q", "qk"}
+    assert set(frame["delta_tokens"]) == {0.5, 4.0}
+    assert frame["value_float64"].notna().all()
+    assert manifest["mask"] == "documents"
+    assert manifest["config"]["window"] == 40
+    assert len(manifest["tokens_sha256"]) == 64
+
+
+def test_the_default_sweep_goes_from_a_quarter_token_to_the_window(checkpoint, tmp_path, capsys):
+    code, _, _ = rope_probe(capsys, "trace", checkpoint, "--out", tmp_path / "run", "--window", "64",
+                            "--document-length", "16", "--no-control")  # fmt: skip
+    assert code == 0
+    frame, _ = read_run(tmp_path / "run")
+    assert sorted(frame["delta_tokens"].unique()) == [0.25, 1, 4, 16, 64]
+    assert set(frame["side"]) == {"q", "k", "qk"}
+
+
+def test_trace_reads_documents_from_a_file(checkpoint, tmp_path, capsys):
+    (tmp_path / "documents.txt").write_text("5 6 7 8\n\n9 10 11\n")
+    code, _, _ = rope_probe(capsys, "trace", checkpoint, "--out", tmp_path / "run", "--shift", "1",
+                            "--tokens", tmp_path / "documents.txt")  # fmt: skip
+    assert code == 0
+    frame, _ = read_run(tmp_path / "run")
+    assert set(frame["document"]) == {0, 1}
+    assert set(frame["seq_len"]) == {7}
+
+
+def test_traces_are_the_same_for_the_same_seed(checkpoint, tmp_path, capsys):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        rope_probe(capsys, "trace", checkpoint, "--out", tmp_path / name, "--seed", seed, "--window", "20",
+                   "--document-length", "10", "--shift", "2", "--no-control")  # fmt: skip
+    a, b, c = (read_run(tmp_path / name)[0]["value"] for name in "abc")
+    assert a.equals(b)
+    assert not a.equals(c)
+
+
+def test_report_draws_a_run(checkpoint, tmp_path, capsys):
+    rope_probe(capsys, "trace", checkpoint, "--out", tmp_path / "run", "--window", "20", "--document-length", "10",
+               "--shift", "2", "--shift", "4")  # fmt: skip
+    code, stdout, _ = rope_probe(capsys, "report", tmp_path / "run", "--out", tmp_path / "gallery")
+    assert code == 0
+    assert stdout.strip() == str(tmp_path / "gallery" / "index.html")
+    assert (tmp_path / "gallery" / "index.html").is_file()
+
+
+def broken(checkpoint, tmp_path, how):
+    copy = shutil.copytree(checkpoint, tmp_path / "broken")
+    shard = sorted(copy.glob("model-*.safetensors"))[1]
+    if how == "missing":
+        shard.unlink()
+    else:
+        shard.write_bytes(b"\0" * 100)
+    return copy
+
+
+def gpt2(tmp_path):
+    GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4)).save_pretrained(tmp_path / "gpt2")
+    return tmp_path / "gpt2"
+
+
+def documents(tmp_path, text):
+    (tmp_path / "documents.txt").write_text(text)
+    return tmp_path / "documents.txt"
+
+
+BAD = {
+    "path that does not exist": (lambda c, t: ["/no/such/model"], "/no/such/model"),
+    "missing shard": (lambda c, t: [broken(c, t, "missing")], "model-00002-of"),
+    "corrupt shard": (lambda c, t: [broken(c, t, "corrupt")], "corrupt"),
+    "model without RoPE": (lambda c, t: [gpt2(t)], "gpt2"),
+    "window longer than the tokens": (
+        lambda c, t: [c, "--tokens", documents(t, "5 6 7\n8 9"), "--window", "6"],
+        "window of 6 tokens is longer than the 5 tokens",
+    ),
+    "window of broken documents": (lambda c, t: [c, "--window", "100", "--document-length", "30"], "100"),
+    "NaN shift": (lambda c, t: [c, "--shift", "nan"], "nan"),
+    "infinite shift": (lambda c, t: [c, "--shift", "inf"], "inf"),
+    "layer out of range": (lambda c, t: [c, "--layer", "2"], "layers 0 to 1"),
+    "head out of range": (lambda c, t: [c, "--head", "9", "--side", "q"], "heads 0 to 3"),
+    "pair out of range": (lambda c, t: [c, "--pair", "4"], "pairs 0 to 3"),
+    "token outside the vocabulary": (lambda c, t: [c, "--document", "5,64", "--window", "4"], "ids run from 0 to 63"),
+    "token that is no number": (lambda c, t: [c, "--document", "5,cat"], "cat"),
+    "tokens file that is not there": (lambda c, t: [c, "--tokens", t / "absent.txt"], "absent.txt"),
+    "two sources of tokens": (lambda c, t: [c, "--tokens", documents(t, "5"), "--document", "5"], "one of them"),
+    "unknown option": (lambda c, t: [c, "--sidd", "q"], "--sidd"),
+    "unknown side": (lambda c, t: [c, "--side", "v"], "'v'"),
+    "unknown kernel": (lambda c, t: [c, "--attn", "quantum"], "quantum"),
+    "kernel that is not installed": (lambda c, t: [c, "--attn", "flash_attention_2"], "flash_attention_2"),
+    "dtype unknown": (lambda c, t: [c, "--dtype", "float7"], "float7"),
+    "device unknown": (lambda c, t: [c, "--device", "abacus"], "abacus"),
+    "dtype the device cannot do": (lambda c, t: [c, "--device", "meta"], "meta"),
+    "negative seed": (lambda c, t: [c, "--seed", "-1"], "greater than or equal to 0"),
+    "missing argument": (lambda c, t: [], "model"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_exit_code_2_and_nothing_written(case, checkpoint, tmp_path, capsys):
+    arguments, named = BAD[case]
+    arguments = arguments(checkpoint, tmp_path)
+    before = sorted(tmp_path.iterdir())
+    code, stdout, stderr = rope_probe(capsys, "trace", *arguments, "--out", tmp_path / "run")
+    assert code == 2
+    assert stdout == ""
+    assert stderr.startswith("error: ")
+    assert stderr.count("\n") == 1
+    assert named in stderr
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_a_gpu_that_is_not_there_is_bad_input(checkpoint, tmp_path, capsys):
+    code, _, stderr = rope_probe(capsys, "trace", checkpoint, "--device", "cuda", "--out", tmp_path / "run")
+    assert (code, stderr.count("\n")) == (2, 1)
+
+
+def test_an_output_that_cannot_be_written_is_bad_input(checkpoint, tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    for out in (tmp_path / "file", tmp_path / "file" / "run"):
+        code, _, stderr = rope_probe(capsys, "trace", checkpoint, "--out", out, "--shift", "1")
+        assert (code, stderr.count("\n")) == (2, 1)
+        assert "file" in stderr
+    code, _, stderr = rope_probe(capsys, "report", tmp_path / "absent", "--out", tmp_path / "gallery")
+    assert (code, stderr.count("\n")) == (2, 1)
+
+
+def test_bad_input_is_one_line_in_a_process_of_its_own(checkpoint, tmp_path):
+    """Nothing that is imported or logged adds a line: the whole stderr of a real process."""
+    command = [sys.executable, "-c", "from rope_probe.cli import main; main()", "trace"]
+    for arguments in ([broken(checkpoint, tmp_path, "missing")], ["tiny/absent-model"], [gpt2(tmp_path)]):
+        done = subprocess.run(
+            [*command, *map(str, arguments), "--out", tmp_path / "run"],
+            capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "80"},
+        )  # fmt: skip
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+        assert done.stderr.startswith("error: ")
+
+
+def test_help_names_the_commands(capsys):
+    code, stdout, _ = rope_probe(capsys, "--help")
+    assert code == 0
+    assert "trace" in stdout
+    assert "report" in stdout

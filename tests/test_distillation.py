@@ -1,0 +1,76 @@
+import dataclasses
+
+import pytest
+import torch
+
+from rope_probe import InputError, KeyValueStream, load_model
+from rope_probe.distillation import Gate, GateError, Phase, train_phase
+from tests import zoo
+
+STREAM = KeyValueStream(16, distinct=(1, 4), keys=20, values=20)
+PHASE = Phase("tiny", STREAM, window=32, theta=1e4, steps=30, batch_tokens=256, warmup=5)
+
+
+def fresh():
+    return load_model(zoo.model(zoo.CONFIGS["llama"](), scale=0.05))
+
+
+@pytest.mark.parametrize("matrix_lr", [0.01, None])
+def test_training_lowers_the_loss_and_moves_every_weight(matrix_lr):
+    model = fresh()
+    before = {name: p.clone() for name, p in model.original_model.named_parameters()}
+    heard = []
+    phase = dataclasses.replace(PHASE, matrix_lr=matrix_lr)
+    history, gate = train_phase(model, phase, seed=0, on_step=heard.append)
+    losses = [numbers["ce_nats"] for numbers in history]
+    assert sum(losses[-5:]) < sum(losses[:5]) - 1.0
+    assert heard == history
+    assert [numbers["tokens"] for numbers in history] == [256 * (i + 1) for i in range(30)]
+    assert gate.empty
+    assert all(not torch.equal(p, before[name]) for name, p in model.original_model.named_parameters())
+    assert not model.original_model.training
+
+
+def test_the_first_loss_is_the_cross_entropy_of_the_model_as_it_was():
+    model = fresh()
+    tokens = STREAM.windows(8, 32, seed=4, index=0)
+    expected = model.original_model(tokens, labels=tokens).loss.item()
+    history, _ = train_phase(model, dataclasses.replace(PHASE, steps=1), seed=4)
+    assert history[0]["ce_nats"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_training_is_a_pure_function_of_the_seed():
+    weights = []
+    for seed in (0, 0, 1):
+        model = fresh()
+        train_phase(model, dataclasses.replace(PHASE, steps=3), seed=seed)
+        weights.append(model.original_model.lm_head.weight)
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_a_gate_that_passes_ends_the_phase():
+    phase = dataclasses.replace(PHASE, gate=Gate(16, (2, 8), accuracy=0.0, every=4, trials=8))
+    history, gate = train_phase(fresh(), phase, seed=0)
+    assert len(history) == 4
+    assert gate["distance"].tolist() == [2, 8]
+
+
+@pytest.mark.parametrize("every", [4, 100])
+def test_a_gate_that_is_missed_fails_loudly(every):
+    phase = dataclasses.replace(PHASE, steps=8, gate=Gate(16, (2, 8), accuracy=1.0, every=every, trials=8))
+    with pytest.raises(GateError, match=r"phase 'tiny' with seed 5 missed its gate, accuracy 1.0 .* 8 steps of 256"):
+        train_phase(fresh(), phase, seed=5)
+
+
+def test_schedules_rise_then_stay_or_fall_to_a_tenth():
+    constant = [PHASE.learning_rate_factor(step) for step in (0, 4, 29)]
+    assert constant == [0.2, 1.0, 1.0]
+    cosine = dataclasses.replace(PHASE, schedule="cosine")
+    assert cosine.learning_rate_factor(15) == pytest.approx(0.55)
+    assert cosine.learning_rate_factor(30) == pytest.approx(0.1)
+
+
+def test_a_batch_that_holds_no_whole_windows_is_refused():
+    with pytest.raises(InputError, match="multiple of the window, 32, but it is 100"):
+        dataclasses.replace(PHASE, batch_tokens=100)

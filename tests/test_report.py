@@ -1,0 +1,101 @@
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from rope_probe import InputError, PositionShift, copy_deltas, load_model, plots, repeated_window, trace
+from rope_probe.report import gallery, write_figure
+from rope_probe.results import new_run, read_run, tidy
+from tests import zoo
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    model = load_model(zoo.llama())
+    window = repeated_window(zoo.tokens(1, 10)[0], 4)
+    shifts = [PositionShift(side, dose) for side in ("q", "k", "qk") for dose in (0.25, 1.0, 4.0)]
+    with new_run(folder, "propagation", {"note": "<script>alert(1)</script>"}) as made:
+        made.record(copy_deltas(model, window), model="tiny", seed=0, arm="repeated document")
+        made.record(trace(model, window, shifts, control=True), model="tiny", seed=0, arm="repeated document")
+    return folder
+
+
+def test_the_heatmap_shows_the_numbers_of_the_frame(run):
+    frame, _ = read_run(run)
+    figure = plots.copy_heatmap(frame)
+    titles = [note.text for note in figure.layout.annotations][:4]
+    assert titles == ["queries, rotation undone", "keys, rotation undone", "residual stream", "logits"]
+    shown = np.asarray(figure.data[2].customdata)
+    assert shown.shape == (2, 3)
+    rows = frame[(frame["site"] == "blocks.1.hook_resid_post") & (frame["metric"] == "rel_l2")]
+    rows = rows[rows["perturbation"] == "Copy"].sort_values("document")
+    np.testing.assert_allclose(shown[1], rows["value"])
+    np.testing.assert_allclose(np.asarray(figure.data[2].z)[1], np.log10(rows["value"]))
+
+
+def test_dose_response_shows_the_numbers_of_the_frame(run):
+    frame, _ = read_run(run)
+    figure = plots.dose_response(frame)
+    lines = {line.name: line for line in figure.data if line.name}
+    assert set(lines) == {"queries only", "keys only", "both, which cancels", "both, in float64"}
+    q = frame[(frame["metric"] == "kl_nats") & (frame["side"] == "q")].groupby("delta_tokens")["value"].mean()
+    np.testing.assert_allclose(lines["queries only"].x, q.index)
+    np.testing.assert_allclose(lines["queries only"].y, q)
+    assert max(lines["both, in float64"].y) < 1e-20 < min(lines["queries only"].y)
+    assert figure.layout.xaxis.type == figure.layout.yaxis.type == "log"
+
+
+def test_captions_say_what_was_drawn(run):
+    frame, _ = read_run(run)
+    for draw in (plots.copy_heatmap, plots.dose_response):
+        caption = draw(frame).layout.annotations[-1].text.replace("<br>", " ")
+        assert "seeds 0" in caption
+        assert "window 40 tokens" in caption
+
+
+@pytest.mark.parametrize("draw", [plots.copy_heatmap, plots.dose_response])
+def test_frames_without_the_rows_are_refused(draw):
+    with pytest.raises(InputError, match="hold no"):
+        draw(tidy([{"metric": "accuracy", "value": 1.0}]))
+
+
+def test_copies_that_do_not_differ_can_be_drawn():
+    frame = copy_deltas(load_model(zoo.llama().double()), repeated_window(7, 3))
+    assert plots.copy_heatmap(frame).data
+
+
+def test_the_gallery_works_offline_and_links_what_is_there(run, tmp_path):
+    index = gallery([run], tmp_path / "gallery")
+    page = index.read_text()
+    pages = re.findall(r'<iframe src="([^"]+)"', page)
+    assert len(pages) == 2
+    for name in pages:
+        figure = (tmp_path / "gallery" / name).read_text()
+        assert 'src="plotly.min.js"' in figure
+        assert not re.search(r"(src|href)=[\"']https?://", figure + page)
+    assert (tmp_path / "gallery" / "plotly.min.js").exists()
+    assert "<script>alert" not in page
+
+
+def test_an_older_gallery_is_replaced_and_nothing_else(run, tmp_path):
+    gallery([run], tmp_path / "gallery")
+    gallery([run], tmp_path / "gallery")
+    with pytest.raises(InputError, match="not replaced"):
+        gallery([run], run)
+    assert read_run(run)[1]["status"] == "complete"
+
+
+def test_runs_with_nothing_to_draw_are_refused(tmp_path):
+    with new_run(tmp_path / "run", "test", {}) as made:
+        made.record(tidy([{"metric": "accuracy", "value": 1.0}]))
+    with pytest.raises(InputError, match="nothing"):
+        gallery([tmp_path / "run"], tmp_path / "gallery")
+    assert not (tmp_path / "gallery").exists()
+
+
+def test_figures_are_written_where_asked(run, tmp_path):
+    page = write_figure(plots.dose_response(read_run(run)[0]), tmp_path / "deep" / "figure.html")
+    assert page.is_file()
+    assert isinstance(read_run(run)[0], pd.DataFrame)

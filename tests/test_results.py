@@ -1,0 +1,112 @@
+import json
+
+import pandas as pd
+import pytest
+import torch
+
+from rope_probe import InputError, results
+from rope_probe.results import is_complete, new_run, read_run, tidy
+from tests import zoo
+
+ROWS = [{"site": "logits", "metric": "kl_nats", "value": 0.5}]
+
+
+def test_frames_get_every_column_in_order():
+    frame = tidy(ROWS)
+    assert list(frame.columns) == list(results.SCHEMA)
+    assert frame["layer"].isna().all()
+    with pytest.raises(InputError, match="'colour'"):
+        tidy([{"colour": "red"}])
+
+
+def test_a_run_comes_back_as_it_was_recorded(tmp_path):
+    with new_run(tmp_path / "run", "test", {"steps": 3}) as run:
+        run.record(tidy(ROWS), model="tiny", seed=4)
+        (run.folder / "note.txt").write_text("beside")
+        assert not (tmp_path / "run").exists()
+    frame, manifest = read_run(tmp_path / "run")
+    assert frame["value"].tolist() == [0.5]
+    assert (frame.loc[0, "model"], frame.loc[0, "seed"], frame.loc[0, "experiment"]) == ("tiny", 4, "test")
+    assert frame.loc[0, "run_id"] == manifest["run_id"]
+    assert (manifest["status"], manifest["config"]) == ("complete", {"steps": 3})
+    assert {"argv", "packages", "git", "hardware", "wall_s", "peak_memory_bytes"} <= set(manifest)
+    assert manifest["packages"]["torch"].startswith("2.")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_empty_runs_can_be_read(tmp_path):
+    with new_run(tmp_path / "run", "test", {}):
+        pass
+    assert read_run(tmp_path / "run")[0].empty
+
+
+def test_a_run_that_fails_leaves_nothing_and_keeps_the_old_one(tmp_path):
+    with new_run(tmp_path / "run", "first", {}):
+        pass
+
+    def fail_midway():
+        with new_run(tmp_path / "run", "second", {}) as run:
+            run.record(tidy(ROWS))
+            raise RuntimeError("midway")
+
+    with pytest.raises(RuntimeError, match="midway"):
+        fail_midway()
+    assert read_run(tmp_path / "run")[1]["experiment"] == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_run_replaces_a_run_and_nothing_else(tmp_path):
+    for name in ("first", "second"):
+        with new_run(tmp_path / "run", name, {}):
+            pass
+    assert read_run(tmp_path / "run")[1]["experiment"] == "second"
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years")
+    with pytest.raises(InputError, match="not replaced"), new_run(tmp_path / "mine", "test", {}):
+        pass
+    assert (tmp_path / "mine" / "thesis.tex").exists()
+
+
+def test_an_output_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(InputError, match="file"), new_run(tmp_path / "file" / "run", "test", {}):
+        pass
+
+
+def test_only_complete_runs_can_be_read(tmp_path):
+    with pytest.raises(InputError, match="not a readable run"):
+        read_run(tmp_path / "absent")
+    with new_run(tmp_path / "run", "test", {}):
+        pass
+    manifest = tmp_path / "run" / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "status": "running"}))
+    with pytest.raises(InputError, match="not complete"):
+        read_run(tmp_path / "run")
+
+
+def test_a_run_is_reused_for_the_same_config_alone(tmp_path):
+    config = {"steps": 3, "distances": (8, 16), "theta": 1e4}
+    assert not is_complete(tmp_path / "run", config)
+    with new_run(tmp_path / "run", "test", config):
+        pass
+    assert is_complete(tmp_path / "run", config)
+    assert not is_complete(tmp_path / "run", {**config, "steps": 4})
+
+
+def test_models_and_tokens_are_told_apart_by_their_hashes():
+    model = zoo.llama()
+    told = results.describe_model(model)
+    assert told["rope_parameters"]["rope_theta"] == 1e4
+    assert told == results.describe_model(zoo.llama())
+    model.lm_head.weight.data[0, 0] += 1e-6
+    assert told["weights_sha256"] != results.describe_model(model)["weights_sha256"]
+    assert results.describe_model(model.to(torch.bfloat16))["dtype"] == "torch.bfloat16"
+    assert results.hash_tokens(torch.tensor([1, 2])) == results.hash_tokens(torch.tensor([1, 2], dtype=torch.int32))
+    assert results.hash_tokens(torch.tensor([1, 2])) != results.hash_tokens(torch.tensor([2, 1]))
+
+
+def test_nothing_is_pickled(tmp_path):
+    with new_run(tmp_path / "run", "test", {}) as run:
+        run.record(tidy(ROWS))
+    assert {path.suffix for path in (tmp_path / "run").iterdir()} == {".parquet", ".json"}
+    assert isinstance(pd.read_parquet(tmp_path / "run" / "metrics.parquet"), pd.DataFrame)
