@@ -8,7 +8,7 @@ Predictions, written before the first run:
 
  1. One token repeated: every value vector is the same, so attention returns it whatever the weights are, and position
     reaches neither the residual stream nor the logits (float64 below 1e-10), though rotated q and k differ.
- 2. The same with another first token: position 0 is now distinguishable and its softmax weight depends on distance, so
+ 2. The same after one other token: position 0 is now distinguishable and its softmax weight depends on distance, so
     position does reach the logits, far above the float64 floor.
  3. A document repeated: position reaches the logits, unless documents are masked from each other: then a plain RoPE
     model is blind to a document's place and what is left is rounding.
@@ -21,9 +21,9 @@ Predictions, written before the first run:
 """
 
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
-import torch
 import typer
 
 from experiments.toy_checkpoints import SHORT, SHORT_DOCUMENTS
@@ -45,9 +45,9 @@ def measure(out: Path, checkpoints: list[Path]) -> None:
             role, seed = made["role"], made["seed"]
             model = load_model(checkpoint / "checkpoint")
             run.manifest["models"][f"{role}-{seed}"] = describe_model(model.original_model)
-            for arm, (window, masked) in copy_arms(seed).items():
-                frame = copy_deltas(model, window, masked=masked, control=True)
-                run.record(frame, model=role, seed=seed, arm=arm)
+            for arm in copy_arms(seed):
+                frame = copy_deltas(model, arm.window, reference=arm.reference, masked=arm.masked, control=True)
+                run.record(frame, model=role, seed=seed, arm=arm.name)
             window = packed_documents(seed)
             run.manifest["models"][f"{role}-{seed}"]["tokens_sha256"] = hash_tokens(window.tokens)
             for masked in (False, True):
@@ -63,19 +63,26 @@ def config_of(checkpoints: list[Path]) -> dict:
     return {"window": WINDOW, "document": SHORT, "doses": DOSES, "weights_sha256": weights}
 
 
-def copy_arms(seed: int) -> dict[str, tuple[Window, bool]]:
-    """The repeated windows by name, and whether their documents are masked."""
+class CopyArm(NamedTuple):
+    """A repeated window, the document that counts as its first copy, and whether documents are masked."""
+
+    name: str
+    window: Window
+    reference: int = 0
+    masked: bool = False
+
+
+def copy_arms(seed: int) -> list[CopyArm]:
+    """The repeated windows of predictions 1 to 3."""
     document = SHORT_DOCUMENTS.documents(1, seed=seed)[0]
     token, other = int(document[0]), int(document[1])
-    one_token = repeated_window(token, WINDOW // SHORT)
-    first = torch.cat([torch.tensor([[other]]), one_token.tokens[:, 1:]], dim=1)
     repeated = repeated_window(document, WINDOW // SHORT)
-    return {
-        "repeated token": (one_token, False),
-        "repeated token, other first": (Window(first, one_token.cu_seqlens, one_token.position_ids), False),
-        "repeated document": (repeated, False),
-        "repeated document, masked": (repeated, True),
-    }
+    return [
+        CopyArm("repeated token", repeated_window(token, SHORT)),
+        CopyArm("repeated token after another", pack([[other], *[[token]] * SHORT], SHORT + 1), reference=1),
+        CopyArm("repeated document", repeated),
+        CopyArm("repeated document, masked", repeated, masked=True),
+    ]
 
 
 def packed_documents(seed: int) -> Window:
@@ -107,7 +114,7 @@ def verdicts(frame: pd.DataFrame) -> pd.DataFrame:
     for model, seed in frame.groupby(["model", "seed"]).groups:
         for number, arm, reaches in (
             (1, "repeated token", False),
-            (2, "repeated token, other first", True),
+            (2, "repeated token after another", True),
             (3, "repeated document", True),
             (3, "repeated document, masked", False),
         ):

@@ -1,6 +1,7 @@
 """Tidy frame in, plotly figure out. One function per figure; each says in its caption what n and the seeds were."""
 
-import re
+import math
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,15 +11,23 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from rope_probe.errors import InputError
+from rope_probe.propagation import is_rounding
 
-SIDES = {"q": ("#0072b2", "queries only"), "k": ("#d55e00", "keys only"), "qk": ("#009e73", "both, which cancels")}
-_FLOOR_COLOUR = "#888888"
-_PANELS = {
+SIDES = {
+    "q": ("queries only", "#0072b2", "circle", "solid"),
+    "k": ("keys only", "#d55e00", "diamond-open", "dash"),
+    "qk": ("both, which cancels", "#009e73", "square", "solid"),
+}
+PANELS = {
+    "hook_rot_q": "queries as rotated",
     "unrotated_q": "queries, rotation undone",
+    "hook_rot_k": "keys as rotated",
     "unrotated_k": "keys, rotation undone",
+    "hook_attn_out": "attention output",
     "hook_resid_post": "residual stream",
     "logits": "logits",
 }
+_LOWEST_KL = 1e-16
 
 
 def _is_copy(frame: pd.DataFrame) -> pd.Series:
@@ -30,74 +39,70 @@ def _is_dose(frame: pd.DataFrame) -> pd.Series:
 
 
 def copy_heatmap(frame: pd.DataFrame, label: str = "") -> go.Figure:
-    """Layer x copy heatmaps of rel_l2 against the first copy, from `copy_deltas`: q, k, residual stream, logits.
+    """Layer x copy heatmaps of rel_l2 between copies, from `copy_deltas`: q, k, attention, residual stream, logits.
 
-    One colour scale for all panels, logarithmic. Raises InputError where the frame has no copy deltas.
+    One logarithmic colour scale for all panels. What the float64 control shows to be rounding is left grey.
+    Raises InputError where the frame has no copy deltas.
     """
     rows = frame[_is_copy(frame)]
     if rows.empty:
         raise InputError("these results hold no copy deltas; make them with copy_deltas")
-    panels = {}
-    for site in _PANELS:
-        chosen = rows[rows["site"].str.endswith(site)]
-        table = chosen.assign(layer=chosen["layer"].fillna(-1)).pivot_table(
-            index="layer", columns="document", values="value", aggfunc="mean"
-        )
-        panels[site] = table
-    positive = np.concatenate([table.to_numpy(float).ravel() for table in panels.values()])
-    positive = positive[positive > 0]
-    low, high = (np.log10(positive.min()), np.log10(positive.max())) if len(positive) else (-8.0, 0.0)
-    heights = [max(len(table), 1) for table in panels.values()]
+    rows = rows.assign(
+        layer=rows["layer"].fillna(-1), shown=rows["value"].where(~is_rounding(rows) & (rows["value"] > 0))
+    )
+    shown = np.log10(rows["shown"].dropna())
+    low, high = (shown.min(), shown.max()) if len(shown) else (-1.0, 0.0)
+    panels = {site: rows[rows["site"].str.endswith(site)] for site in PANELS}
+    layers = max(part["layer"].nunique() for part in panels.values())
+    height = max(9, min(30, 240 // layers))
+    heights = [height * part["layer"].nunique() for part in panels.values()]
     figure = make_subplots(
         rows=len(panels),
         cols=1,
         shared_xaxes=True,
         row_heights=heights,
-        vertical_spacing=0.09,
-        subplot_titles=list(_PANELS.values()),
+        vertical_spacing=34 / (sum(heights) + 34 * 6),
+        subplot_titles=list(PANELS.values()),
     )
-    for row, (site, table) in enumerate(panels.items(), start=1):
-        values = table.to_numpy(float)
-        labels = ["output" if layer < 0 else f"layer {layer}" for layer in table.index]
+    for row, part in enumerate(panels.values(), start=1):
+        at = {"index": "layer", "columns": "document", "dropna": False}
+        table, value, exact = (part.pivot_table(values=v, **at) for v in ("shown", "value", "value_float64"))
+        told = np.stack([value, exact.reindex_like(value)], -1)
+        names = ["output" if layer < 0 else f"layer {layer}" for layer in value.index]
         figure.add_trace(
             go.Heatmap(
-                z=np.log10(np.where(values > 0, values, np.nan)),
-                x=table.columns.tolist(),
-                y=labels,
-                customdata=values,
+                z=np.log10(table.reindex_like(value)),
+                x=value.columns.tolist(),
+                y=names,
+                customdata=told,
                 coloraxis="coloraxis",
                 xgap=1,
                 ygap=1,
-                name=_PANELS[site],
-                hovertemplate="%{y}, copy %{x}<br>relative L2 %{customdata:.4g}<extra>%{fullData.name}</extra>",
+                hoverongaps=True,
+                hovertemplate="%{y}, copy %{x}: %{customdata[0]:.4g}<br>float64: %{customdata[1]:.4g}<extra></extra>",
             ),
             row=row,
             col=1,
         )
-    ticks = np.arange(np.floor(low), np.ceil(high) + 1)
+        figure.update_yaxes(type="category", categoryarray=names, range=[len(names) - 0.5, -0.5], row=row, col=1)
+    steps = (1, 2, 5) if high - low < 2 else (1,)
+    ticks = [step * 10.0**power for power in range(math.floor(low), math.ceil(high) + 1) for step in steps]
+    bar = {"title": "relative L2", "tickvals": np.log10(ticks), "ticktext": [f"{tick:g}" for tick in ticks]}
     figure.update_layout(
-        coloraxis={
-            "colorscale": "Viridis",
-            "cmin": low,
-            "cmax": high,
-            "colorbar": {"title": "relative L2", "tickvals": ticks, "ticktext": [_power(tick) for tick in ticks]},
-        }
+        coloraxis={"colorscale": "Viridis", "cmin": low, "cmax": high, "colorbar": bar}, plot_bgcolor="#d8d8d8"
     )
-    figure.update_yaxes(autorange="reversed", showgrid=False)
-    figure.update_xaxes(showgrid=False)
-    figure.update_xaxes(title="copy of the document (the first is the reference)", row=len(panels), col=1)
-    note = f"each cell: mean over the document's positions; {_sample(rows)}"
-    return _styled(
-        figure,
-        "How copies of one document differ, by layer",
-        label,
-        note,
-        height=170 + 34 * sum(heights) + 60 * len(panels),
-    )
+    figure.update_yaxes(showgrid=False, zeroline=False)
+    figure.update_xaxes(showgrid=False, zeroline=False)
+    figure.update_xaxes(title="copy of the document", row=len(panels), col=1)
+    note = f"each cell: mean over the document's positions, against the first copy; {_sample(rows)}"
+    if rows["value_float64"].notna().any():
+        note += "; grey: rounding, gone in float64"
+    title = "How copies of one document differ, by layer"
+    return _styled(figure, title, label, note, height=200 + sum(heights) + 34 * 6)
 
 
 def dose_response(frame: pd.DataFrame, label: str = "") -> go.Figure:
-    """KL of the logits against the tokens shifted, q only, k only and both, with the float64 control as dashed lines.
+    """KL of the logits against the tokens shifted, q only, k only and both; the float64 control of both dashed grey.
 
     Raises InputError where the frame has no logit KL of a PositionShift.
     """
@@ -105,16 +110,17 @@ def dose_response(frame: pd.DataFrame, label: str = "") -> go.Figure:
     if rows.empty:
         raise InputError("these results hold no logit KL of a PositionShift; trace some shifts first")
     figure = go.Figure()
-    for side, (colour, label) in SIDES.items():
+    for side, (name, colour, symbol, dash) in SIDES.items():
         chosen = rows[rows["side"] == side]
         if chosen.empty:
             continue
         curve = chosen.groupby("delta_tokens")[["value", "value_float64"]].agg(["mean", "min", "max"])
-        dose, value = curve.index.to_numpy(), curve["value"]
-        band = {"x": [*dose, *dose[::-1]], "y": [*value["max"], *value["min"][::-1]]}
+        dose, value, exact = curve.index.to_numpy(), curve["value"], curve["value_float64"]["mean"]
+        hover = "%{x} tokens: %{y:.3g} nats"
         figure.add_trace(
             go.Scatter(
-                **band,
+                x=[*dose, *dose[::-1]],
+                y=[*value["max"], *value["min"][::-1]],
                 fill="toself",
                 fillcolor=colour,
                 opacity=0.15,
@@ -128,31 +134,39 @@ def dose_response(frame: pd.DataFrame, label: str = "") -> go.Figure:
             go.Scatter(
                 x=dose,
                 y=value["mean"],
-                name=label,
+                name=name,
                 mode="lines+markers",
-                line={"color": colour},
+                line={"color": colour, "dash": dash},
+                marker={"symbol": symbol, "size": 8},
                 legendgroup=side,
-                hovertemplate="%{x} tokens: %{y:.3g} nats",
+                hovertemplate=hover,
             )
         )
-        exact = curve["value_float64"]["mean"]
         if side == "qk" and exact.notna().any():
             figure.add_trace(
                 go.Scatter(
                     x=dose,
                     y=exact,
-                    name="both, in float64",
+                    name=f"both, in float64: {exact.max():.0e} at most",
                     mode="lines+markers",
                     marker={"symbol": "circle-open"},
-                    hovertemplate="%{x} tokens: %{y:.3g} nats",
-                    line={"color": _FLOOR_COLOUR, "dash": "dash"},
+                    line={"color": "#888888", "dash": "dash"},
+                    hovertemplate=hover,
                 )
             )
-    figure.update_xaxes(type="log", title="shift, tokens", dtick=np.log10(4), tickformat="~g")
-    figure.update_yaxes(type="log", title="KL(clean || shifted), nats", exponentformat="power", dtick=4)
-    span = "lines: mean over documents, bands: smallest to largest document"
-    title = "How a shift of position changes the output"
-    return _styled(figure, title, label, f"{span}; {_sample(rows)}", height=520)
+    highest = np.log10(max(rows["value"].max(), 10 * _LOWEST_KL))
+    figure.update_xaxes(
+        type="log", title="shift, tokens", tickvals=sorted(rows["delta_tokens"].abs().unique()), tickformat="~g"
+    )
+    figure.update_yaxes(
+        type="log",
+        title="KL(clean || shifted), nats",
+        exponentformat="power",
+        dtick=2,
+        range=[np.log10(_LOWEST_KL), highest + 0.5],
+    )
+    note = f"lines: mean over documents, bands: smallest to largest document; {_sample(rows)}"
+    return _styled(figure, "How a shift of position changes the output", label, note, height=540)
 
 
 @dataclass(frozen=True)
@@ -177,12 +191,8 @@ def _sample(rows: pd.DataFrame) -> str:
     return f"{told}, seeds {', '.join(map(str, seeds))}" if seeds else told
 
 
-def _power(exponent: float) -> str:
-    return f"10<sup>{int(exponent)}</sup>"
-
-
 def _styled(figure: go.Figure, title: str, label: str, caption: str, height: int) -> go.Figure:
-    wrapped = re.sub(r"(.{90}\S*)\s", r"\1<br>", caption)
+    wrapped = "<br>".join(textwrap.wrap(caption, 125))
     figure.update_layout(
         template="plotly_white",
         height=height,

@@ -104,28 +104,29 @@ def trace(
 
 
 def copy_deltas(
-    model: HookedCausalLM, window: Window, *, masked: bool = False, control: bool | None = None
+    model: HookedCausalLM, window: Window, *, reference: int = 0, masked: bool = False, control: bool | None = None
 ) -> pd.DataFrame:
     """Copies of a repeated document against the first copy, at every layer: what position alone does to one content.
 
     `document` is the copy, `delta_tokens` how far after the first it begins; values are averaged over the document.
     Sites are those of `trace`, and `blocks.{i}.attn.unrotated_q|k`: q and k with their rotation undone, so that what is
-    left between copies came in through the layers below. `control` as in `trace`.
+    left between copies came in through the layers below. `reference` is the document that counts as the first copy;
+    those before it may be something else. `control` as in `trace`.
 
-    Raises InputError for a window whose documents are not copies of one.
+    Raises InputError for a window whose documents from `reference` on are not copies of one.
     """
-    sizes = window.cu_seqlens.diff()
-    length = int(sizes[0])
-    if window.documents < 2 or not (sizes == length).all():
-        raise InputError("copies can only be compared in a window of two or more documents of one length")
-    copies = window.tokens.view(-1, length)
-    if not (copies == copies[0]).all(0)[1:].all():
-        raise InputError("the documents of this window differ past their first token; make one with repeated_window")
+    length = int(window.cu_seqlens.diff()[0])
+    if not (window.cu_seqlens.diff() == length).all() or not 0 <= reference < window.documents - 1:
+        raise InputError(f"copies are compared in a window of {reference + 2} or more documents of one length")
+    copies = window.tokens.view(-1, length)[reference:]
+    if not (copies == copies[0]).all():
+        raise InputError("the documents of this window are not copies of one; make it with repeated_window")
+    later = range(reference + 1, window.documents)
     found: dict[tuple[str, str], Tensor] = {}
 
     def compare(site: str, x: Tensor) -> None:
         parts = x.view(window.documents, length, *x.shape[1:])
-        per_copy = [vector_deltas(parts[0], part) for part in parts[1:]]
+        per_copy = [vector_deltas(parts[reference], parts[copy]) for copy in later]
         found.update({(site, metric): torch.stack([d[metric].mean() for d in per_copy]) for metric in per_copy[0]})
 
     def read(x: Tensor, hook: Any) -> None:
@@ -140,18 +141,18 @@ def copy_deltas(
         sites = [site for site in default_sites(model) if site != LOGITS]
         with model.hooks(fwd_hooks=[(site, read) for site in sites]):
             hidden = model.hidden(window, masked=masked)[0].view(window.documents, length, -1)
-        blocks: list[list[Deltas]] = [[] for _ in range(1, window.documents)]
-        for block in hidden.split(_logit_block(model, window.documents), dim=1):
-            logits = model.unembed(block)
-            for copy, row in enumerate(logits[1:]):
-                blocks[copy].append(logit_deltas(logits[0], row))
+        blocks: list[list[Deltas]] = [[] for _ in later]
+        for block in hidden[reference:].split(_logit_block(model, len(later) + 1), dim=1):
+            first, *others = model.unembed(block)
+            for of_copy, logits in zip(blocks, others, strict=True):
+                of_copy.append(logit_deltas(first, logits))
     joined = [_concatenate(copy) for copy in blocks]
     found.update({(LOGITS, metric): torch.stack([d[metric].mean() for d in joined]) for metric in joined[0]})
     frame = tidy(
         [
             {
                 "perturbation": "Copy",
-                "delta_tokens": float(copy * length),
+                "delta_tokens": float((copy - reference) * length),
                 "seq_len": len(window),
                 "document": copy,
                 "layer": _layer(site),
@@ -160,12 +161,12 @@ def copy_deltas(
                 "value": value,
             }
             for (site, metric), values in found.items()
-            for copy, value in enumerate(values.tolist(), start=1)
+            for copy, value in zip(later, values.tolist(), strict=True)
         ]
     )
     if masked if control is None else control:
         twin = model if model.dtype == torch.float64 else model.double()
-        frame["value_float64"] = copy_deltas(twin, window, masked=masked, control=False)["value"]
+        frame["value_float64"] = copy_deltas(twin, window, reference=reference, masked=masked, control=False)["value"]
     return frame
 
 
@@ -179,10 +180,14 @@ def attribute(frame: pd.DataFrame) -> pd.DataFrame:
         raise InputError("this frame has no float64 control; trace with control=True")
     groups = frame.groupby(["perturbation", "side", "delta_tokens", "site", "metric"], dropna=False, sort=False)
     table = groups[["value", "value_float64"]].mean().reset_index()
-    vanishes = table["value_float64"].abs() <= ROUNDING_SHARE * table["value"].abs()
-    table["verdict"] = vanishes.map({True: "rounding", False: "signal"})
+    table["verdict"] = is_rounding(table).map({True: "rounding", False: "signal"})
     table.loc[(table["value"] == 0) & (table["value_float64"] == 0), "verdict"] = "none"
     return table
+
+
+def is_rounding(frame: pd.DataFrame) -> pd.Series:
+    """Where the float64 control leaves less than a thousandth of the value; False without a control."""
+    return (frame["value_float64"].abs() <= ROUNDING_SHARE * frame["value"].abs()).fillna(False)
 
 
 def default_sites(model: HookedCausalLM) -> list[str]:

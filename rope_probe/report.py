@@ -42,8 +42,11 @@ def gallery(runs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str])
         raise InputError("these runs hold nothing that a figure is drawn from; trace some perturbations first")
     with whole_folder(out, marker="index.html") as folder:
         body = "".join(_section(manifest, figures, folder) for manifest, figures in sections)
+        count = len(sections)
         page = f"<!doctype html><meta charset=utf-8><title>rope_probe</title><style>{_STYLE}</style>"
-        (folder / "index.html").write_text(f"{page}<h1>rope_probe</h1><p class=what>{len(sections)} runs</p>{body}\n")
+        (folder / "index.html").write_text(
+            f"{page}<h1>rope_probe</h1><p class=what>{count} run{'s' if count > 1 else ''}</p>{body}\n"
+        )
     return Path(out) / "index.html"
 
 

@@ -190,6 +190,14 @@ def test_a_repeated_token_hides_its_position_and_a_repeated_document_does_not():
     assert (masked[masked["site"] == "logits"]["value_float64"] < 1e-12).all()
 
 
+def test_a_token_before_the_copies_lets_their_position_through():
+    model = load_model(zoo.llama())
+    frame = copy_deltas(model, pack([[9], *[[7]] * 10], 11), reference=1, control=True)
+    logits = frame[(frame["site"] == "logits") & (frame["metric"] == "l2")]
+    assert logits["document"].tolist() == list(range(2, 11))
+    assert (logits["value_float64"] > 1e-3).all()
+
+
 @pytest.mark.parametrize("name", ["llama", "smollm3_nope_layer"])
 def test_undoing_the_rotation_of_the_first_layer_leaves_no_position(name):
     model = load_model(zoo.model(zoo.CONFIGS[name]()).double())
@@ -207,6 +215,7 @@ def test_undoing_the_rotation_of_the_first_layer_leaves_no_position(name):
         (lambda m: trace(m, packed(), [DocumentOffset(5, 1.0)]), "document 5"),
         (lambda m: copy_deltas(m, packed()), "one length"),
         (lambda m: copy_deltas(m, pack(list(zoo.tokens(3, 10)), 30)), "repeated_window"),
+        (lambda m: copy_deltas(m, repeated_window(7, 3), reference=2), "4 or more"),
     ],
 )
 def test_bad_calls_are_refused_by_name(call, named):

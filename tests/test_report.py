@@ -25,25 +25,27 @@ def run(tmp_path_factory):
 def test_the_heatmap_shows_the_numbers_of_the_frame(run):
     frame, _ = read_run(run)
     figure = plots.copy_heatmap(frame)
-    titles = [note.text for note in figure.layout.annotations][:4]
-    assert titles == ["queries, rotation undone", "keys, rotation undone", "residual stream", "logits"]
-    shown = np.asarray(figure.data[2].customdata)
+    titles = [note.text for note in figure.layout.annotations]
+    panel = titles.index("residual stream")
+    assert panel == 5
+    shown = np.asarray(figure.data[panel].customdata)[..., 0]
     assert shown.shape == (2, 3)
     rows = frame[(frame["site"] == "blocks.1.hook_resid_post") & (frame["metric"] == "rel_l2")]
     rows = rows[rows["perturbation"] == "Copy"].sort_values("document")
     np.testing.assert_allclose(shown[1], rows["value"])
-    np.testing.assert_allclose(np.asarray(figure.data[2].z)[1], np.log10(rows["value"]))
+    np.testing.assert_allclose(np.asarray(figure.data[panel].z)[1], np.log10(rows["value"]))
 
 
 def test_dose_response_shows_the_numbers_of_the_frame(run):
     frame, _ = read_run(run)
     figure = plots.dose_response(frame)
     lines = {line.name: line for line in figure.data if line.name}
-    assert set(lines) == {"queries only", "keys only", "both, which cancels", "both, in float64"}
+    exact = next(name for name in lines if name.startswith("both, in float64"))
+    assert set(lines) == {"queries only", "keys only", "both, which cancels", exact}
     q = frame[(frame["metric"] == "kl_nats") & (frame["side"] == "q")].groupby("delta_tokens")["value"].mean()
     np.testing.assert_allclose(lines["queries only"].x, q.index)
     np.testing.assert_allclose(lines["queries only"].y, q)
-    assert max(lines["both, in float64"].y) < 1e-20 < min(lines["queries only"].y)
+    assert max(lines[exact].y) < 1e-20 < min(lines["queries only"].y)
     assert figure.layout.xaxis.type == figure.layout.yaxis.type == "log"
 
 
@@ -61,9 +63,13 @@ def test_frames_without_the_rows_are_refused(draw):
         draw(tidy([{"metric": "accuracy", "value": 1.0}]))
 
 
-def test_copies_that_do_not_differ_can_be_drawn():
-    frame = copy_deltas(load_model(zoo.llama().double()), repeated_window(7, 3))
-    assert plots.copy_heatmap(frame).data
+def test_what_is_rounding_is_left_grey():
+    frame = copy_deltas(load_model(zoo.llama()), repeated_window(zoo.tokens(1, 10)[0], 4), masked=True)
+    figure = plots.copy_heatmap(frame)
+    rotated, residual = (np.asarray(figure.data[panel].z, dtype=float) for panel in (0, 5))
+    assert np.isfinite(rotated).all()
+    assert np.isnan(residual).all()
+    assert "grey: rounding" in figure.layout.annotations[-1].text.replace("<br>", " ")
 
 
 def test_the_gallery_works_offline_and_links_what_is_there(run, tmp_path):
