@@ -4,10 +4,13 @@ BIN := .venv/bin
 RUNS ?= runs
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 
-.PHONY: reproduce test lint
+.PHONY: reproduce reproduce-full test lint
 
 reproduce: .venv/installed
 	$(OFFLINE) $(BIN)/python -m experiments.reproduce --out $(RUNS)
+
+reproduce-full: .venv/installed
+	$(OFFLINE) $(BIN)/python -m experiments.reproduce --out $(RUNS) --seeds 3
 
 test: .venv/installed
 	$(OFFLINE) $(BIN)/python -m pytest -n 2

@@ -6,12 +6,14 @@ from rope_probe.hooked import HookedCausalLM, load_model
 from rope_probe.packing import KeyValueStream, Window, pack, repeated_window
 from rope_probe.perturbations import DocumentOffset, PairFreeze, PositionJitter, PositionShift, ThetaSwap
 from rope_probe.propagation import copy_deltas, trace
+from rope_probe.retrieval import KeyValueTask, retrieval_accuracy
 
 __all__ = [
     "DocumentOffset",
     "HookedCausalLM",
     "InputError",
     "KeyValueStream",
+    "KeyValueTask",
     "PairFreeze",
     "PositionJitter",
     "PositionShift",
@@ -21,6 +23,7 @@ __all__ = [
     "load_model",
     "pack",
     "repeated_window",
+    "retrieval_accuracy",
     "rope",
     "trace",
 ]
