@@ -54,6 +54,7 @@ def measure(out: Path, checkpoints: list[Path]) -> None:
                 frame = _sweep(model, window, masked, f"{role} {seed}")
                 run.record(frame, model=role, seed=seed, arm=f"packed documents{', masked' if masked else ''}")
             model.release()
+        run.manifest |= {"attention_kernel": "sdpa", "mask": "as the arm says, else none", "positions": "continuous"}
         run.manifest["verdicts"] = verdicts(pd.concat(run.frames)).to_dict("records")
 
 

@@ -19,7 +19,7 @@ from transformers import LlamaConfig, PreTrainedModel
 from rope_probe import KeyValueStream, checkpoints, load_model
 from rope_probe.distillation import Gate, Phase, train_phase
 from rope_probe.progress import progress
-from rope_probe.results import Run, describe_model, new_run, tidy
+from rope_probe.results import Run, describe_model, hash_tokens, new_run, tidy
 
 SHORT, LONG = 64, 1024
 Role = Literal["teacher", "base"]
@@ -80,7 +80,13 @@ def make(role: Role, seed: int, out: Path) -> None:
             model = checkpoints.with_rope(plain, rope)
             _train(run, model, phase, seed)
         checkpoints.save(model, run.folder / "checkpoint")
-        run.manifest["models"] = {role: describe_model(model)}
+        run.manifest |= {
+            "models": {role: describe_model(model)},
+            "attention_kernel": "sdpa",
+            "mask": "none",
+            "positions": "continuous",
+            "tokens_sha256": {phase.name: hash_tokens(phase.batch(seed, 0)) for phase in PHASES[role]},
+        }
 
 
 def config_of(role: Role, seed: int) -> dict:
@@ -115,7 +121,7 @@ def _train(run: Run, model: PreTrainedModel, phase: Phase, seed: int) -> None:
     role = run.manifest["config"]["role"]
     losses = [{"position": n["tokens"], "metric": "ce_nats", "value": n["ce_nats"]} for n in history]
     run.record(tidy(losses), model=role, seed=seed, phase=phase.name, seq_len=phase.window)
-    run.record(gate.assign(metric="gate_accuracy"), model=role, phase=phase.name)
+    run.record(gate.assign(metric="gate_accuracy"), model=role, seed=seed, phase=phase.name)
     print(gate[["distance", "value", "low", "high"]].to_string(index=False), file=sys.stderr)
 
 

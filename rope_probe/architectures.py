@@ -7,7 +7,6 @@ equal transformers' own. A model type that is not in the table is refused, never
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -50,11 +49,11 @@ class Rotary:
 _SANDWICH = Architecture(
     attn_out="post_attention_layernorm", resid_mid="pre_feedforward_layernorm", mlp_out="post_feedforward_layernorm"
 )
-_PARALLEL = Architecture(resid_mid=None)
 
 
-def _either(parallel: Architecture, sequential: Architecture, config: PreTrainedConfig) -> Architecture:
-    return parallel if config.use_parallel_residual else sequential
+def _gpt_neox(config: PreTrainedConfig) -> Architecture:
+    resid_mid = None if config.use_parallel_residual else "post_attention_layernorm"
+    return Architecture(attn="attention", attn_out="attention", resid_mid=resid_mid)
 
 
 ARCHITECTURES: dict[str, Architecture | Callable[[PreTrainedConfig], Architecture]] = {
@@ -66,13 +65,8 @@ ARCHITECTURES: dict[str, Architecture | Callable[[PreTrainedConfig], Architectur
     "gemma2": _SANDWICH,
     "gemma3_text": _SANDWICH,
     "olmo2": Architecture(attn_out="post_attention_layernorm", resid_mid="mlp", mlp_out="post_feedforward_layernorm"),
-    "gpt_neox": partial(
-        _either,
-        Architecture(attn="attention", attn_out="attention", resid_mid=None),
-        Architecture(attn="attention", attn_out="attention"),
-    ),
-    "stablelm": partial(_either, _PARALLEL, Architecture()),
-    "phi": _PARALLEL,
+    "gpt_neox": _gpt_neox,
+    "phi": Architecture(resid_mid=None),
     "glm": Architecture(layout="adjacent"),
     "ernie4_5": Architecture(layout="adjacent"),
     "cohere": Architecture(layout="adjacent", resid_mid=None),
@@ -108,11 +102,12 @@ def rotary_layers(model: PreTrainedModel) -> list[Rotary | None]:
         if not architecture.rotates(model.config, layer):
             return None
         prefix = f"{layer_types[layer]}_" if hasattr(embedding, f"{layer_types[layer]}_inv_freq") else ""
-        return Rotary(
-            inv_freq=getattr(embedding, f"{prefix}inv_freq").detach().to("cpu", torch.float64),
-            scaling=float(getattr(embedding, f"{prefix}attention_scaling")),
-            layout=architecture.layout,
-        )
+        name = "inv_freq" if exact_length(model) is None else "original_inv_freq"  # the other one remembers long inputs
+        frequencies = getattr(embedding, prefix + name).detach().to("cpu", torch.float64)
+        if not frequencies.isfinite().all():
+            raise InputError(f"layer {layer} has rotary frequencies that are not finite; check the model's rope_theta")
+        scaling = float(getattr(embedding, f"{prefix}attention_scaling"))
+        return Rotary(inv_freq=frequencies, scaling=scaling, layout=architecture.layout)
 
     return [rotary(layer) for layer in range(model.config.num_hidden_layers)]
 

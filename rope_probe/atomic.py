@@ -3,31 +3,47 @@
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rope_probe.errors import InputError
 
+MARK = ".rope_probe"
+
+
+def _is_ours(folder: Path, kind: str) -> bool:
+    if not folder.is_dir():
+        return False
+    mark = folder / MARK
+    return mark.read_text() == f"{kind}\n" if mark.is_file() else not any(folder.iterdir())
+
 
 @contextmanager
-def whole_folder(out: str | os.PathLike[str], *, marker: str) -> Iterator[Path]:
-    """Yields a temporary folder that becomes `out` when the block ends, and vanishes when it raises.
+def whole_folder(out: str | os.PathLike[str], *, kind: str) -> Iterator[Path]:
+    """Yields a temporary folder that becomes `out` when the block ends; when it raises, nothing is left behind.
 
-    `marker` is a file that every such folder holds: an older one at `out` is replaced, anything else there is not.
-    Raises InputError when `out` is something else than such a folder, or cannot be written.
+    A file `.rope_probe` in it says its `kind`. A folder of the same kind at `out` is replaced, anything else is not.
+    Raises InputError, before the block runs, when `out` is something else or cannot be written.
     """
-    out = Path(out).absolute()
-    if out.exists() and not (out / marker).is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{str(out)!r} exists and holds no {marker}, so it is not replaced; choose another folder")
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     try:
+        out = Path(out).resolve()
+        if out.exists() and not _is_ours(out, kind):
+            raise InputError(f"{str(out)!r} exists and is no {kind} of rope_probe's, so it is not replaced")
+        absent = [parent for parent in out.parents if not parent.exists()]
+        partial, aside = (out.with_name(f".{out.name}.{what}-{os.getpid()}") for what in ("partial", "old"))
         partial.mkdir(parents=True)
     except OSError as error:
-        raise InputError(f"cannot write to {str(out.parent)!r}: {error.strerror}; choose a writable folder") from error
+        raise InputError(f"cannot write to {str(out)!r}: {error.strerror}; choose a writable folder") from error
     try:
+        (partial / MARK).write_text(f"{kind}\n")
         yield partial
         if out.exists():
-            shutil.rmtree(out)
+            os.replace(out, aside)
         os.replace(partial, out)
-    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        with suppress(OSError):
+            for parent in absent:
+                parent.rmdir()
+        raise

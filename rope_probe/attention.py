@@ -4,7 +4,8 @@
   [B, H, T, D] and k, v [B, K, T, D] after rotation. The TransformerLens hook points fire here.
 - No T x T mask is ever built. The seam registers a mask function that returns nothing, and applies causality, documents
   and sliding windows itself: documents run one by one (equal lengths together), sliding windows in blocks of queries.
-- Documents come as `cu_seqlens`, never through `position_ids`, where transformers would read a jump as a boundary.
+- Documents come as `document_bounds` (cu_seqlens as integers), a keyword argument that transformers' layers hand on,
+  to the second forward of gradient checkpointing too; never through `position_ids`, where a jump reads as a boundary.
 - Kernels are transformers' own, except "eager": scores and patterns exist only there, with hooks on them, and its
   softmax keeps float64. A soft cap, which sdpa has no kernel for, runs in exact blocks of queries.
 """
@@ -17,11 +18,13 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_flash_attention_utils import _flash_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rope_probe.architectures import attention_modules
@@ -35,25 +38,13 @@ Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass
-class Context:
-    """What the seams of one model share.
-
-    `native` is the attention implementation the model had before; `cu_seqlens` says where the documents of the window
-    that is running begin and end, None where attention is not masked by document.
-    """
-
-    native: str
-    cu_seqlens: list[int] | None = None
-
-
-@dataclass
 class Seam:
-    """What the seam knows of one attention module: its hook points, and what all layers share.
+    """What the seam knows of one attention module: its hook points, and the implementation it had before (`native`).
 
     Shapes are TransformerLens': rot_q, z [B, T, H, D]; rot_k, v [B, T, K, D]; scores, pattern [B, H, T, S].
     """
 
-    context: Context
+    native: str
     hook_rot_q: HookPoint = field(default_factory=HookPoint)
     hook_rot_k: HookPoint = field(default_factory=HookPoint)
     hook_v: HookPoint = field(default_factory=HookPoint)
@@ -70,10 +61,7 @@ def attach(model: PreTrainedModel, kernel: str, seams: Sequence[Seam]) -> None:
     if kernel not in KERNELS:
         raise InputError(f"attention kernel {kernel!r} is unknown; known are {', '.join(KERNELS)}")
     if kernel.startswith("flash"):
-        try:
-            model.set_attn_implementation(kernel)
-        except (ImportError, ValueError) as error:
-            raise InputError(f"attention kernel {kernel!r} cannot run here: {error}; 'sdpa' runs everywhere") from error
+        _require_flash(model, kernel)
     model.set_attn_implementation(_NAMES[kernel])
     for module, seam in zip(attention_modules(model), seams, strict=True):
         if not getattr(module, "is_causal", True):
@@ -81,10 +69,19 @@ def attach(model: PreTrainedModel, kernel: str, seams: Sequence[Seam]) -> None:
         module.rope_probe_seam = seam
 
 
+def _require_flash(model: PreTrainedModel, kernel: str) -> None:
+    if model.dtype not in (torch.float16, torch.bfloat16):
+        raise InputError(f"attention kernel {kernel!r} runs in float16 and bfloat16, but the model is {model.dtype}")
+    try:
+        model.set_attn_implementation(kernel)
+    except (ImportError, ValueError) as error:
+        raise InputError(f"attention kernel {kernel!r} cannot run here: {error}; 'sdpa' runs everywhere") from error
+
+
 def native_kernel(model: PreTrainedModel) -> str:
     """The attention implementation `model` runs, or ran before the seam took over."""
     seam = getattr(attention_modules(model)[0], "rope_probe_seam", None)
-    return model.config._attn_implementation if seam is None else seam.context.native
+    return model.config._attn_implementation if seam is None else seam.native
 
 
 def detach(model: PreTrainedModel) -> None:
@@ -107,6 +104,7 @@ def _attend(
     value: Float[Tensor, "B K T D"],
     attention_mask: Tensor | None,
     sliding_window: int | None = None,
+    document_bounds: list[int] | None = None,
     **kwargs: Any,
 ) -> tuple[Float[Tensor, "B T H D"], None]:
     seam = module.rope_probe_seam
@@ -115,14 +113,13 @@ def _attend(
     query = seam.hook_rot_q(query.transpose(1, 2)).transpose(1, 2)
     key = seam.hook_rot_k(key.transpose(1, 2)).transpose(1, 2)
     value = seam.hook_v(value.transpose(1, 2)).transpose(1, 2)
-    bounds = seam.context.cu_seqlens
     kwargs.pop("position_ids", None)  # flash attention would infer documents from it
     if kernel.startswith("flash"):
-        z = _flash(kernel, module, query, key, value, bounds, sliding_window, kwargs)
+        z = _flash(kernel, module, query, key, value, document_bounds, sliding_window, kwargs)
     elif kernel == "eager":
-        z = _eager(seam, query, key, value, _full_mask(query, bounds, sliding_window), kwargs)
+        z = _eager(seam, query, key, value, _full_mask(query, document_bounds, sliding_window), kwargs)
     else:
-        z = _by_document(_block_kernel(module, sliding_window, kwargs), query, key, value, bounds)
+        z = _by_document(_block_kernel(module, sliding_window, kwargs), query, key, value, document_bounds)
     return seam.hook_z(z), None
 
 
@@ -136,27 +133,33 @@ def _flash(
     sliding_window: int | None,
     kwargs: dict[str, Any],
 ) -> Tensor:
-    forward = ALL_ATTENTION_FUNCTIONS[kernel]
+    batch, _, length, _ = query.shape
+    documents: dict[str, Any] = {}
     if bounds is None:
-        return forward(module, query, key, value, None, sliding_window=sliding_window, **kwargs)[0]
-    batch, heads, length, _ = query.shape
-    rows = length * torch.arange(batch).unsqueeze(1)  # the batch becomes one long window of batch x documents
-    flat = [0, *(rows + torch.tensor(bounds[1:])).flatten().tolist()]
-    cu_seqlens = torch.tensor(flat, dtype=torch.int32, device=query.device)
-    longest = max(end - start for start, end in pairwise(bounds))
-    one_row = [x.transpose(1, 2).flatten(0, 1).transpose(0, 1).unsqueeze(0) for x in (query, key, value)]
-    z, _ = forward(
-        module,
-        *one_row,
+        states = [rearrange(x, "b h t d -> b t h d") for x in (query, key, value)]
+    else:  # the batch becomes one long window of batch x documents
+        states = [rearrange(x, "b h t d -> 1 (b t) h d") for x in (query, key, value)]
+        ends = length * torch.arange(batch).unsqueeze(1) + torch.tensor(bounds[1:])
+        cu_seqlens = torch.tensor([0, *ends.flatten().tolist()], dtype=torch.int32, device=query.device)
+        longest = max(end - start for start, end in pairwise(bounds))
+        documents = {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens}
+        documents |= {"max_length_q": longest, "max_length_k": longest}
+    device = query.device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    z = _flash_attention_forward(
+        *states,
         None,
+        query_length=states[0].shape[1],
+        is_causal=True,
+        dropout=kwargs.get("dropout", 0.0),
+        softmax_scale=kwargs["scaling"],
         sliding_window=sliding_window,
-        cu_seq_lens_q=cu_seqlens,
-        cu_seq_lens_k=cu_seqlens,
-        max_length_q=longest,
-        max_length_k=longest,
-        **kwargs,
+        softcap=kwargs.get("softcap"),
+        target_dtype=autocast,
+        attn_implementation=kernel,
+        **documents,
     )
-    return z.view(batch, length, heads, -1)
+    return z.reshape(batch, length, *z.shape[2:])
 
 
 def _block_kernel(module: Any, sliding_window: int | None, kwargs: dict[str, Any]) -> Kernel:
@@ -224,8 +227,8 @@ def _by_document(
     z = query.new_empty(batch, length, heads, value.shape[-1])
     for size, starts in starts_by_length.items():
         rows = (torch.tensor(starts).unsqueeze(1) + torch.arange(size)).to(query.device)  # [documents, size]
-        stacked = [x[:, :, rows].transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
-        z[:, rows] = attend(*stacked).unflatten(0, (batch, len(starts)))
+        stacked = [rearrange(x[:, :, rows], "b h n t d -> (b n) h t d") for x in (query, key, value)]
+        z[:, rows] = rearrange(attend(*stacked), "(b n) t h d -> b n t h d", b=batch)
     return z
 
 

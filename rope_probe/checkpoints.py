@@ -37,28 +37,46 @@ def load(
     for weights that are missing or of the wrong shape, and for a dtype that the device cannot compute in.
     """
     name = os.fspath(model)
-    device = require_device(device or "cpu", dtype or torch.float32)
+    device = require_device("cpu" if device is None else device, dtype or torch.float32)
     if not Path(name).is_dir() and not _HUB_ID.fullmatch(name):
         raise InputError(f"no folder at {name!r}; give the folder of a Hugging Face checkpoint, or a hub id")
     try:
         with _quiet():  # what transformers would warn of is raised below, as one clear error
             loaded, info = AutoModelForCausalLM.from_pretrained(
-                name, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
+                name,
+                dtype=dtype or "auto",
+                use_safetensors=True,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
             )
     except SafetensorError as error:
         raise InputError(f"checkpoint {name!r} has a corrupt weight file: {error}; copy it again") from error
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        first_line = str(error).strip().split("\n")[0]
-        raise InputError(f"cannot load {name!r} as a causal LM: {first_line}") from error
-    absent = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
-    if absent:
+    except Exception as error:  # a config can be wrong in as many ways as transformers has classes of errors
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(f"cannot load {name!r} as a causal LM: {type(error).__name__}: {reason}") from error
+    if absent := sorted(info["missing_keys"]):
         raise InputError(f"checkpoint {name!r} lacks {len(absent)} weights of its model, the first is {absent[0]}")
+    for key, stored, wanted in sorted(info["mismatched_keys"]):
+        raise InputError(f"{key} of {name!r} is {list(stored)}, but its config asks for {list(wanted)}")
+    if min(loaded.config.num_hidden_layers, loaded.config.vocab_size) < 1:
+        raise InputError(f"the config of {name!r} has no layers or no vocabulary")
     return loaded.to(device).eval()
+
+
+def cast(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """Move a model in place, as loading it in `dtype` would: its rotary frequencies keep the precision they have."""
+    kept = {name: buffer.clone() for name, buffer in model.base_model.named_buffers() if "inv_freq" in name}
+    model.to(device=device, dtype=dtype)
+    for name, buffer in model.base_model.named_buffers():
+        if name in kept:
+            buffer.data = kept[name].to(device)
+    return model
 
 
 def save(model: PreTrainedModel, folder: str | os.PathLike[str]) -> Path:
     """Write a checkpoint to `folder`, whole or not at all, replacing an older one there."""
-    with whole_folder(folder, marker="config.json") as partial, _quiet():
+    with whole_folder(folder, kind="checkpoint") as partial, _quiet():
         model.save_pretrained(partial)
     return Path(folder)
 
@@ -83,13 +101,19 @@ def with_rope(model: PreTrainedModel, rope: float | Mapping[str, Any]) -> PreTra
 
 
 def require_device(device: torch.device | str, dtype: torch.dtype) -> torch.device:
-    """The torch device, after seeing it compute in `dtype`. Raises InputError for one that is not there or cannot."""
-    try:
-        x = torch.ones(2, 2, dtype=dtype, device=device)
-        (x @ x).softmax(-1).sum().item()
-    except (RuntimeError, AssertionError, TypeError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(f"device {str(device)!r} cannot compute in {dtype}: {reason}; try float32 on cpu") from error
+    """The torch device, after seeing it compute in `dtype`, and in float64 as angles and controls do.
+
+    Raises InputError for one that is not there or cannot.
+    """
+    for needed in (torch.float64, dtype):
+        try:
+            x = torch.ones(2, 2, dtype=needed, device=device)
+            (x @ x).softmax(-1).sum().item()
+        except Exception as error:  # each backend has its own
+            reason = str(error).strip().split("\n")[0]
+            raise InputError(
+                f"device {str(device)!r} cannot compute in {needed}: {reason}; try float32 on cpu"
+            ) from error
     return x.device
 
 

@@ -45,8 +45,8 @@ _Kernel = StrEnum("_Kernel", {kernel.upper(): kernel for kernel in KERNELS})  # 
 _SDPA = _Kernel("sdpa")
 
 Out = Annotated[Path, typer.Option(help="Run directory to write; an older run there is replaced.")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of everything drawn at random.")]
-Device = Annotated[str, typer.Option(help="Torch device: cpu, cuda, cuda:1, mps.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of everything drawn at random.")]
+Device = Annotated[str, typer.Option(help="Torch device: cpu, cuda, cuda:1.")]
 Dtype = Annotated[_Dtype | None, typer.Option(help="Dtype to compute in; as the checkpoint was saved by default.")]
 Attn = Annotated[_Kernel, typer.Option(help="Attention kernel.")]
 
@@ -60,7 +60,9 @@ def _rope_probe() -> None:
 def trace(
     model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id.")],
     out: Out,
-    window: Annotated[int | None, typer.Option(help="Tokens in the window [default: all of --tokens, or 512].")] = None,
+    window: Annotated[
+        int | None, typer.Option(min=1, help="Tokens in the window [default: all of --tokens, or 512].")
+    ] = None,
     document: Annotated[
         str | None, typer.Option(help="Token ids, comma separated, repeated across the window.")
     ] = None,
@@ -70,7 +72,7 @@ def trace(
     ] = None,
     masked: Annotated[bool, typer.Option("--masked/--unmasked", help="Keep attention inside documents.")] = False,
     shift: Annotated[
-        list[float] | None, typer.Option(help="Tokens to shift by [default: 1/4, 1, 4, ... window].")
+        list[float] | None, typer.Option(help="Tokens to shift by [default: 1/4, 1, 4, ... and the window].")
     ] = None,
     side: Annotated[list[_Side] | None, typer.Option(help="What to shift [default: each of q, k, qk].")] = None,
     layer: Annotated[list[int] | None, typer.Option(help="Layers to perturb [default: all].")] = None,
@@ -106,9 +108,10 @@ def trace(
             "mask": "documents" if masked else "none",
             "positions": "continuous",
         }
-    if control:
-        table = attribute(frame[frame["metric"].isin(["rel_l2", "kl_nats"]) & ~frame["site"].str.contains("rot_")])
-        print(table.drop(columns="perturbation").to_string(index=False, float_format="{:.3e}".format))
+        if control:
+            told = frame["metric"].isin(["rel_l2", "kl_nats"]) & ~frame["site"].str.contains("rot_")
+            table = attribute(frame[told]).drop(columns="perturbation")
+            print(table.to_string(index=False, float_format="{:.3e}".format))
     print(out)
 
 
@@ -128,10 +131,14 @@ def _window(
         raise InputError("--tokens and --document both say what to read; give one of them")
     if file is not None:
         documents = _read_documents(file)
+        if not documents:
+            raise InputError(f"--tokens {str(file)!r} holds no token ids; it takes one document a line")
         return packing.pack(documents, sum(map(len, documents)) if length is None else length)
     length = 512 if length is None else length
     if document is not None:
         ids = _token_ids(document.replace(",", " "), "--document")
+        if not ids:
+            raise InputError(f"--document needs at least one token id, but it is {document!r}")
     else:
         generator = torch.Generator().manual_seed(seed)
         ids = torch.randint(model.config.vocab_size, (document_length,), generator=generator).tolist()
@@ -156,11 +163,10 @@ def _token_ids(text: str, where: str) -> list[int]:
 
 
 def _doses(window: int) -> list[float]:
-    doses, dose = [], 0.25
-    while dose <= window:
-        doses.append(dose)
-        dose *= 4
-    return doses
+    doses = [0.25]
+    while doses[-1] * 4 < window:
+        doses.append(doses[-1] * 4)
+    return [*doses, float(window)]
 
 
 def main() -> None:
@@ -170,6 +176,9 @@ def main() -> None:
     except (InputError, TyperException) as error:
         message = error.format_message() if isinstance(error, TyperException) else str(error)
         print("error:", " ".join(message.split()), file=sys.stderr)
+        code = 2
+    except OSError as error:
+        print(f"error: {error.strerror or error}: {error.filename or 'while reading or writing'}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         code = 130

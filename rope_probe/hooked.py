@@ -50,8 +50,7 @@ class HookedCausalLM(HookedRootModule):
         self.attn = attn
         self.rotary = rotary_layers(model)
         self.exact_length = exact_length(model)
-        self._context = attention.Context(attention.native_kernel(model))
-        self._seams = [attention.Seam(self._context) for _ in self.rotary]
+        self._seams = [attention.Seam(attention.native_kernel(model)) for _ in self.rotary]
         self.hook_embed = HookPoint()
         self.blocks = nn.ModuleList(_Block(seam, sequential, attn) for seam in self._seams)
         self.ln_final = _FinalNorm()
@@ -87,17 +86,22 @@ class HookedCausalLM(HookedRootModule):
         """Undo the wrapping: transformers' own attention, no hooks. Returns the plain model."""
         for handle in self._handles:
             handle.remove()
-        attention.detach(self.original_model)
+        if attention.is_attached(self.original_model, self._seams):
+            attention.detach(self.original_model)
         return self.original_model
 
     def double(self) -> "HookedCausalLM":
-        """A float64 copy of this model, the control that tells rounding from signal; this one is left as it is."""
+        """A float64 copy of this model, the control that tells rounding from signal; this one is left as it is.
+
+        It runs by sdpa where this model's kernel is a flash one, since those know no float64.
+        """
+        self._check_attached()
         plain = self.release()
         try:
             twin = copy.deepcopy(plain).to(torch.float64)
         finally:
             self._install()
-        return HookedCausalLM(twin, self.attn)
+        return HookedCausalLM(twin, "sdpa" if self.attn.startswith("flash") else self.attn)
 
     @property
     def config(self) -> Any:
@@ -128,9 +132,9 @@ class HookedCausalLM(HookedRootModule):
     ) -> Float[Tensor, "B T M"]:
         """Final hidden states after the last norm, ready for `unembed`.
 
-        Raises InputError for token ids outside the vocabulary, for `masked` without a Window (plain tokens do not say
-        where documents end), and for positions past the length up to which a dynamic or longrope model's frequencies
-        stand still.
+        Raises InputError for tokens that are not [B, T], for token ids outside the vocabulary, for `masked` without a
+        Window (plain tokens do not say where documents end), and for positions past the length up to which a dynamic or
+        longrope model's frequencies stand still.
         """
         if isinstance(tokens, Window):
             ids, positions = tokens.tokens.expand(rows, -1), tokens.position_ids
@@ -138,18 +142,17 @@ class HookedCausalLM(HookedRootModule):
         elif masked:
             raise InputError("masked=True needs a Window: plain tokens do not say where documents end")
         else:
+            if tokens.ndim != 2:
+                raise InputError(f"tokens must be [batch, positions], but their shape is {tuple(tokens.shape)}")
             ids, positions, bounds = tokens, torch.arange(tokens.shape[1]).unsqueeze(0), None
         self._check(ids, positions)
-        self._context.cu_seqlens = bounds
-        try:
-            with self._precision():
-                state = self.original_model.base_model(
-                    input_ids=ids.to(self.device),
-                    position_ids=positions.expand(len(ids), -1).to(self.device),
-                    use_cache=False,
-                ).last_hidden_state
-        finally:
-            self._context.cu_seqlens = None
+        with self._precision():
+            state = self.original_model.base_model(
+                input_ids=ids.to(self.device),
+                position_ids=positions.expand(len(ids), -1).to(self.device),
+                use_cache=False,
+                document_bounds=bounds,
+            ).last_hidden_state
         return self.ln_final.hook_out(state)
 
     def unembed(self, hidden: Float[Tensor, "B T M"]) -> Float[Tensor, "B T V"]:
@@ -160,9 +163,12 @@ class HookedCausalLM(HookedRootModule):
     def _precision(self) -> Any:
         return promote_float32() if self.dtype == torch.float64 else nullcontext()
 
-    def _check(self, ids: Tensor, positions: Tensor) -> None:
+    def _check_attached(self) -> None:
         if not attention.is_attached(self.original_model, self._seams):
             raise InputError("this wrapper was released, or a newer one took its model over; call load_model again")
+
+    def _check(self, ids: Tensor, positions: Tensor) -> None:
+        self._check_attached()
         low, high, vocabulary = int(ids.min()), int(ids.max()), self.config.vocab_size
         if low < 0 or high >= vocabulary:
             raise InputError(
@@ -233,6 +239,6 @@ def load_model(
     Raises InputError for what cannot be loaded (see `checkpoints.load`) or probed (see `HookedCausalLM`).
     """
     if isinstance(model, PreTrainedModel):
-        target = checkpoints.require_device(device or model.device, dtype or model.dtype)
-        return HookedCausalLM(model.to(device=target, dtype=dtype or model.dtype).eval(), attn)
+        target = checkpoints.require_device(model.device if device is None else device, dtype or model.dtype)
+        return HookedCausalLM(checkpoints.cast(model, target, dtype or model.dtype).eval(), attn)
     return HookedCausalLM(checkpoints.load(model, dtype=dtype, device=device), attn)

@@ -23,11 +23,24 @@ Positions = Literal["continuous", "reset", "skipped"]
 
 @dataclass(frozen=True)
 class Window:
-    """T tokens in N documents. `cu_seqlens[n]` is where document n begins; the last entry is T."""
+    """T tokens in N documents. `cu_seqlens[n]` is where document n begins; the last of its N + 1 entries is T.
+
+    Raises InputError where the three do not fit each other.
+    """
 
     tokens: Int[Tensor, "1 T"]
-    cu_seqlens: Int[Tensor, " N+1"]
+    cu_seqlens: Int[Tensor, " bounds"]
     position_ids: Int[Tensor, "1 T"]
+
+    def __post_init__(self) -> None:
+        if self.tokens.ndim != 2 or len(self.tokens) != 1 or self.position_ids.shape != self.tokens.shape:
+            raise InputError(
+                f"tokens and position_ids must both be [1, T], but they are {list(self.tokens.shape)} and "
+                f"{list(self.position_ids.shape)}"
+            )
+        bounds = self.cu_seqlens
+        if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != len(self) or (bounds.diff() <= 0).any():
+            raise InputError(f"cu_seqlens must rise from 0 to {len(self)}, the window, but it is {bounds.tolist()}")
 
     def __len__(self) -> int:
         return self.tokens.shape[1]
@@ -56,7 +69,7 @@ def repeated_window(document: int | Sequence[int] | Int[Tensor, " n"], copies: i
 
 
 def pack(
-    documents: Sequence[Sequence[int] | Int[Tensor, " n"]],
+    documents: Sequence[Sequence[int] | Int[Tensor, " _"]],
     window: int,
     *,
     positions: Positions = "continuous",
@@ -101,7 +114,10 @@ def skipped_positions(length: int, target_window: int, *, seed: int = 0) -> Int[
 
 
 def _as_tokens(document: int | Sequence[int] | Tensor) -> Tensor:
-    tokens = torch.as_tensor([document] if isinstance(document, int) else document, dtype=torch.long)
+    try:
+        tokens = torch.as_tensor([document] if isinstance(document, int) else document, dtype=torch.long)
+    except (ValueError, TypeError, OverflowError, RuntimeError) as error:
+        raise InputError(f"a document is a row of token ids, whole numbers below 2^63: {error}") from error
     if tokens.ndim != 1 or len(tokens) == 0:
         raise InputError(f"a document is a non-empty row of token ids, but its shape is {tuple(tokens.shape)}")
     return tokens

@@ -13,6 +13,8 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
+from numbers import Real
+from operator import index
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -45,7 +47,7 @@ class Perturbation(ABC):
             raise InputError(f"side must be 'q', 'k' or 'qk', but it is {self.side!r}")
         for field in fields(self):  # type: ignore[arg-type]
             value = getattr(self, field.name)
-            if isinstance(value, float) and not math.isfinite(value):
+            if isinstance(value, Real) and not math.isfinite(value):
                 raise InputError(f"{type(self).__name__}.{field.name} must be a finite number, but it is {value}")
 
     @property
@@ -61,7 +63,7 @@ class Perturbation(ABC):
 
     @abstractmethod
     def angles(self, rotary: Rotary, positions: Float[Tensor, " T"], window: Window | None) -> Float[Tensor, "T P"]:
-        """Radians by which each position's pairs turn onward, float64, broadcastable to [T, P]."""
+        """Radians by which each position's pairs turn onward, float64."""
 
     def scaling(self, rotary: Rotary) -> float:
         """Factor on what is turned; not 1 only where another rope type scales its cos and sin."""
@@ -93,7 +95,7 @@ class Perturbation(ABC):
             length = x.shape[1]
             at = torch.arange(length) if window is None else window.position_ids[0].cpu()
             angles = torch.zeros(length, len(rotary.inv_freq), dtype=torch.float64)
-            everywhere = self.angles(rotary, at.double(), window).expand_as(angles)
+            everywhere = self.angles(rotary, at.double(), window)
             where = torch.tensor(_select("position", self.positions, length)).unsqueeze(1)
             angles[where, pairs] = everywhere[where, pairs]
             scale = torch.ones_like(angles)
@@ -127,7 +129,9 @@ class Perturbation(ABC):
         query_heads = config.num_attention_heads
         key_heads = getattr(config, "num_key_value_heads", None) or query_heads
         if self.side != "qk":
-            return _select("head", self.heads, query_heads if side == "q" else key_heads)
+            return _select(
+                *(("head", self.heads, query_heads) if side == "q" else ("key-value head", self.heads, key_heads))
+            )
         chosen = _select("key-value head", self.heads, key_heads)
         group = query_heads // key_heads
         return chosen if side == "k" else [head * group + i for head in chosen for i in range(group)]
@@ -136,7 +140,7 @@ class Perturbation(ABC):
 def _select(what: str, selection: Selection, count: int) -> list[int]:
     if selection is None:
         return list(range(count))
-    chosen = [selection] if isinstance(selection, int) else [int(i) for i in selection]
+    chosen = [index(i) for i in selection] if isinstance(selection, Iterable) else [index(selection)]
     for i in chosen:
         if not 0 <= i < count:
             raise InputError(f"{what} {i} is out of range: there are {what}s 0 to {count - 1}")
@@ -164,7 +168,7 @@ class PositionShift(Perturbation):
 
     def angles(self, rotary: Rotary, positions: Float[Tensor, " T"], window: Window | None) -> Float[Tensor, "T P"]:
         """The same turn everywhere, tokens * inv_freq."""
-        return (self.tokens * rotary.inv_freq).unsqueeze(0)
+        return torch.outer(torch.full_like(positions, self.tokens), rotary.inv_freq)
 
 
 @dataclass(frozen=True)
@@ -178,6 +182,13 @@ class PositionJitter(Perturbation):
     heads: Selection = None
     pairs: Selection = None
     positions: Selection = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.tokens < 0 or self.seed < 0:
+            raise InputError(
+                f"tokens and seed of a jitter must be 0 or more, but they are {self.tokens} and {self.seed}"
+            )
 
     @property
     def delta_tokens(self) -> float:

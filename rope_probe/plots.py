@@ -38,6 +38,12 @@ def _is_dose(frame: pd.DataFrame) -> pd.Series:
     return frame["perturbation"].str.startswith("PositionShift").fillna(False) & (frame["metric"] == "kl_nats")
 
 
+def restriction(frame: pd.DataFrame) -> pd.Series:
+    """How each row's perturbation is restricted: its text without side and size, "" where it is not."""
+    text = frame["perturbation"].str.extract(r"\((.*)\)", expand=False).fillna("")
+    return text.str.replace(r"(side|tokens)=[^,]*(, )?", "", regex=True).str.rstrip(", ")
+
+
 def copy_heatmap(frame: pd.DataFrame, label: str = "") -> go.Figure:
     """Layer x copy heatmaps of rel_l2 between copies, from `copy_deltas`: q, k, attention, residual stream, logits.
 
@@ -104,11 +110,15 @@ def copy_heatmap(frame: pd.DataFrame, label: str = "") -> go.Figure:
 def dose_response(frame: pd.DataFrame, label: str = "") -> go.Figure:
     """KL of the logits against the tokens shifted, q only, k only and both; the float64 control of both dashed grey.
 
-    Raises InputError where the frame has no logit KL of a PositionShift.
+    Raises InputError where the frame has no logit KL of a PositionShift, or of ones that are restricted differently.
     """
     rows = frame[_is_dose(frame)]
     if rows.empty:
         raise InputError("these results hold no logit KL of a PositionShift; trace some shifts first")
+    if (kinds := restriction(rows).unique()).size > 1:
+        raise InputError(
+            f"these shifts are restricted in {kinds.size} ways, {', '.join(kinds)}; draw one way at a time"
+        )
     figure = go.Figure()
     for side, (name, colour, symbol, dash) in SIDES.items():
         chosen = rows[rows["side"] == side]
@@ -155,8 +165,9 @@ def dose_response(frame: pd.DataFrame, label: str = "") -> go.Figure:
                 )
             )
     highest = np.log10(max(rows["value"].max(), 10 * _LOWEST_KL))
+    doses = sorted(rows["delta_tokens"].unique())
     figure.update_xaxes(
-        type="log", title="shift, tokens", tickvals=sorted(rows["delta_tokens"].abs().unique()), tickformat="~g"
+        type="log" if doses[0] > 0 else "linear", title="shift, tokens", tickvals=doses, tickformat="~g"
     )
     figure.update_yaxes(
         type="log",

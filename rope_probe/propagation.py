@@ -3,7 +3,7 @@
 - Clean and perturbed passes are rows of one batch; the deltas are reduced to a number per position inside the hooks,
   where they arise, so no activation outlives its layer. Logits are taken in blocks of positions.
 - Every number can carry its float64 control, `value_float64`: the same measurement with all arithmetic in float64.
-  What the control brings down to 1e-10 or so of the signal's scale is rounding; what stays is real.
+  What the control brings down, to a thousandth or to float64's own rounding, is rounding; what stays is real.
 
 Metrics, each taken per position and then averaged (a: clean, b: perturbed vector at a site, heads side by side):
 
@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
@@ -27,13 +28,15 @@ from rope_probe import rope
 from rope_probe.errors import InputError
 from rope_probe.hooked import HookedCausalLM
 from rope_probe.packing import Window
-from rope_probe.perturbations import Perturbation, as_list
+from rope_probe.perturbations import Perturbation, Selection, as_list
 from rope_probe.results import tidy
 
 LOGITS = "logits"
 LAYER_SITES = ("attn.hook_rot_q", "attn.hook_rot_k", "hook_attn_out", "hook_resid_post")
 ROUNDING_SHARE = 1e-3
-"""A delta is rounding where float64 leaves less than this share of it."""
+"""A delta is rounding where float64 leaves less than this share of it ..."""
+ROUNDING_FLOOR = {"l2": 1e-10, "rel_l2": 1e-10, "cosine_distance": 1e-20, "kl_nats": 1e-20}
+"""... or less than this, the most that float64's own rounding makes of nothing."""
 
 By = Literal["position", "document", "window"]
 Deltas = dict[str, Float[Tensor, " T"]]
@@ -60,12 +63,14 @@ def trace(
     `masked`, the setting in which much of what is seen is rounding; it needs a float64 copy of the model in memory.
     `rows` perturbations share one batch with their clean pass. `progress` is called with the perturbations just done.
 
-    Equals two plain forward passes to rounding. Raises InputError for an unknown site or a perturbation that does not
-    fit the model (see `Perturbation.hooks`).
+    Equals two plain forward passes to rounding. Raises InputError for an unknown site, a perturbation that does not fit
+    the model (see `Perturbation.hooks`), and activations that are not finite.
     """
     perturbations = as_list(perturbations)
     sites = _known(model, default_sites(model) if sites is None else sites)
     measured = list(_measure(model, window, perturbations, sites, masked, rows, progress))
+    for deltas in measured:
+        _check_finite(model, deltas)
     frame = tidy(
         [
             {
@@ -147,6 +152,7 @@ def copy_deltas(
             for of_copy, logits in zip(blocks, others, strict=True):
                 of_copy.append(logit_deltas(first, logits))
     joined = [_concatenate(copy) for copy in blocks]
+    _check_finite(model, found)
     found.update({(LOGITS, metric): torch.stack([d[metric].mean() for d in joined]) for metric in joined[0]})
     frame = tidy(
         [
@@ -186,8 +192,9 @@ def attribute(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def is_rounding(frame: pd.DataFrame) -> pd.Series:
-    """Where the float64 control leaves less than a thousandth of the value; False without a control."""
-    return (frame["value_float64"].abs() <= ROUNDING_SHARE * frame["value"].abs()).fillna(False)
+    """Where the float64 control leaves next to nothing: ROUNDING_SHARE, ROUNDING_FLOOR. False without a control."""
+    exact, floor = frame["value_float64"].abs(), frame["metric"].map(ROUNDING_FLOOR).fillna(0.0)
+    return (exact <= np.maximum(floor, ROUNDING_SHARE * frame["value"].abs())).fillna(False)
 
 
 def default_sites(model: HookedCausalLM) -> list[str]:
@@ -289,11 +296,10 @@ def _average(values: Tensor, window: Window, by: By) -> Iterator[tuple[int | Non
 
 
 def _columns(perturbation: Perturbation, model: HookedCausalLM) -> dict[str, Any]:
-    layer, head, pair = (
-        s if isinstance(s, int) else None for s in (perturbation.layers, perturbation.heads, perturbation.pairs)
-    )
-    rotary = model.rotary[0 if layer is None else layer]
-    wavelength = None if pair is None or rotary is None else rope.wavelengths(rotary.inv_freq)[pair].item()
+    layer, head, pair = map(_only, (perturbation.layers, perturbation.heads, perturbation.pairs))
+    rotating = [one for one in (model.rotary if layer is None else [model.rotary[layer]]) if one is not None]
+    alike = all(torch.equal(one.inv_freq, rotating[0].inv_freq) for one in rotating)
+    wavelength = rope.wavelengths(rotating[0].inv_freq)[pair].item() if pair is not None and alike else None
     return {
         "perturbation": str(perturbation),
         "side": perturbation.side,
@@ -305,12 +311,29 @@ def _columns(perturbation: Perturbation, model: HookedCausalLM) -> dict[str, Any
     }
 
 
+def _only(selection: Selection) -> int | None:
+    """The one index that a selection names, if it is one."""
+    chosen = list(selection) if isinstance(selection, Iterable) else [selection]
+    return chosen[0] if len(chosen) == 1 else None
+
+
+def _check_finite(model: HookedCausalLM, deltas: dict[tuple[str, str], Tensor]) -> None:
+    for (site, _), values in deltas.items():
+        if not values.isfinite().all():
+            weights = model.original_model.named_parameters()
+            broken = next((name for name, weight in weights if not weight.isfinite().all()), None)
+            why = f"weight {broken} is not finite" if broken else f"they overflow {model.dtype}; try float32"
+            raise InputError(f"activations at {site} are not finite numbers: {why}")
+
+
 def _layer(site: str) -> int | None:
     return int(site.split(".")[1]) if site.startswith("blocks.") else None
 
 
 def _known(model: HookedCausalLM, sites: Sequence[str]) -> list[str]:
     for site in sites:
+        if site.endswith(("hook_attn_scores", "hook_pattern")):
+            raise InputError(f"site {site!r} is [T, T] and has no delta per position; trace hook_z instead")
         if site != LOGITS and site not in model.hook_dict:
             raise InputError(f"site {site!r} is unknown; sites are 'logits' and the names in model.hook_dict")
     return list(sites)

@@ -40,7 +40,7 @@ def gallery(runs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str])
     sections = [(manifest, _figures(frame)) for frame, manifest in map(read_run, runs)]
     if not any(figures for _, figures in sections):
         raise InputError("these runs hold nothing that a figure is drawn from; trace some perturbations first")
-    with whole_folder(out, marker="index.html") as folder:
+    with whole_folder(out, kind="gallery") as folder:
         body = "".join(_section(manifest, figures, folder) for manifest, figures in sections)
         count = len(sections)
         page = f"<!doctype html><meta charset=utf-8><title>rope_probe</title><style>{_STYLE}</style>"
@@ -52,11 +52,12 @@ def gallery(runs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str])
 
 def _figures(frame: pd.DataFrame) -> list[tuple[str, go.Figure]]:
     """(file name, figure) for each drawing, model and arm that the frame has rows for."""
-    figures = []
+    figures: list[tuple[str, go.Figure]] = []
     for drawing in plots.DRAWINGS:
-        for labels, part in frame[drawing.rows(frame)].groupby(["model", "arm"], dropna=False, sort=False):
-            label = ", ".join(str(value) for value in labels if pd.notna(value))
-            figures.append((_slug(f"{drawing.name} {label}"), drawing.draw(part, label)))
+        rows = frame[drawing.rows(frame)]
+        for labels, part in rows.groupby(["model", "arm", plots.restriction(rows)], dropna=False, sort=False):
+            label = ", ".join(str(value) for value in labels if pd.notna(value) and value != "")
+            figures.append((f"{len(figures) + 1}-{_slug(f'{drawing.name} {label}')}", drawing.draw(part, label)))
     return figures
 
 

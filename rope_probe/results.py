@@ -57,6 +57,7 @@ SCHEMA = {
 """Columns of the tidy frame, in order. `value_float64` is the float64 control of `value`; `low` and `high` are the ends
 of its 95% confidence interval. A column that does not apply is null."""
 
+_MANIFEST_KEYS = {"run_id", "experiment", "status", "config", "argv", "packages", "git", "wall_s"}
 _PACKAGES = ("rope_probe", "torch", "transformers", "transformer-lens", "numpy", "pandas", "pyarrow", "safetensors")
 
 
@@ -102,7 +103,7 @@ def new_run(out: str | os.PathLike[str], experiment: str, config: Mapping[str, A
     An older run at `out` is replaced, once the new one is whole. On any exception nothing is left behind.
     Raises InputError when `out` cannot be written, or is something else than a run.
     """
-    with whole_folder(out, marker=MANIFEST) as folder:
+    with whole_folder(out, kind="run") as folder:
         started = time.time()
         run = Run(folder, experiment, _manifest(experiment, config))
         yield run
@@ -117,7 +118,9 @@ def read_run(run: str | os.PathLike[str]) -> tuple[pd.DataFrame, dict[str, Any]]
         frame = pd.read_parquet(run / METRICS)
     except (OSError, ValueError) as error:
         raise InputError(f"{str(run)!r} is not a readable run directory: {str(error).splitlines()[0]}") from error
-    if manifest.get("status") != "complete":
+    if not isinstance(manifest, dict) or not set(manifest) >= _MANIFEST_KEYS or list(frame.columns) != list(SCHEMA):
+        raise InputError(f"{str(run)!r} is not a run directory of this version of rope_probe; run it again")
+    if manifest["status"] != "complete":
         raise InputError(f"run {str(run)!r} is not complete; run it again")
     return frame, manifest
 
@@ -129,7 +132,8 @@ def is_complete(run: str | os.PathLike[str], config: Mapping[str, Any]) -> bool:
     except (OSError, ValueError):
         return False
     return (
-        manifest.get("status") == "complete"
+        isinstance(manifest, dict)
+        and manifest.get("status") == "complete"
         and manifest.get("config") == json.loads(json.dumps(config, default=str))
         and manifest.get("packages", {}).get("rope_probe") == metadata.version("rope_probe")
     )

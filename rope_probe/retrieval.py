@@ -30,6 +30,10 @@ class KeyValueTask:
     stream: KeyValueStream
     window: int
 
+    def __post_init__(self) -> None:
+        if self.window < 4 or self.window % 2:
+            raise InputError(f"window must be even and 4 or more, but it is {self.window}")
+
     def trials(self, distance: int, count: int, *, seed: int) -> Int[Tensor, "count window"]:
         """`count` trials, a pure function of (seed, distance). Raises InputError for a distance that does not fit."""
         pairs, back = self.window // 2, distance // 2

@@ -25,6 +25,13 @@ from rope_probe.errors import InputError
 from rope_probe.precision import keep_float32, promote_float32
 
 Layout = Literal["half", "adjacent"]
+_NEEDED_PARAMETERS = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor",),
+    "longrope": ("short_factor", "long_factor"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 
 
 # Frequencies ----------------------------------------------------------------------------------------------------------
@@ -85,6 +92,9 @@ def _rope_init(
     needs_length = rope_type == "dynamic" or (rope_type in ("yarn", "longrope") and original is None)
     if needs_length and max_position_embeddings is None:
         raise InputError(f"rope_type {rope_type!r} reads the model's length: pass max_position_embeddings")
+    needed = [key for key in _NEEDED_PARAMETERS.get(rope_type, ()) if key not in rope_parameters]
+    if needed:
+        raise InputError(f"rope_type {rope_type!r} needs {needed[0]!r} in its rope_parameters")
     length = max_position_embeddings or original or 2048
     shape = {"hidden_size": head_dim, "num_attention_heads": 1, "max_position_embeddings": length}
     with promote_float32() if dtype == torch.float64 else keep_float32():
@@ -116,11 +126,12 @@ def spectrum_use(inv_freq: Float[Tensor, " P"], window: float) -> float:
 
 
 def critical_dimension(head_dim: int, theta: float, train_length: int) -> int:
-    """Number of dimensions whose pairs saw a full turn in training, 2 ceil(d/2 log_theta(T / 2 pi)).
+    """Number of dimensions whose pairs saw a full turn in training, 2 ceil(d/2 log_theta(T / 2 pi)), within 0..d.
 
     Source: arXiv 2310.05209, the critical dimension (92 of 128 for LLaMA-2).
     """
-    return 2 * math.ceil(head_dim / 2 * math.log(train_length / (2 * math.pi), theta))
+    dimensions = 2 * math.ceil(head_dim / 2 * math.log(train_length / (2 * math.pi), theta))
+    return min(max(dimensions, 0), head_dim)
 
 
 def base_bound(head_dim: int, window: int, *, resolution: float = 1e-3) -> float:

@@ -134,8 +134,30 @@ def test_a_missing_weight_is_named(checkpoint):
 def test_a_weight_of_the_wrong_shape_is_refused(checkpoint):
     config = json.loads((checkpoint / "config.json").read_text())
     (checkpoint / "config.json").write_text(json.dumps({**config, "intermediate_size": 50}))
-    with pytest.raises(InputError):
+    with pytest.raises(
+        InputError, match=r"mlp\.down_proj\.weight .* is \[32, 48\], but its config asks for \[32, 50\]"
+    ):
         checkpoints.load(checkpoint)
+
+
+@pytest.mark.parametrize("changes", [
+    {"hidden_size": "32"}, {"head_dim": 7}, {"num_attention_heads": 0}, {"num_hidden_layers": 0}, {"vocab_size": 0},
+    {"dtype": "zorp"}, {"rope_parameters": {"rope_type": "default", "rope_theta": "abc"}}, {"model_type": "nonsense"},
+    {"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}}, {"quantization_config": {"quant_method": "gptq"}},
+    {"rope_parameters": {"rope_type": "default", "rope_theta": 0}},
+], ids=str)  # fmt: skip
+def test_configs_that_make_no_sense_are_refused(checkpoint, changes):
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps({**config, **changes}))
+    with pytest.raises(InputError):
+        load_model(checkpoint)
+
+
+@pytest.mark.parametrize("text", ["null", "{", "[]", ""])
+def test_a_config_that_is_none_is_refused(checkpoint, text):
+    (checkpoint / "config.json").write_text(text)
+    with pytest.raises(InputError, match="cannot load"):
+        load_model(checkpoint)
 
 
 @pytest.mark.parametrize(

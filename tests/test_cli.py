@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from rope_probe import cli
@@ -54,7 +55,17 @@ def test_the_default_sweep_goes_from_a_quarter_token_to_the_window(checkpoint, t
     assert code == 0
     frame, _ = read_run(tmp_path / "run")
     assert sorted(frame["delta_tokens"].unique()) == [0.25, 1, 4, 16, 64]
+    assert cli._doses(100)[-2:] == [64, 100]
     assert set(frame["side"]) == {"q", "k", "qk"}
+
+
+def test_restrictions_reach_the_frame(checkpoint, tmp_path, capsys):
+    options = "--window 20 --document-length 10 --shift 2 --layer 1 --head 0 --pair 2 --side k"
+    code, _, _ = rope_probe(capsys, "trace", checkpoint, "--out", tmp_path / "run", *options.split())
+    assert code == 0
+    row = read_run(tmp_path / "run")[0].iloc[0]
+    assert (row["inject_layer"], row["head"], row["pair"]) == (1, 0, 2)
+    assert row["wavelength"] > 0
 
 
 def test_trace_reads_documents_from_a_file(checkpoint, tmp_path, capsys):
@@ -90,6 +101,10 @@ def broken(checkpoint, tmp_path, how):
     shard = sorted(copy.glob("model-*.safetensors"))[1]
     if how == "missing":
         shard.unlink()
+    elif how == "nan":
+        save_file(
+            {name: torch.full_like(x, torch.nan) for name, x in load_file(shard).items()}, shard, {"format": "pt"}
+        )
     else:
         shard.write_bytes(b"\0" * 100)
     return copy
@@ -131,6 +146,18 @@ BAD = {
     "dtype unknown": (lambda c, t: [c, "--dtype", "float7"], "float7"),
     "device unknown": (lambda c, t: [c, "--device", "abacus"], "abacus"),
     "dtype the device cannot do": (lambda c, t: [c, "--device", "meta"], "meta"),
+    "empty document": (lambda c, t: [c, "--document", ""], "at least one token id"),
+    "document of commas": (lambda c, t: [c, "--document", ",,"], "at least one token id"),
+    "token past all bounds": (lambda c, t: [c, "--document", "9" * 30, "--window", "1"], "whole numbers"),
+    "empty tokens file": (lambda c, t: [c, "--tokens", documents(t, "\n")], "documents.txt"),
+    "folder of tokens": (lambda c, t: [c, "--tokens", t], "directory"),
+    "window of nothing": (lambda c, t: [c, "--window", "0"], "--window"),
+    "head that only queries have": (lambda c, t: [c, "--head", "3"], "key-value head 3"),
+    "device of no name": (lambda c, t: [c, "--device", ""], "device"),
+    "device of another world": (lambda c, t: [c, "--device", "hpu"], "hpu"),
+    "seed past all bounds": (lambda c, t: [c, "--seed", "9" * 30], "--seed"),
+    "checkpoint that is a file": (lambda c, t: [documents(t, "5")], "documents.txt"),
+    "weights that are no numbers": (lambda c, t: [broken(c, t, "nan"), "--shift", "1"], "not finite"),
     "negative seed": (lambda c, t: [c, "--seed", "-1"], "greater than or equal to 0"),
     "missing argument": (lambda c, t: [], "model"),
 }

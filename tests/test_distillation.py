@@ -71,6 +71,11 @@ def test_schedules_rise_then_stay_or_fall_to_a_tenth():
     assert cosine.learning_rate_factor(30) == pytest.approx(0.1)
 
 
+def test_a_model_with_another_theta_is_refused():
+    with pytest.raises(InputError, match="wants theta 300, but the model's is 10000"):
+        train_phase(fresh(), dataclasses.replace(PHASE, theta=300.0), seed=0)
+
+
 def test_a_batch_that_holds_no_whole_windows_is_refused():
     with pytest.raises(InputError, match="multiple of the window, 32, but it is 100"):
         dataclasses.replace(PHASE, batch_tokens=100)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers as hf
 
-from rope_probe import InputError, KeyValueStream, load_model, pack, repeated_window, rope
+from rope_probe import InputError, KeyValueStream, attention, load_model, pack, repeated_window, rope
 from rope_probe.architectures import ARCHITECTURES
 from rope_probe.packing import Window
 from tests import zoo
@@ -316,6 +316,7 @@ def test_frequencies_that_would_change_with_the_input_are_refused(rope_type):
         (lambda m: m(torch.tensor([[1, 64]])), "token id 64"),
         (lambda m: m(torch.tensor([[-1, 4]])), "token id -1"),
         (lambda m: m(zoo.tokens(), masked=True), "Window"),
+        (lambda m: m(zoo.tokens()[0]), "batch, positions"),
         (lambda m: load_model(m.original_model, attn="quantum"), "quantum"),
     ],
 )
@@ -324,12 +325,100 @@ def test_bad_calls_are_refused_by_name(call, named):
         call(load_model(zoo.llama()))
 
 
+@pytest.mark.parametrize("rope_type", ["longrope", "dynamic"])
+def test_frequencies_do_not_remember_a_long_input(rope_type):
+    plain = zoo.llama(rope_parameters=zoo.ROPE_TYPES[rope_type])
+    fresh = load_model(copy.deepcopy(plain))
+    plain(zoo.tokens(1, 200), use_cache=False)
+    model = load_model(plain)
+    assert torch.equal(model.rotary[0].inv_freq, fresh.rotary[0].inv_freq)
+    assert torch.equal(model(zoo.tokens()), fresh(zoo.tokens()))
+
+
+def test_casting_a_model_in_memory_keeps_its_frequencies(tmp_path):
+    plain = zoo.llama()
+    plain.to(torch.bfloat16).save_pretrained(tmp_path)
+    by_path = load_model(tmp_path, dtype=torch.bfloat16)
+    in_memory = load_model(zoo.llama(), dtype=torch.bfloat16)
+    assert torch.equal(by_path.rotary[0].inv_freq, in_memory.rotary[0].inv_freq)
+    assert torch.equal(by_path(zoo.tokens(1, 100)), in_memory(zoo.tokens(1, 100)))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_gradient_checkpointing_keeps_the_mask(kernel):
+    window = pack([zoo.tokens(1, 12)[0], zoo.tokens(1, 7, seed=1)[0]], 19)
+    grads = []
+    for checkpointing in (False, True):
+        plain = zoo.llama()
+        model = load_model(plain, attn=kernel)
+        plain.train()
+        if checkpointing:
+            plain.gradient_checkpointing_enable({"use_reentrant": False})
+        model(window, masked=True).square().mean().backward()
+        grads.append(plain.model.layers[0].self_attn.q_proj.weight.grad)
+    torch.testing.assert_close(*grads, rtol=0, atol=1e-6)
+    assert grads[0].abs().max() > 1e-2
+
+
+def test_releasing_an_older_wrapper_leaves_the_newer_one():
+    plain = zoo.llama()
+    older = load_model(plain)
+    newer = load_model(plain)
+    older.release()
+    older.release()
+    newer(zoo.tokens())
+    with pytest.raises(InputError, match="newer"):
+        older.double()
+
+
+def test_frequencies_that_are_no_numbers_are_refused():
+    plain = zoo.llama()
+    plain.model.rotary_emb.inv_freq.fill_(float("inf"))
+    with pytest.raises(InputError, match="rope_theta"):
+        load_model(plain)
+
+
 def test_padding_cannot_slip_through_the_seam():
     plain = load_model(zoo.llama()).original_model
     mask = torch.ones(2, 30, dtype=torch.long)
     mask[0, :4] = 0
     with pytest.raises(InputError, match="padding"):
         plain(zoo.tokens(), attention_mask=mask, use_cache=False)
+
+
+def reference_flash(
+    query, key, value, mask, *, query_length, softmax_scale, sliding_window, attn_implementation, **kwargs
+):
+    """What a varlen flash kernel promises, in a few lines: [B, T, H, D] in and out, documents by cu_seq_lens."""
+    assert attn_implementation == "flash_attention_2"
+    assert (mask, kwargs["is_causal"]) == (None, True)
+    bounds = kwargs.get("cu_seq_lens_q", torch.tensor([0, query_length])).tolist()
+    place = torch.arange(query_length)
+    reach = place.unsqueeze(1) - place
+    document = torch.bucketize(place, torch.tensor(bounds[1:]), right=True)
+    seen = (reach >= 0) & (document.unsqueeze(1) == document) & (reach < (sliding_window or query_length))
+    groups = query.shape[2] // key.shape[2]
+    q, k, v = query.transpose(1, 2), *(x.transpose(1, 2).repeat_interleave(groups, 1) for x in (key, value))
+    z = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=softmax_scale)
+    return z.transpose(1, 2)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral_sliding", "gpt_neox"])
+def test_flash_kernels_are_told_what_they_must_know(name, monkeypatch):
+    monkeypatch.setattr(attention, "_flash_attention_forward", reference_flash)
+    monkeypatch.setattr(attention, "_require_flash", lambda model, kernel: None)
+    window = pack([zoo.tokens(1, n, seed=n)[0] for n in (10, 13, 10, 4)], 37, positions="reset")
+    plain = zoo.model(zoo.CONFIGS[name]()).double()
+    expected = [load_model(plain)(window, masked=masked, rows=2) for masked in (False, True)]
+    model = load_model(plain, attn="flash_attention_2")
+    for masked in (False, True):
+        torch.testing.assert_close(model(window, masked=masked, rows=2), expected[masked], rtol=0, atol=1e-10)
+    assert model.double().attn == "sdpa"
+
+
+def test_flash_kernels_refuse_float32():
+    with pytest.raises(InputError, match="float32"):
+        load_model(zoo.llama(), attn="flash_attention_2")
 
 
 @pytest.mark.gpu

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rope_probe import InputError, KeyValueStream, pack, repeated_window
+from rope_probe import InputError, KeyValueStream, Window, pack, repeated_window
 from rope_probe.packing import skipped_positions
 
 lengths = st.lists(st.integers(1, 12), min_size=1, max_size=6)
@@ -106,6 +106,12 @@ def test_distinct_keys_are_log_uniform():
         (lambda: pack([[1, 2]], 2, positions="random"), "random"),
         (lambda: skipped_positions(10, 9), "10 tokens"),
         (lambda: repeated_window(3, 0), "copies"),
+        (lambda: pack([[2**70]], 1), "whole numbers"),
+        (lambda: pack([["cat"]], 1), "whole numbers"),
+        (lambda: Window(torch.zeros(1, 10), torch.tensor([0, 5]), torch.zeros(1, 10)), "rise from 0 to 10"),
+        (lambda: Window(torch.zeros(1, 10), torch.tensor([0, 5, 5, 10]), torch.zeros(1, 10)), "rise from 0 to 10"),
+        (lambda: Window(torch.zeros(1, 10), torch.tensor([0, 10]), torch.zeros(1, 9)), "1, 9"),
+        (lambda: Window(torch.zeros(2, 10), torch.tensor([0, 10]), torch.zeros(2, 10)), "2, 10"),
         (lambda: KeyValueStream(7, (1, 2)), "7"),
         (lambda: KeyValueStream(8, (4, 300)), "4..300"),
         (lambda: KeyValueStream(8, (5, 4)), "5..4"),

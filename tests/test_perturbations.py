@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 import transformers as hf
@@ -89,7 +90,7 @@ def test_theta_swap_is_the_model_with_that_theta(side, rope_type):
     other = with_rope(plain, {"rope_type": "default", "rope_theta": 300.0}).double()
     model, target = load_model(plain.double()), load_model(other)
     _, expected = target.run_with_cache(packed())
-    swapped, untouched = {}, {}
+    swapped = {}
 
     def keep(x, hook):
         swapped[hook.name] = x
@@ -217,12 +218,32 @@ def test_shifts_that_are_no_number_are_refused(tokens):
 
 
 @pytest.mark.parametrize(
+    "make",
+    [
+        lambda: PositionShift("q", np.float32("nan")),
+        lambda: PositionJitter("q", -1.0),
+        lambda: PositionJitter("q", 1.0, seed=-1),
+    ],
+)
+def test_sizes_that_make_no_sense_are_refused(make):
+    with pytest.raises(InputError):
+        make()
+
+
+def test_selections_can_come_from_numpy():
+    model = load_model(zoo.llama())
+    ours, theirs = (PositionShift("q", 1.0, layers=layers, pairs=pairs) for layers, pairs in
+                    ((1, [0, 2]), (np.int64(1), np.array([0, 2]))))  # fmt: skip
+    assert torch.equal(logits(model, packed(), ours), logits(model, packed(), theirs))
+
+
+@pytest.mark.parametrize(
     ("make", "named"),
     [
         (lambda: PositionShift("v", 1.0), "'v'"),
         (lambda: PositionShift("q", 1.0, layers=2), "layer 2 .* layers 0 to 1"),
         (lambda: PositionShift("q", 1.0, heads=[4]), "head 4 .* heads 0 to 3"),
-        (lambda: PositionShift("k", 1.0, heads=[2]), "head 2 .* heads 0 to 1"),
+        (lambda: PositionShift("k", 1.0, heads=[2]), "key-value head 2 .* heads 0 to 1"),
         (lambda: PositionShift("qk", 1.0, heads=[2]), "key-value head 2"),
         (lambda: PositionShift("q", 1.0, pairs=4), "pair 4 .* pairs 0 to 3"),
         (lambda: PositionShift("q", 1.0, layers=-1), "layer -1"),

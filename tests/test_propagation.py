@@ -136,6 +136,32 @@ def test_the_control_tells_rounding_from_signal():
     assert verdicts[str(shifts[2]), "blocks.0.attn.hook_rot_k", "l2"] == "none"
 
 
+def test_rounding_is_rounding_on_a_float64_model_too():
+    model = load_model(zoo.llama().double())
+    frame = trace(model, packed(), [PositionShift("qk", 5.0), PositionShift("q", 5.0)], masked=True)
+    verdicts = propagation.attribute(frame).set_index(["side", "site", "metric"])["verdict"]
+    for metric in ("l2", "rel_l2", "cosine_distance", "kl_nats"):
+        assert verdicts["qk", "logits", metric] == "rounding"
+        assert verdicts["q", "logits", metric] == "signal"
+
+
+def test_weights_that_are_no_numbers_are_named():
+    plain = zoo.llama()
+    plain.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
+    for call in (lambda m: trace(m, packed(), PERTURBATIONS[:1]), lambda m: copy_deltas(m, repeated_window(7, 3))):
+        with pytest.raises(InputError, match=r"layers\.1\.mlp\.up_proj\.weight is not finite"):
+            call(load_model(plain))
+
+
+def test_the_wavelength_is_told_where_it_is_one():
+    model = load_model(zoo.model(zoo.CONFIGS["gemma3"]()))
+    everywhere, local = (PositionShift("q", 1.0, pairs=[2], layers=layers) for layers in (None, 0))
+    frame = trace(model, packed(), [everywhere, local])
+    assert frame[frame["inject_layer"].isna()]["wavelength"].isna().all()
+    assert frame[frame["inject_layer"] == 0]["wavelength"].notna().all()
+    assert (frame["pair"] == 2).all()
+
+
 def test_the_control_is_there_by_default_where_masked_and_on_request_elsewhere():
     model = load_model(zoo.llama())
     assert trace(model, packed(), PERTURBATIONS[:1], masked=True)["value_float64"].notna().all()
@@ -212,6 +238,15 @@ def test_undoing_the_rotation_of_the_first_layer_leaves_no_position(name):
     [
         (lambda m: trace(m, packed(), PERTURBATIONS, sites=["blocks.7.hook_resid_post"]), "blocks.7"),
         (lambda m: trace(m, packed(), PERTURBATIONS, by="chapter"), "chapter"),
+        (
+            lambda m: trace(
+                load_model(m.original_model, attn="eager"),
+                packed(),
+                PERTURBATIONS,
+                sites=["blocks.0.attn.hook_pattern"],
+            ),
+            "hook_z",
+        ),
         (lambda m: trace(m, packed(), [DocumentOffset(5, 1.0)]), "document 5"),
         (lambda m: copy_deltas(m, packed()), "one length"),
         (lambda m: copy_deltas(m, pack(list(zoo.tokens(3, 10)), 30)), "repeated_window"),

@@ -57,6 +57,26 @@ def test_captions_say_what_was_drawn(run):
         assert "window 40 tokens" in caption
 
 
+def test_shifts_that_are_restricted_differently_are_not_pooled(tmp_path):
+    model, window = load_model(zoo.llama()), repeated_window(zoo.tokens(1, 10)[0], 2)
+    shifts = [PositionShift("q", dose, layers=layer) for layer in (0, 1) for dose in (1.0, 4.0)]
+    frame = trace(model, window, shifts)
+    with pytest.raises(InputError, match="2 ways, layers=0, layers=1"):
+        plots.dose_response(frame)
+    with new_run(tmp_path / "run", "trace", {}) as made:
+        made.record(frame, model="a b")
+        made.record(frame, model="a-b")
+    page = gallery([tmp_path / "run"], tmp_path / "gallery").read_text()
+    pages = re.findall(r'<iframe src="([^"]+)"', page)
+    assert len(set(pages)) == 4
+    assert "layers=1" in (tmp_path / "gallery" / pages[1]).read_text()
+
+
+def test_shifts_back_and_by_nothing_are_drawn():
+    frame = trace(load_model(zoo.llama()), repeated_window(3, 4), [PositionShift("q", d) for d in (-4.0, 0.0, 4.0)])
+    assert plots.dose_response(frame).layout.xaxis.type == "linear"
+
+
 @pytest.mark.parametrize("draw", [plots.copy_heatmap, plots.dose_response])
 def test_frames_without_the_rows_are_refused(draw):
     with pytest.raises(InputError, match="hold no"):
@@ -88,6 +108,10 @@ def test_the_gallery_works_offline_and_links_what_is_there(run, tmp_path):
 def test_an_older_gallery_is_replaced_and_nothing_else(run, tmp_path):
     gallery([run], tmp_path / "gallery")
     gallery([run], tmp_path / "gallery")
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "index.html").write_text("my home page")
+    with pytest.raises(InputError, match="not replaced"):
+        gallery([run], tmp_path / "site")
     with pytest.raises(InputError, match="not replaced"):
         gallery([run], run)
     assert read_run(run)[1]["status"] == "complete"

@@ -73,6 +73,46 @@ def test_an_output_that_cannot_be_written_is_named(tmp_path):
         pass
 
 
+def test_a_failed_run_leaves_no_folders_that_it_made(tmp_path):
+    with pytest.raises(InputError), new_run(tmp_path / "a" / "b" / "run", "test", {}):
+        raise InputError("no")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_output_behind_a_link_is_written_where_it_leads(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "dangling").symlink_to(tmp_path / "later")
+    for link, real in (("link", "real"), ("dangling", "later")):
+        with new_run(tmp_path / link, "test", {}):
+            pass
+        assert (tmp_path / real / "manifest.json").is_file()
+        assert (tmp_path / link).is_symlink()
+
+
+def test_a_name_that_is_too_long_is_refused_before_anything_runs(tmp_path):
+    with pytest.raises(InputError, match="cannot write"), new_run(tmp_path / ("x" * 300), "test", {}):
+        raise AssertionError
+
+
+@pytest.mark.parametrize("manifest", ["[]", "null", '"x"', '{"status": "complete"}', "{", ""])
+def test_manifests_that_are_none_are_refused(tmp_path, manifest):
+    with new_run(tmp_path / "run", "test", {}):
+        pass
+    (tmp_path / "run" / "manifest.json").write_text(manifest)
+    with pytest.raises(InputError, match="run"):
+        read_run(tmp_path / "run")
+    assert not is_complete(tmp_path / "run", {})
+
+
+def test_metrics_of_another_schema_are_refused(tmp_path):
+    with new_run(tmp_path / "run", "test", {}):
+        pass
+    pd.DataFrame({"colour": ["red"]}).to_parquet(tmp_path / "run" / "metrics.parquet")
+    with pytest.raises(InputError, match="run it again"):
+        read_run(tmp_path / "run")
+
+
 def test_only_complete_runs_can_be_read(tmp_path):
     with pytest.raises(InputError, match="not a readable run"):
         read_run(tmp_path / "absent")
@@ -108,5 +148,5 @@ def test_models_and_tokens_are_told_apart_by_their_hashes():
 def test_nothing_is_pickled(tmp_path):
     with new_run(tmp_path / "run", "test", {}) as run:
         run.record(tidy(ROWS))
-    assert {path.suffix for path in (tmp_path / "run").iterdir()} == {".parquet", ".json"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {".rope_probe", "metrics.parquet", "manifest.json"}
     assert isinstance(pd.read_parquet(tmp_path / "run" / "metrics.parquet"), pd.DataFrame)

@@ -60,6 +60,11 @@ def test_wilson_intervals_have_their_textbook_values(hits, trials, low, high):
     assert wilson_interval(hits, trials) == pytest.approx((low, high), abs=1e-4)
 
 
+def test_odd_windows_are_refused():
+    with pytest.raises(InputError, match="33"):
+        KeyValueTask(STREAM, window=33)
+
+
 @pytest.mark.parametrize(("distance", "named"), [(3, "3"), (0, "0"), (32, "2..30")])
 def test_distances_that_do_not_fit_are_refused(distance, named):
     with pytest.raises(InputError, match=named):

@@ -64,6 +64,8 @@ def test_length_dependent_frequencies_follow_seq_len():
         ({}, 8, "None"),
         (PLAIN, 7, "7"),
         ({"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}, 8, "max_position_embeddings"),
+        ({"rope_type": "linear", "rope_theta": 1e4}, 8, "'factor'"),
+        ({"rope_type": "llama3", "rope_theta": 1e4, "factor": 2.0}, 8, "'low_freq_factor'"),
     ],
 )
 def test_bad_frequencies_are_refused_by_name(parameters, head_dim, named):
@@ -81,6 +83,11 @@ def test_rotations_wavelengths_and_spectrum_use():
 
 def test_critical_dimension_of_llama_2():
     assert rope.critical_dimension(128, 1e4, 4096) == 92
+
+
+def test_critical_dimension_stays_within_the_head():
+    assert rope.critical_dimension(64, 1e4, 10**6) == 64
+    assert rope.critical_dimension(64, 1e4, 4) == 0
 
 
 @pytest.mark.parametrize(

@@ -36,8 +36,6 @@ CONFIGS = {
     "olmo": lambda: hf.OlmoConfig(**SIZES),
     "olmo2": lambda: hf.Olmo2Config(**SIZES),
     "smollm3_nope_layer": lambda: hf.SmolLM3Config(**DEEPER),
-    "stablelm": lambda: hf.StableLmConfig(**SIZES),
-    "stablelm_parallel": lambda: hf.StableLmConfig(**SIZES, use_parallel_residual=True),
     "starcoder2_sliding": lambda: hf.Starcoder2Config(**SIZES, sliding_window=8),
     "phi": lambda: hf.PhiConfig(**MHA),
     "glm": lambda: hf.GlmConfig(**SIZES, head_dim=8),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rope_probe.distillation.phase import GateError, Phase
+from rope_probe.errors import InputError
 from rope_probe.hooked import HookedCausalLM
 
 OnStep = Callable[[dict[str, float]], Any]
@@ -25,14 +26,19 @@ def train_phase(
     """Train `model` in place through `phase`; returns the losses, and the gate's last measurement.
 
     `on_step({"step", "tokens", "ce_nats"})` hears of every step. Ends early when the gate passes.
-    Raises GateError, naming distance, accuracy and budget, when the gate is not passed within the phase's steps.
+    Raises InputError for a model with another theta than the phase's, and GateError, naming distance, accuracy and
+    budget, when the gate is not passed within the phase's steps.
     """
+    theta = model.config.rope_parameters.get("rope_theta")
+    if theta != phase.theta:
+        raise InputError(
+            f"phase {phase.name!r} wants theta {phase.theta:g}, but the model's is {theta}: see checkpoints.with_rope"
+        )
     optimizers = _optimizers(model.original_model, phase)
     schedulers = [torch.optim.lr_scheduler.LambdaLR(one, phase.learning_rate_factor) for one in optimizers]
     gate, history, measured, passed = phase.gate, [], pd.DataFrame(), phase.gate is None
     for step in range(phase.steps):
-        tokens = phase.data.windows(phase.batch_tokens // phase.window, phase.window, seed=seed, index=step)
-        loss = _step(model, tokens.to(model.device), optimizers, phase)
+        loss = _step(model, phase.batch(seed, step).to(model.device), optimizers, phase)
         for scheduler in schedulers:
             scheduler.step()
         history.append({"step": step, "tokens": (step + 1) * phase.batch_tokens, "ce_nats": loss})

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import pandas as pd
+from jaxtyping import Int
+from torch import Tensor
 
 from rope_probe.errors import InputError
 from rope_probe.hooked import HookedCausalLM
@@ -60,6 +62,10 @@ class Phase:
     clip_norm: float = 1.0
     autocast: bool = False
     gate: Gate | None = None
+
+    def batch(self, seed: int, step: int) -> Int[Tensor, "windows window"]:
+        """The windows of one step, a pure function of (seed, step)."""
+        return self.data.windows(self.batch_tokens // self.window, self.window, seed=seed, index=step)
 
     def learning_rate_factor(self, step: int) -> float:
         """Factor on the learning rates at a step, counted from 0."""
