@@ -152,12 +152,14 @@ class KeyValueStream:
 
     A document draws m distinct keys, m log-uniform in `distinct`, gives each a random value, and emits
     `document_length / 2` pairs by sampling its keys with replacement. Token ids: 4.. are keys, the next are values.
+    With `disjoint`, documents packed into one window share no key; otherwise keys collide by accident.
     """
 
     document_length: int
     distinct: tuple[int, int]
     keys: int = 256
     values: int = 256
+    disjoint: bool = False
 
     FIRST_KEY = 4
 
@@ -181,19 +183,42 @@ class KeyValueStream:
     def documents(self, count: int, *, seed: int, index: int = 0) -> Int[Tensor, "count n"]:
         """`count` documents, a pure function of (seed, index)."""
         rng = np.random.default_rng([seed, index])
+        distinct = self._distinct(rng, count)
+        return self._documents(rng, distinct, rng.random((count, self.keys)).argsort(1))
+
+    def _distinct(self, rng: np.random.Generator, count: int) -> np.ndarray:
         low, high = self.distinct
-        distinct = np.rint(low * (high / low) ** rng.random((count, 1)))
-        keys = rng.random((count, self.keys)).argsort(1)
-        values = rng.integers(0, self.values, (count, self.keys))
+        return np.rint(low * (high / low) ** rng.random((count, 1)))
+
+    def _documents(self, rng: np.random.Generator, distinct: np.ndarray, keys: np.ndarray) -> Tensor:
+        """One document for each row of `keys`, over its first `distinct` ones."""
+        count = len(keys)
+        values = rng.integers(0, self.values, keys.shape)
         pick = (rng.random((count, self.document_length // 2)) * distinct).astype(np.int64)
         pairs = np.take_along_axis(np.stack([keys + self.FIRST_KEY, values + self.first_value], -1), pick[..., None], 1)
         return torch.from_numpy(pairs.reshape(count, self.document_length))
 
     def windows(self, count: int, window: int, *, seed: int, index: int = 0) -> Int[Tensor, "count window"]:
-        """`count` windows of whole packed documents. Raises InputError unless documents fill the window exactly."""
+        """`count` windows of whole packed documents, a pure function of (seed, index).
+
+        Raises InputError unless documents fill the window exactly, and, where their keys are to be disjoint, unless
+        there are keys enough for that.
+        """
         if window < self.document_length or window % self.document_length:
             raise InputError(
                 f"a window of {window} tokens does not hold whole documents of {self.document_length}; "
                 f"use a multiple of {self.document_length}"
             )
-        return self.documents(count * window // self.document_length, seed=seed, index=index).reshape(count, window)
+        each = window // self.document_length
+        if not self.disjoint:
+            return self.documents(count * each, seed=seed, index=index).reshape(count, window)
+        share = self.keys // each
+        if share < self.distinct[1]:
+            raise InputError(
+                f"{each} documents of up to {self.distinct[1]} keys cannot be disjoint with {self.keys} keys in all; "
+                f"use at most {share} keys a document"
+            )
+        rng = np.random.default_rng([seed, index])
+        distinct = self._distinct(rng, count * each)
+        dealt = rng.random((count, self.keys)).argsort(1)[:, : each * share].reshape(count * each, share)
+        return self._documents(rng, distinct, dealt).reshape(count, window)

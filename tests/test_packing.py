@@ -88,6 +88,17 @@ def test_streams_bind_each_key_of_a_document_to_one_value(low, spread, seed):
         assert len(bound) <= low + spread
 
 
+def test_disjoint_documents_share_no_key():
+    stream = KeyValueStream(64, distinct=(4, 16), disjoint=True)
+    for window in stream.windows(3, 1024, seed=0).tolist():
+        owners = {}
+        for place, key in enumerate(window[0::2]):
+            assert owners.setdefault(key, place // 32) == place // 32
+    assert torch.equal(stream.windows(3, 1024, seed=0), stream.windows(3, 1024, seed=0))
+    with pytest.raises(InputError, match="at most 12 keys"):
+        KeyValueStream(64, distinct=(4, 16), keys=200, disjoint=True).windows(1, 1024, seed=0)
+
+
 def test_distinct_keys_are_log_uniform():
     stream = KeyValueStream(512, distinct=(4, 16))
     seen = np.array([len(set(d[0::2])) for d in stream.documents(4000, seed=0).tolist()])

@@ -6,6 +6,7 @@
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -13,21 +14,29 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rope_probe.distillation.losses import IGNORED
 from rope_probe.distillation.phase import GateError, Phase
 from rope_probe.errors import InputError
 from rope_probe.hooked import HookedCausalLM
+from rope_probe.packing import Window
 
 OnStep = Callable[[dict[str, float]], Any]
 
 
 def train_phase(
-    model: HookedCausalLM, phase: Phase, *, seed: int, on_step: OnStep | None = None
+    model: HookedCausalLM,
+    phase: Phase,
+    *,
+    seed: int,
+    teacher: HookedCausalLM | None = None,
+    on_step: OnStep | None = None,
 ) -> tuple[list[dict[str, float]], pd.DataFrame]:
-    """Train `model` in place through `phase`; returns the losses, and the gate's last measurement.
+    """Train `model` in place through `phase`; returns the losses of every step, and the gate's last measurement.
 
-    `on_step({"step", "tokens", "ce_nats"})` hears of every step. Ends early when the gate passes.
-    Raises InputError for a model with another theta than the phase's, and GateError, naming distance, accuracy and
-    budget, when the gate is not passed within the phase's steps.
+    A loss is `{"step", "tokens", "loss", "ce_nats", "kd_nats"}`, the last two where the objective has them, and
+    `on_step` hears of each. Ends early when the gate passes. The teacher is read, never changed.
+    Raises InputError for a model with another theta than the phase's or a teacher that is missing, and GateError,
+    naming distance, accuracy and budget, when the gate is not passed within the phase's steps.
     """
     theta = model.config.rope_parameters.get("rope_theta")
     if theta != phase.theta:
@@ -38,10 +47,10 @@ def train_phase(
     schedulers = [torch.optim.lr_scheduler.LambdaLR(one, phase.learning_rate_factor) for one in optimizers]
     gate, history, measured, passed = phase.gate, [], pd.DataFrame(), phase.gate is None
     for step in range(phase.steps):
-        loss = _step(model, phase.batch(seed, step).to(model.device), optimizers, phase)
+        losses = _step(model, teacher, phase.batch(seed, step).to(model.device), optimizers, phase)
         for scheduler in schedulers:
             scheduler.step()
-        history.append({"step": step, "tokens": (step + 1) * phase.batch_tokens, "ce_nats": loss})
+        history.append({"step": step, "tokens": (step + 1) * phase.batch_tokens, **losses})
         if on_step is not None:
             on_step(history[-1])
         if gate is not None and (step + 1) % gate.every == 0:
@@ -58,18 +67,53 @@ def train_phase(
     return history, measured
 
 
-def _step(model: HookedCausalLM, tokens: Tensor, optimizers: list[torch.optim.Optimizer], phase: Phase) -> float:
+def _step(
+    model: HookedCausalLM,
+    teacher: HookedCausalLM | None,
+    tokens: Tensor,
+    optimizers: list[torch.optim.Optimizer],
+    phase: Phase,
+) -> dict[str, float]:
+    targets = nn.functional.pad(tokens[:, 1:], (0, 1), value=IGNORED)
+    head = model.original_model.get_output_embeddings()
     model.original_model.train()
     with torch.autocast(tokens.device.type, dtype=torch.bfloat16, enabled=phase.autocast):
-        logits = model(tokens)[:, :-1]
-    loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
+        taught = None if teacher is None else _teacher_hidden(teacher, tokens, phase).flatten(0, 1)
+        loss, terms = phase.objective.loss(
+            model.hidden(tokens).flatten(0, 1),
+            partial(_logits, model),
+            [parameter for parameter in head.parameters() if parameter.requires_grad],
+            targets.flatten(),
+            taught,
+            None if teacher is None else partial(_logits, teacher),
+        )
     loss.backward()
     nn.utils.clip_grad_norm_(model.original_model.parameters(), phase.clip_norm)
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad()
     model.original_model.eval()
-    return loss.item()
+    losses = {"loss": loss.item()}
+    if terms.cross_entropy is not None:
+        losses["ce_nats"] = (terms.cross_entropy.sum() / (targets != IGNORED).sum()).item()
+    if terms.divergence is not None:
+        losses["kd_nats"] = terms.divergence.mean().item()
+    return losses
+
+
+@torch.no_grad()
+def _teacher_hidden(teacher: HookedCausalLM, tokens: Tensor, phase: Phase) -> Tensor:
+    if not phase.teacher_masked:
+        return teacher.hidden(tokens)
+    length = phase.data.document_length
+    bounds = torch.arange(0, tokens.numel() + 1, length, dtype=torch.int32)
+    positions = torch.arange(tokens.shape[1]).repeat(len(tokens)).unsqueeze(0)
+    packed = Window(tokens.reshape(1, -1), bounds, positions)  # the windows end to end: masked, they do not meet
+    return teacher.hidden(packed, masked=True).view(*tokens.shape, -1)
+
+
+def _logits(model: HookedCausalLM, hidden: Tensor) -> Tensor:
+    return model.unembed(hidden.unsqueeze(0)).squeeze(0)
 
 
 def _optimizers(model: PreTrainedModel, phase: Phase) -> list[torch.optim.Optimizer]:

@@ -1,13 +1,14 @@
 """What a training phase is: its window, theta, data, budget and the gate it must pass."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import pandas as pd
 from jaxtyping import Int
 from torch import Tensor
 
+from rope_probe.distillation.losses import Objective
 from rope_probe.errors import InputError
 from rope_probe.hooked import HookedCausalLM
 from rope_probe.packing import KeyValueStream
@@ -41,8 +42,10 @@ class Gate:
 
 @dataclass(frozen=True)
 class Phase:
-    """One stage of training by cross-entropy on windows of packed documents, all tokens counted.
+    """One stage of training on windows of packed documents, by cross-entropy on all tokens unless told otherwise.
 
+    `objective` mixes cross-entropy and distillation. `teacher_masked` keeps the teacher's attention inside documents,
+    so that its logits know nothing of what came before one; the student's attention crosses them in any case.
     `matrix_lr` is Muon's learning rate for the matrices inside the layers, `lr` AdamW's for embeddings, head and norms;
     None trains everything with AdamW. Both rise over `warmup` steps, then stay ("constant") or fall to a tenth at
     `steps` ("cosine"). `steps` is the cap when there is a gate. `autocast` computes in bfloat16, where that is faster.
@@ -62,6 +65,14 @@ class Phase:
     clip_norm: float = 1.0
     autocast: bool = False
     gate: Gate | None = None
+    objective: Objective = field(default_factory=lambda: Objective(ce_weight=1.0, kd_weight=0.0, chunk=8192))
+    teacher_masked: bool = False
+
+    def __post_init__(self) -> None:
+        if self.batch_tokens % self.window:
+            raise InputError(
+                f"batch_tokens must be a multiple of the window, {self.window}, but it is {self.batch_tokens}"
+            )
 
     def batch(self, seed: int, step: int) -> Int[Tensor, "windows window"]:
         """The windows of one step, a pure function of (seed, step)."""
@@ -73,9 +84,3 @@ class Phase:
         if self.schedule == "constant":
             return rise
         return rise * (0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, step / self.steps))))
-
-    def __post_init__(self) -> None:
-        if self.batch_tokens % self.window:
-            raise InputError(
-                f"batch_tokens must be a multiple of the window, {self.window}, but it is {self.batch_tokens}"
-            )

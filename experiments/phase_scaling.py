@@ -1,0 +1,142 @@
+"""Phase-wise RoPE scaling: which theta, and which objective, gives a short-window base the long window.
+
+Every arm extends a base that only saw 64-token windows to 1,024 tokens, on the same budget of packed 64-token documents
+(the ceiling aside), and is then probed for retrieval by distance.
+
+Predictions, written before the first run, for accuracy at 512 tokens, 8 times the document length:
+
+ 1. KD with theta chosen per phase (300, then 20,000) transfers the teacher's retrieval: 0.95 or more.
+ 2. CE on the same documents does not, whatever its theta: 0.10 or less. Keys that collide between documents have
+    independent values there, so CE learns not to look past the document.
+ 3. KD at the small theta throughout does not: 0.10 or less; beyond the wavelengths it was trained on, nothing carries
+    the match.
+ 4. KD at the large theta throughout ties with phase-wise at this head dim (32), as the base gets by in its short window
+    with the slow pairs unused.
+ 5. KD from a teacher with masked documents does not: 0.10 or less, since its logits are blind to what came before.
+ 6. KD with disjoint keys does not: 0.10 or less; the accidental collisions carry the transfer.
+ 7. Swapping theta without training does not: 0.10 or less. CE on real long documents, the ceiling, does: 0.95 or more.
+
+    python -m experiments.phase_scaling kd_phase_wise 0 runs/phase_scaling/kd_phase_wise-0 --checkpoints runs
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import pandas as pd
+import torch
+import typer
+
+from experiments.toy_checkpoints import LARGE_THETA, LONG, LONG_DOCUMENTS, SHORT, SHORT_DOCUMENTS, SMALL_THETA
+from rope_probe import HookedCausalLM, KeyValueStream, KeyValueTask, checkpoints, load_model, retrieval_accuracy
+from rope_probe.distillation import Objective, Phase, train_phase
+from rope_probe.errors import InputError
+from rope_probe.progress import progress
+from rope_probe.results import describe_model, hash_tokens, new_run, read_run, tidy
+
+STEPS, BATCH_TOKENS = 250, 8192
+DISTANCES = (32, 64, 128, 256, 512, 768, 1000)
+SHORT_DISTANCES = (8, 32, 60)
+TRIALS = 128
+
+KD = Objective(ce_weight=0.0, kd_weight=1.0, chunk=BATCH_TOKENS)
+CE = Objective(ce_weight=1.0, kd_weight=0.0, chunk=BATCH_TOKENS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """How a base is extended: from which base, to which theta, on what data, towards what."""
+
+    base: str = "base"
+    theta: float = LARGE_THETA
+    objective: Objective | None = KD
+    data: KeyValueStream = SHORT_DOCUMENTS
+    teacher_masked: bool = False
+
+
+ARMS = {
+    "base": Arm(theta=SMALL_THETA, objective=None),
+    "theta_swapped": Arm(objective=None),
+    "kd_phase_wise": Arm(),
+    "kd_small_theta": Arm(theta=SMALL_THETA),
+    "kd_large_theta": Arm(base="base_large_theta"),
+    "ce_phase_wise": Arm(objective=CE),
+    "ce_small_theta": Arm(theta=SMALL_THETA, objective=CE),
+    "ce_large_theta": Arm(base="base_large_theta", objective=CE),
+    "kd_teacher_masked": Arm(teacher_masked=True),
+    "kd_disjoint_keys": Arm(data=dataclasses.replace(SHORT_DOCUMENTS, disjoint=True)),
+    "ce_long_documents": Arm(objective=CE, data=LONG_DOCUMENTS),
+}
+
+
+def extend(
+    name: str,
+    seed: int,
+    out: Path,
+    checkpoints_in: Annotated[Path, typer.Option("--checkpoints", help="Folder of the toy checkpoints.")] = Path(
+        "runs"
+    ),
+) -> None:
+    """Run one arm with one seed into the run directory `out`."""
+    if name not in ARMS:
+        raise InputError(f"arm {name!r} is unknown; known are {', '.join(ARMS)}")
+    torch.set_num_threads(1)
+    arm = ARMS[name]
+    with new_run(out, "phase_scaling", config_of(name, seed, checkpoints_in)) as run:
+        base = checkpoints.load(checkpoints_in / f"{arm.base}-{seed}" / "checkpoint")
+        student = load_model(checkpoints.with_rope(base, arm.theta))
+        if arm.objective is not None:
+            teacher = load_model(checkpoints_in / f"teacher-{seed}" / "checkpoint")
+            phase = phase_of(arm)
+            with progress(f"{name} {seed}, tokens", phase.steps * phase.batch_tokens) as advance:
+                history, _ = train_phase(
+                    student, phase, seed=seed, teacher=teacher,
+                    on_step=lambda n: advance(phase.batch_tokens, f"loss {n['loss']:.2f}"),
+                )  # fmt: skip
+            losses = [{"position": n["tokens"], "metric": m, "value": v}
+                      for n in history for m, v in n.items() if m not in ("step", "tokens")]  # fmt: skip
+            run.record(tidy(losses), model=name, seed=seed, phase="extension", seq_len=LONG)
+            run.manifest["tokens_sha256"] = hash_tokens(phase.batch(seed, 0))
+        measured = measure(student, seed)
+        run.record(measured, model=name, phase="extension")
+        checkpoints.save(student.release(), run.folder / "checkpoint")
+        run.manifest |= {"models": {name: describe_model(student.original_model)}, "attention_kernel": "sdpa"}
+        run.manifest |= {"mask": "teacher" if arm.teacher_masked else "none", "positions": "continuous"}
+    accuracy = measured[(measured["metric"] == "accuracy") & (measured["seq_len"] == LONG)]
+    print(name, seed, dict(zip(accuracy["distance"], accuracy["value"].round(2), strict=True)), file=sys.stderr)
+
+
+def phase_of(arm: Arm) -> Phase:
+    """The extension phase of an arm; the same budget and optimiser for all."""
+    if arm.objective is None:
+        raise InputError("this arm does not train")
+    return Phase(
+        "extension", arm.data, LONG, arm.theta, STEPS, BATCH_TOKENS, schedule="cosine", objective=arm.objective,
+        teacher_masked=arm.teacher_masked,
+    )  # fmt: skip
+
+
+def config_of(name: str, seed: int, checkpoints_in: Path) -> dict:
+    """The whole configuration of an arm, as its manifest holds it: the checkpoints by their weights."""
+    arm = ARMS[name]
+    sources = [checkpoints_in / f"{role}-{seed}" for role in (arm.base, "teacher")]
+    weights = [model["weights_sha256"] for run in sources for model in read_run(run)[1]["models"].values()]
+    phase = None if arm.objective is None else dataclasses.asdict(phase_of(arm))
+    return {"arm": name, "seed": seed, "theta": arm.theta, "phase": phase, "weights_sha256": weights, "trials": TRIALS}
+
+
+def measure(model: HookedCausalLM, seed: int) -> pd.DataFrame:
+    """Retrieval by distance in the long window, and what is left of it in the short one."""
+    frames = [
+        retrieval_accuracy(model, KeyValueTask(SHORT_DOCUMENTS, window), distances, trials=TRIALS, seed=seed)
+        for window, distances in ((LONG, DISTANCES), (SHORT, SHORT_DISTANCES))
+    ]
+    return pd.concat(frames)
+
+
+if __name__ == "__main__":
+    try:
+        typer.run(extend)
+    except InputError as error:
+        sys.exit(f"error: {error}")

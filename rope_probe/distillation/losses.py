@@ -1,0 +1,181 @@
+"""What a student is trained on: cross-entropy, a divergence from the teacher's distribution, or a mix, chunk by chunk.
+
+- A `Divergence` compares next-token distributions: forward KL(teacher || student), reverse KL(student || teacher) or
+  Jensen-Shannon, at a temperature, over the whole vocabulary or the teacher's top k. Nats, times T^2, so that the size
+  of the gradient does not depend on the temperature (Hinton et al., arXiv 1503.02531).
+- `Objective.loss` never holds the logits of a window: heads of student and teacher are applied to `chunk` positions at
+  a time, and the chunk's gradients are taken on the spot, while its logits are there.
+- Vocabularies of different padded size are cut to the shared part.
+
+Shape letters: N positions of all windows together, V vocabulary, M width.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from rope_probe.errors import InputError
+
+Head = Callable[[Tensor], Tensor]
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """How far the student's next-token distribution is from the teacher's.
+
+    `top_k` keeps the teacher's k most likely tokens: with `tail` all others become one more outcome, without it both
+    distributions are renormalised over the k. None keeps the whole vocabulary.
+    Raises InputError for a temperature that is not positive and finite, or a top_k below 1.
+    """
+
+    kind: Literal["forward_kl", "reverse_kl", "jensen_shannon"] = "forward_kl"
+    temperature: float = 1.0
+    top_k: int | None = None
+    tail: bool = True
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("forward_kl", "reverse_kl", "jensen_shannon"):
+            raise InputError(f"divergence must be forward_kl, reverse_kl or jensen_shannon, but it is {self.kind!r}")
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise InputError(f"temperature must be a positive finite number, but it is {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise InputError(f"top_k must be 1 or more, but it is {self.top_k}")
+
+    def __call__(self, student: Float[Tensor, "N V"], teacher: Float[Tensor, "N W"]) -> Float[Tensor, " N"]:
+        """Divergence in nats times T^2, of logits over vocabularies that share their first min(V, W) tokens."""
+        shared = min(student.shape[-1], teacher.shape[-1])
+        q, p = (
+            (logits[..., :shared].to(torch.promote_types(logits.dtype, torch.float32)) / self.temperature)
+            for logits in (student, teacher)
+        )
+        q, p = q.log_softmax(-1), p.log_softmax(-1)
+        if self.top_k is not None and self.top_k < shared:
+            top = p.topk(self.top_k, -1).indices
+            q, p = self._outcomes(q, top), self._outcomes(p, top)
+        if self.kind == "forward_kl":
+            divergence = _kl(p, q)
+        elif self.kind == "reverse_kl":
+            divergence = _kl(q, p)
+        else:
+            middle = torch.logaddexp(p, q) - math.log(2)
+            divergence = (_kl(p, middle) + _kl(q, middle)) / 2
+        return divergence * self.temperature**2
+
+    def _outcomes(self, log_probabilities: Tensor, top: Tensor) -> Tensor:
+        kept = log_probabilities.gather(-1, top)
+        if not self.tail:
+            return kept.log_softmax(-1)
+        rest = log_probabilities.scatter(-1, top, float("-inf")).logsumexp(-1, keepdim=True)
+        return torch.cat([kept, rest], -1)
+
+
+def _kl(p: Tensor, q: Tensor) -> Tensor:
+    return nn.functional.kl_div(q, p, reduction="none", log_target=True).sum(-1)
+
+
+@dataclass
+class Terms:
+    """The parts of one loss at each position, detached, in nats; None where the objective has no such part."""
+
+    cross_entropy: Float[Tensor, " N"] | None = None
+    divergence: Float[Tensor, " N"] | None = None
+
+
+@dataclass(frozen=True)
+class Objective:
+    """`ce_weight` x cross-entropy with the next token + `kd_weight` x divergence from the teacher.
+
+    Each term is averaged over its positions: those with a target, and all. Raises InputError for weights that are
+    negative or both zero.
+    """
+
+    ce_weight: float = 0.0
+    kd_weight: float = 1.0
+    divergence: Divergence = field(default_factory=Divergence)
+    chunk: int = 256
+
+    def __post_init__(self) -> None:
+        if min(self.ce_weight, self.kd_weight) < 0 or self.ce_weight + self.kd_weight == 0 or self.chunk < 1:
+            raise InputError(
+                "an objective needs weights of 0 or more, one of them above it, and a chunk of 1 or more, but they are "
+                f"ce_weight {self.ce_weight}, kd_weight {self.kd_weight}, chunk {self.chunk}"
+            )
+
+    def loss(
+        self,
+        hidden: Float[Tensor, "N M"],
+        head: Head,
+        parameters: list[nn.Parameter],
+        targets: Int[Tensor, " N"],
+        teacher_hidden: Float[Tensor, "N K"] | None = None,
+        teacher_head: Head | None = None,
+    ) -> tuple[Float[Tensor, ""], Terms]:
+        """The loss, differentiable in `hidden` and in the head's `parameters`, and its terms by position.
+
+        `hidden` are final hidden states, `head` makes logits [n, V] of n of them; -100 in `targets` is no target.
+        """
+        if self.kd_weight > 0 and (teacher_hidden is None or teacher_head is None):
+            raise InputError("kd_weight is above 0, so the objective needs a teacher")
+        counted = max(int((targets != IGNORED).sum()), 1)
+        terms: dict[str, list[Tensor]] = {"cross_entropy": [], "divergence": []}
+
+        def of_chunk(piece: Tensor, rows: slice) -> Tensor:
+            logits = head(piece)
+            total = piece.new_zeros((), dtype=torch.promote_types(piece.dtype, torch.float32))
+            if self.ce_weight > 0:
+                precise = logits.to(total.dtype)
+                ce = nn.functional.cross_entropy(precise, targets[rows], ignore_index=IGNORED, reduction="none")
+                terms["cross_entropy"].append(ce.detach())
+                total = total + self.ce_weight * ce.sum() / counted
+            if self.kd_weight > 0 and teacher_hidden is not None and teacher_head is not None:
+                with torch.no_grad():
+                    taught = teacher_head(teacher_hidden[rows])
+                kd = self.divergence(logits, taught)
+                terms["divergence"].append(kd.detach())
+                total = total + self.kd_weight * kd.sum() / len(hidden)
+            return total
+
+        if torch.is_grad_enabled():
+            loss = _InChunks.apply(of_chunk, self.chunk, hidden, *parameters)
+        else:
+            loss = torch.stack([of_chunk(hidden[rows], rows) for rows in _slices(len(hidden), self.chunk)]).sum()
+        return loss, Terms(**{name: torch.cat(parts) for name, parts in terms.items() if parts})
+
+
+def _slices(length: int, chunk: int) -> list[slice]:
+    return [slice(start, min(start + chunk, length)) for start in range(0, length, chunk)]
+
+
+class _InChunks(torch.autograd.Function):
+    """A sum over chunks of positions whose gradients are taken chunk by chunk, in the forward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, of_chunk: Callable[[Tensor, slice], Tensor], chunk: int, hidden: Tensor, *parameters: nn.Parameter
+    ) -> Tensor:
+        precise = torch.promote_types(hidden.dtype, torch.float32)
+        total, d_hidden = hidden.new_zeros((), dtype=precise), torch.empty_like(hidden)
+        d_parameters = [torch.zeros_like(parameter) for parameter in parameters]
+        for rows in _slices(len(hidden), chunk):
+            with torch.enable_grad():
+                piece = hidden[rows].detach().requires_grad_()
+                part = of_chunk(piece, rows)
+                d_piece, *d_part = torch.autograd.grad(part, [piece, *parameters], allow_unused=True)
+            total = total + part.detach()
+            d_hidden[rows] = d_piece
+            for d_parameter, d in zip(d_parameters, d_part, strict=True):
+                if d is not None:
+                    d_parameter += d
+            del part, d_piece, d_part
+        ctx.save_for_backward(d_hidden, *d_parameters)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
+        return (None, None, *(d * d_loss for d in ctx.saved_tensors))
