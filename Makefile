@@ -10,7 +10,7 @@ reproduce: .venv/installed
 	$(OFFLINE) $(BIN)/python -m experiments.reproduce --out $(RUNS)
 
 reproduce-full: .venv/installed
-	$(OFFLINE) $(BIN)/python -m experiments.reproduce --out $(RUNS) --seeds 3
+	$(OFFLINE) $(BIN)/python -m experiments.reproduce --out $(RUNS) --seeds 3 --full
 
 test: .venv/installed
 	$(OFFLINE) $(BIN)/python -m pytest -n 2

@@ -87,7 +87,8 @@ def extend(
         base = checkpoints.load(checkpoints_in / f"{arm.base}-{seed}" / "checkpoint")
         student = load_model(checkpoints.with_rope(base, arm.theta))
         if arm.objective is not None:
-            teacher = load_model(checkpoints_in / f"teacher-{seed}" / "checkpoint")
+            taught = arm.objective.kd_weight > 0
+            teacher = load_model(checkpoints_in / f"teacher-{seed}" / "checkpoint") if taught else None
             phase = phase_of(arm)
             with progress(f"{name} {seed}, tokens", phase.steps * phase.batch_tokens) as advance:
                 history, _ = train_phase(
@@ -117,10 +118,16 @@ def phase_of(arm: Arm) -> Phase:
     )  # fmt: skip
 
 
+def needs(name: str) -> tuple[str, ...]:
+    """The toy checkpoints an arm starts from: its base, and the teacher where it has one."""
+    arm = ARMS[name]
+    return (arm.base, "teacher") if arm.objective is not None and arm.objective.kd_weight > 0 else (arm.base,)
+
+
 def config_of(name: str, seed: int, checkpoints_in: Path) -> dict:
     """The whole configuration of an arm, as its manifest holds it: the checkpoints by their weights."""
     arm = ARMS[name]
-    sources = [checkpoints_in / f"{role}-{seed}" for role in (arm.base, "teacher")]
+    sources = [checkpoints_in / f"{role}-{seed}" for role in needs(name)]
     weights = [model["weights_sha256"] for run in sources for model in read_run(run)[1]["models"].values()]
     phase = None if arm.objective is None else dataclasses.asdict(phase_of(arm))
     return {"arm": name, "seed": seed, "theta": arm.theta, "phase": phase, "weights_sha256": weights, "trials": TRIALS}

@@ -1,74 +1,143 @@
 """The main job, end to end: toy checkpoints, every experiment, the gallery. `make reproduce` runs it.
 
-Checkpoints are trained side by side, one process and one thread each. A stage whose run directory is complete and was
-made with the same configuration is reused.
+Every stage is a script of its own in a process of its own, and starts when what it needs is there; two run at a time,
+on one thread each. A stage whose run directory is complete and was made with the same configuration is reused.
 """
 
+import os
 import subprocess
 import sys
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from functools import partial
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Annotated
 
 import pandas as pd
 import typer
 
-from experiments import propagation, toy_checkpoints
+from experiments import phase_scaling, propagation, toy_checkpoints
 from rope_probe.errors import InputError
 from rope_probe.report import gallery
 from rope_probe.results import is_complete, read_run
 
 WORKERS = 2
+QUICK_ARMS = ("base", "theta_swapped", "ce_phase_wise", "kd_phase_wise", "kd_small_theta")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A script and its arguments, the run directory it makes, the config it makes it with, and the stages it needs."""
+
+    command: tuple[str, ...]
+    run: Path
+    config: Callable[[], dict]
+    needs: tuple[str, ...] = ()
 
 
 def main(
     out: Annotated[Path, typer.Option(help="Folder for all run directories.")] = Path("runs"),
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 1,
+    full: Annotated[bool, typer.Option("--full", help="Every arm of every experiment.")] = False,
 ) -> None:
     """Run what is missing under `out`, print the tables and the path of the gallery."""
-    roles: tuple[toy_checkpoints.Role, ...] = ("teacher", "base")
-    made = {(role, seed): out / f"{role}-{seed}" for seed in range(seeds) for role in roles}
-    missing = [key for key, run in made.items() if not is_complete(run, toy_checkpoints.config_of(*key))]
+    stages = plan(out, seeds, tuple(phase_scaling.ARMS) if full else QUICK_ARMS)
+    run_all(stages)
+    runs = {script: [stage.run for stage in stages.values() if stage.command[0] == script] for script in SCRIPTS}
+    _print_checkpoints(runs["toy_checkpoints"])
+    _print_phase_scaling(runs["phase_scaling"])
+    _print_propagation(runs["propagation"][0])
+    print(gallery([*runs["phase_scaling"], *runs["propagation"]], out / "gallery"))
+
+
+SCRIPTS = ("toy_checkpoints", "phase_scaling", "propagation")
+
+
+def plan(out: Path, seeds: int, arms: Sequence[str]) -> dict[str, Stage]:
+    """Every stage by name, each after the stages it needs; the longest waits come first."""
+    roles: list[toy_checkpoints.Role] = ["teacher", "base"]
+    if any("base_large_theta" in phase_scaling.needs(arm) for arm in arms):
+        roles.append("base_large_theta")
+    stages = {}
+    for seed in range(seeds):
+        for role in roles:
+            run = out / f"{role}-{seed}"
+            config = partial(toy_checkpoints.config_of, role, seed)
+            stages[f"{role}-{seed}"] = Stage(("toy_checkpoints", role, str(seed), str(run)), run, config)
+        for arm in arms:
+            run = out / "phase_scaling" / f"{arm}-{seed}"
+            command = ("phase_scaling", arm, str(seed), str(run), "--checkpoints", str(out))
+            needs = tuple(f"{role}-{seed}" for role in phase_scaling.needs(arm))
+            stages[f"extension {arm}-{seed}"] = Stage(
+                command, run, partial(phase_scaling.config_of, arm, seed, out), needs
+            )
+    traced = tuple(f"{role}-{seed}" for seed in range(seeds) for role in ("teacher", "base"))
+    runs = [stages[name].run for name in traced]
+    trace = ("propagation", str(out / "propagation"), *map(str, runs))
+    stages["propagation"] = Stage(trace, out / "propagation", partial(propagation.config_of, runs), traced)
+    return stages
+
+
+def run_all(stages: dict[str, Stage]) -> None:
+    """Run the stages, WORKERS at a time. Raises InputError naming the first that fails."""
+    order = TopologicalSorter({name: stage.needs for name, stage in stages.items()})
+    order.prepare()
     with ThreadPoolExecutor(WORKERS) as pool:
-        codes = list(pool.map(lambda key: _script("toy_checkpoints", key[0], str(key[1]), str(made[key])), missing))
-    if any(codes):
-        failed = ", ".join(f"{role} {seed}" for (role, seed), code in zip(missing, codes, strict=True) if code)
-        raise InputError(f"training failed for {failed}; see above")
-
-    traced = out / "propagation"
-    if not is_complete(traced, propagation.config_of(list(made.values()))):
-        propagation.measure(traced, list(made.values()))
-
-    _print_tables(list(made.values()), traced)
-    print(gallery([traced], out / "gallery"))
+        running: dict[Future[int], str] = {}
+        while order.is_active():
+            running |= {pool.submit(_run, stages[name]): name for name in order.get_ready()}
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                name = running.pop(future)
+                if future.result() != 0:
+                    pool.shutdown(cancel_futures=True)
+                    raise InputError(f"stage {name} failed; see above")
+                order.done(name)
 
 
-def _script(name: str, *arguments: str) -> int:
-    return subprocess.run([sys.executable, "-m", f"experiments.{name}", *arguments], check=False).returncode
+def _run(stage: Stage) -> int:
+    if is_complete(stage.run, stage.config()):
+        return 0
+    script, *arguments = stage.command
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, "-m", f"experiments.{script}", *arguments], env=environment).returncode
 
 
-def _print_tables(checkpoints: Sequence[Path], traced: Path) -> None:
-    frames = pd.concat([read_run(run)[0] for run in checkpoints])
-    gates = frames[frames["metric"] == "gate_accuracy"]
-    print("\nRetrieval at the end of each phase, accuracy by distance")
-    print(
-        gates.pivot_table(index=["model", "seed", "phase"], columns="distance", values="value").to_string(
-            float_format="{:.2f}".format, na_rep=""
-        )
-    )
-    frame, manifest = read_run(traced)
+def _read(runs: Sequence[Path]) -> pd.DataFrame:
+    return pd.concat([read_run(run)[0] for run in runs], ignore_index=True)
+
+
+def _print_checkpoints(runs: Sequence[Path]) -> None:
+    frame = _read(runs)
+    gates = frame[frame["metric"] == "gate_accuracy"]
+    print("\nToy checkpoints: retrieval at the end of each phase, accuracy by distance")
+    print(_by_distance(gates, ["model", "seed", "phase"]))
+
+
+def _print_phase_scaling(runs: Sequence[Path]) -> None:
+    frame = _read(runs)
+    for window, part in frame[frame["metric"] == "accuracy"].groupby("seq_len"):
+        print(f"\nPhase scaling: retrieval in a window of {window} tokens after the extension, accuracy by distance")
+        print(_by_distance(part, ["model", "seed"]))
+
+
+def _print_propagation(run: Path) -> None:
+    frame, manifest = read_run(run)
     logits = frame[(frame["site"] == "logits") & (frame["metric"] == "kl_nats") & (frame["perturbation"] != "Copy")]
-    print("\nLogit KL in nats by tokens shifted, float32 and its float64 control, mean over documents")
-    print(
-        logits.groupby(["model", "seed", "arm", "side", "delta_tokens"])[["value", "value_float64"]]
-        .mean()
-        .unstack("side")
-        .to_string(float_format="{:.2e}".format)
+    table = logits.groupby(["model", "seed", "arm", "side", "delta_tokens"])[["value", "value_float64"]].mean()
+    print("\nPropagation: logit KL in nats by tokens shifted, in float32 and in float64, mean over documents")
+    print(table.unstack("side").to_string(float_format="{:.2e}".format))
+    print("\nPropagation: predictions (experiments/propagation.py) and what the float64 control says")
+    print(pd.DataFrame(manifest["verdicts"]).to_string(index=False, float_format="{:.2e}".format), "\n")
+
+
+def _by_distance(frame: pd.DataFrame, index: list[str]) -> str:
+    shown = frame.assign(
+        value=[f"{row.value:.2f} [{row.low:.2f}, {row.high:.2f}]" for row in frame.itertuples()],
     )
-    print("\nPredictions (experiments/propagation.py) and what the float64 control says")
-    print(pd.DataFrame(manifest["verdicts"]).to_string(index=False, float_format="{:.2e}".format))
-    print()
+    table = shown.pivot_table(index=index, columns="distance", values="value", aggfunc="first", sort=False)
+    return table.sort_index(axis=1).fillna("").to_string()
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ SIDES = {
     "k": ("keys only", "#d55e00", "diamond-open", "dash"),
     "qk": ("both, which cancels", "#009e73", "square", "solid"),
 }
+PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 PANELS = {
     "hook_rot_q": "queries as rotated",
     "unrotated_q": "queries, rotation undone",
@@ -36,6 +37,10 @@ def _is_copy(frame: pd.DataFrame) -> pd.Series:
 
 def _is_dose(frame: pd.DataFrame) -> pd.Series:
     return frame["perturbation"].str.startswith("PositionShift").fillna(False) & (frame["metric"] == "kl_nats")
+
+
+def _is_accuracy(frame: pd.DataFrame) -> pd.Series:
+    return frame["metric"] == "accuracy"
 
 
 def restriction(frame: pd.DataFrame) -> pd.Series:
@@ -180,18 +185,63 @@ def dose_response(frame: pd.DataFrame, label: str = "") -> go.Figure:
     return _styled(figure, "How a shift of position changes the output", label, note, height=540)
 
 
+def retrieval_by_distance(frame: pd.DataFrame, label: str = "") -> go.Figure:
+    """Accuracy of retrieval against distance, a line for each model: the mean over seeds, and every seed as a point.
+
+    With one seed the bars are its 95% intervals.
+    Raises InputError where the frame has no accuracy by distance.
+    """
+    rows = frame[_is_accuracy(frame)]
+    if rows.empty:
+        raise InputError("these results hold no accuracy by distance; measure it with retrieval_accuracy")
+    figure = go.Figure()
+    for i, (model, part) in enumerate(rows.groupby("model", sort=False, dropna=False)):
+        colour, dash = PALETTE[i % len(PALETTE)], ("solid", "dash", "dot")[i // len(PALETTE) % 3]
+        mean = part.groupby("distance")[["value", "low", "high"]].mean()
+        one = part["seed"].nunique() <= 1
+        bars = {"array": mean["high"] - mean["value"], "arrayminus": mean["value"] - mean["low"], "visible": one}
+        figure.add_trace(
+            go.Scatter(
+                x=mean.index.to_numpy(),
+                y=mean["value"],
+                error_y={**bars, "thickness": 1, "width": 3},
+                name=str(model),
+                mode="lines+markers",
+                line={"color": colour, "dash": dash},
+                legendgroup=str(model),
+            )
+        )
+        if not one:
+            points = {"x": part["distance"], "y": part["value"], "mode": "markers", "showlegend": False}
+            marker = {"color": colour, "size": 5, "opacity": 0.5}
+            figure.add_trace(go.Scatter(**points, marker=marker, legendgroup=str(model), hoverinfo="skip"))
+    distances = sorted(rows["distance"].unique())
+    figure.update_xaxes(type="log", title="distance, tokens", tickvals=distances, tickformat="~g")
+    figure.update_yaxes(title="accuracy", range=[-0.03, 1.03])
+    seeds = ", ".join(map(str, sorted(rows["seed"].dropna().unique())))
+    lengths = ", ".join(map(str, sorted(rows["seq_len"].dropna().unique())))
+    note = f"window {lengths} tokens, seeds {seeds}; lines: mean over seeds, points: seeds, bars: 95% over trials"
+    figure = _styled(figure, "Retrieval by distance", label, note, height=560)
+    return figure.update_layout(legend={"orientation": "v", "x": 1.02, "y": 1, "yanchor": "top"})
+
+
 @dataclass(frozen=True)
 class Drawing:
-    """A figure by name: which rows of a frame it draws, and how, given those rows and a label for its title."""
+    """A figure by name: which rows of a frame it draws, and how, given those rows and a label for its title.
+
+    `split` says what it is drawn once for, beside the experiment: rows with other values there get their own figure.
+    """
 
     name: str
     rows: Callable[[pd.DataFrame], pd.Series]
     draw: Callable[[pd.DataFrame, str], go.Figure]
+    split: Callable[[pd.DataFrame], list[pd.Series]] = lambda rows: []
 
 
 DRAWINGS = (
-    Drawing("copy_heatmap", _is_copy, copy_heatmap),
-    Drawing("dose_response", _is_dose, dose_response),
+    Drawing("retrieval_by_distance", _is_accuracy, retrieval_by_distance, lambda rows: [rows["seq_len"]]),
+    Drawing("copy_heatmap", _is_copy, copy_heatmap, lambda rows: [rows["model"], rows["arm"]]),
+    Drawing("dose_response", _is_dose, dose_response, lambda rows: [rows["model"], rows["arm"], restriction(rows)]),
 )
 
 

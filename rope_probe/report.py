@@ -37,39 +37,55 @@ def gallery(runs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str])
     An older gallery at `out` is replaced. Raises InputError for a run that is not complete, runs that hold nothing to
     draw, or an `out` that is something else than a gallery or cannot be written.
     """
-    sections = [(manifest, _figures(frame)) for frame, manifest in map(read_run, runs)]
-    if not any(figures for _, figures in sections):
+    experiments: dict[str, list[tuple[pd.DataFrame, dict[str, Any]]]] = {}
+    for frame, manifest in map(read_run, runs):
+        experiments.setdefault(manifest["experiment"], []).append((frame, manifest))
+    sections = []
+    for experiment, read in experiments.items():
+        if figures := _figures(pd.concat([frame for frame, _ in read], ignore_index=True)):
+            sections.append((experiment, [manifest for _, manifest in read], figures))
+    if not sections:
         raise InputError("these runs hold nothing that a figure is drawn from; trace some perturbations first")
     with whole_folder(out, kind="gallery") as folder:
-        body = "".join(_section(manifest, figures, folder) for manifest, figures in sections)
-        count = len(sections)
+        body = "".join(_section(*section, folder) for section in sections)
         page = f"<!doctype html><meta charset=utf-8><title>rope_probe</title><style>{_STYLE}</style>"
-        (folder / "index.html").write_text(
-            f"{page}<h1>rope_probe</h1><p class=what>{count} run{'s' if count > 1 else ''}</p>{body}\n"
-        )
+        (folder / "index.html").write_text(f"{page}<h1>rope_probe</h1>{body}\n")
     return Path(out) / "index.html"
 
 
 def _figures(frame: pd.DataFrame) -> list[tuple[str, go.Figure]]:
-    """(file name, figure) for each drawing, model and arm that the frame has rows for."""
+    """(file name, figure) for each drawing, and each of what it is split by, that the frame has rows for."""
     figures: list[tuple[str, go.Figure]] = []
     for drawing in plots.DRAWINGS:
         rows = frame[drawing.rows(frame)]
-        for labels, part in rows.groupby(["model", "arm", plots.restriction(rows)], dropna=False, sort=False):
+        split = drawing.split(rows)
+        parts = rows.groupby(split, dropna=False, sort=False) if split else [((), rows)]
+        for labels, part in parts:
+            if part.empty:
+                continue
             label = ", ".join(str(value) for value in labels if pd.notna(value) and value != "")
             figures.append((f"{len(figures) + 1}-{_slug(f'{drawing.name} {label}')}", drawing.draw(part, label)))
     return figures
 
 
-def _section(manifest: dict[str, Any], figures: list[tuple[str, go.Figure]], folder: Path) -> str:
-    run = manifest["run_id"]
+def _section(
+    experiment: str, manifests: list[dict[str, Any]], figures: list[tuple[str, go.Figure]], folder: Path
+) -> str:
     frames = []
     for name, figure in figures:
-        page = write_figure(figure, folder / f"{_slug(run)}-{name}.html")
-        frames.append(
-            f'<iframe src="{page.name}" height="{figure.layout.height + 20}" title="{html.escape(name)}"></iframe>'
-        )
-    git = manifest.get("git") or {}
+        page = write_figure(figure, folder / f"{_slug(experiment)}-{name}.html")
+        height = figure.layout.height + 20
+        frames.append(f'<iframe src="{page.name}" height="{height}" title="{html.escape(name)}"></iframe>')
+    made = "".join(map(_how_it_was_made, manifests))
+    many = f"{len(manifests)} run{'s' if len(manifests) > 1 else ''}"
+    return (
+        f"<h2>{html.escape(experiment)}</h2><p class=what>{many}</p>{''.join(frames)}"
+        f"<details><summary>how it was made</summary>{made}</details>"
+    )
+
+
+def _how_it_was_made(manifest: dict[str, Any]) -> str:
+    git = manifest["git"] or {}
     facts = {
         "config": manifest["config"],
         "command": " ".join(manifest["argv"][1:]),
@@ -77,13 +93,8 @@ def _section(manifest: dict[str, Any], figures: list[tuple[str, go.Figure]], fol
         "commit": f"{git.get('commit', 'unknown')}{' with local changes' if git.get('dirty') else ''}",
         "packages": ", ".join(f"{name} {version}" for name, version in manifest["packages"].items()),
     }
-    table = "".join(
-        f"<tr><td>{key}</td><td><code>{html.escape(str(value))}</code></td></tr>" for key, value in facts.items()
-    )
-    return (
-        f"<h2>{html.escape(manifest['experiment'])}</h2><p class=what>{html.escape(run)}</p>{''.join(frames)}"
-        f"<details><summary>how it was made</summary><table>{table}</table></details>"
-    )
+    rows = (f"<tr><td>{key}</td><td><code>{html.escape(str(value))}</code></td></tr>" for key, value in facts.items())
+    return f"<h3>{html.escape(manifest['run_id'])}</h3><table>{''.join(rows)}</table>"
 
 
 def _slug(text: str) -> str:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rope_probe import InputError, KeyValueStream, load_model
-from rope_probe.distillation import Gate, GateError, Phase, train_phase
+from rope_probe.distillation import Gate, GateError, Objective, Phase, train_phase
 from tests import zoo
 
 STREAM = KeyValueStream(16, distinct=(1, 4), keys=20, values=20)
@@ -47,6 +47,41 @@ def test_training_is_a_pure_function_of_the_seed():
         weights.append(model.original_model.lm_head.weight)
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
+
+
+@pytest.mark.parametrize("teacher_masked", [False, True])
+def test_distilling_brings_the_student_to_the_teacher_and_leaves_the_teacher(teacher_masked):
+    student, teacher = fresh(), load_model(zoo.llama(vocab_size=70))
+    before = {name: p.clone() for name, p in teacher.original_model.named_parameters()}
+    phase = dataclasses.replace(PHASE, steps=100, objective=Objective(chunk=100), teacher_masked=teacher_masked)
+    history, _ = train_phase(student, phase, seed=0, teacher=teacher)
+    assert history[-1]["kd_nats"] < 0.5 * history[0]["kd_nats"]
+    assert "ce_nats" not in history[0]
+    for name, parameter in teacher.original_model.named_parameters():
+        assert torch.equal(parameter, before[name])
+        assert parameter.grad is None
+
+
+def test_the_loss_is_the_divergence_from_the_teacher_as_it_reads_the_window():
+    student, teacher = fresh(), load_model(zoo.llama())
+    tokens = PHASE.batch(4, 0)
+    with torch.no_grad():
+        q = student(tokens).log_softmax(-1)
+        whole = teacher(tokens).log_softmax(-1)
+        documents = teacher(tokens.reshape(-1, 16)).reshape(8, 32, -1).log_softmax(-1)
+    for masked, p in ((False, whole), (True, documents)):
+        phase = dataclasses.replace(PHASE, steps=1, objective=Objective(0.5, 2.0), teacher_masked=masked)
+        history, _ = train_phase(fresh(), phase, seed=4, teacher=teacher)
+        kd = (p.exp() * (p - q)).sum(-1).mean().item()
+        ce = torch.nn.functional.nll_loss(q[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).item()
+        assert history[0]["kd_nats"] == pytest.approx(kd, rel=1e-4)
+        assert history[0]["ce_nats"] == pytest.approx(ce, rel=1e-4)
+        assert history[0]["loss"] == pytest.approx(0.5 * ce + 2 * kd, rel=1e-4)
+
+
+def test_distilling_needs_a_teacher():
+    with pytest.raises(InputError, match="teacher"):
+        train_phase(fresh(), dataclasses.replace(PHASE, objective=Objective()), seed=0)
 
 
 def test_a_gate_that_passes_ends_the_phase():

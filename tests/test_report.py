@@ -119,7 +119,7 @@ def test_an_older_gallery_is_replaced_and_nothing_else(run, tmp_path):
 
 def test_runs_with_nothing_to_draw_are_refused(tmp_path):
     with new_run(tmp_path / "run", "test", {}) as made:
-        made.record(tidy([{"metric": "accuracy", "value": 1.0}]))
+        made.record(tidy([{"metric": "ce_nats", "value": 1.0}]))
     with pytest.raises(InputError, match="nothing"):
         gallery([tmp_path / "run"], tmp_path / "gallery")
     assert not (tmp_path / "gallery").exists()
@@ -129,3 +129,34 @@ def test_figures_are_written_where_asked(run, tmp_path):
     page = write_figure(plots.dose_response(read_run(run)[0]), tmp_path / "deep" / "figure.html")
     assert page.is_file()
     assert isinstance(read_run(run)[0], pd.DataFrame)
+
+
+def accuracy(model, seed, values):
+    rows = [{"seq_len": 64, "distance": d, "metric": "accuracy", "value": v, "low": v - 0.1, "high": v + 0.1}
+            for d, v in zip((8, 16, 32), values, strict=True)]  # fmt: skip
+    return tidy(rows).assign(model=model, seed=seed)
+
+
+def test_retrieval_shows_means_and_seeds(tmp_path):
+    frame = pd.concat(
+        [accuracy("kd", 0, (1, 0.8, 0.6)), accuracy("kd", 1, (0.8, 0.6, 0.2)), accuracy("ce", 0, (1, 0, 0))]
+    )
+    figure = plots.retrieval_by_distance(frame)
+    lines = {line.name: line for line in figure.data if line.name}
+    np.testing.assert_allclose(lines["kd"].y, [0.9, 0.7, 0.4])
+    np.testing.assert_allclose(lines["ce"].error_y.array, 0.1)
+    assert (lines["kd"].error_y.visible, lines["ce"].error_y.visible) == (False, True)
+    points = next(line for line in figure.data if line.name is None)
+    assert sorted(points.y) == [0.2, 0.6, 0.6, 0.8, 0.8, 1]
+
+
+def test_runs_of_one_experiment_are_drawn_together(tmp_path):
+    for model in ("kd", "ce"):
+        with new_run(tmp_path / model, "phase_scaling", {}) as made:
+            made.record(accuracy(model, 0, (1, 0.8, 0.6)))
+    page = gallery([tmp_path / "kd", tmp_path / "ce"], tmp_path / "gallery").read_text()
+    (name,) = re.findall(r'<iframe src="([^"]+)"', page)
+    drawn = (tmp_path / "gallery" / name).read_text()
+    assert '"name":"kd"' in drawn
+    assert '"name":"ce"' in drawn
+    assert page.count("<h3>phase_scaling") == 2

@@ -1,0 +1,23 @@
+"""Accuracy of retrieval against distance for every arm of the phase-scaling experiment.
+
+python -m figures.retrieval_by_distance figure.html runs/phase_scaling/*
+"""
+
+from pathlib import Path
+
+import pandas as pd
+import typer
+
+from rope_probe import plots
+from rope_probe.report import write_figure
+from rope_probe.results import read_run
+
+
+def draw(out: Path, runs: list[Path], window: int = 1024) -> None:
+    """Draw the runs together into the page `out`, as probed in windows of `window` tokens."""
+    frame = pd.concat([read_run(run)[0] for run in runs], ignore_index=True)
+    print(write_figure(plots.retrieval_by_distance(frame[frame["seq_len"] == window]), out))
+
+
+if __name__ == "__main__":
+    typer.run(draw)
