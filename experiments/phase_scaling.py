@@ -34,6 +34,7 @@ from rope_probe.distillation import Objective, Phase, train_phase
 from rope_probe.errors import InputError
 from rope_probe.progress import progress
 from rope_probe.results import describe_model, hash_tokens, new_run, read_run, tidy
+from rope_probe.retrieval import student_interval
 
 STEPS, BATCH_TOKENS = 250, 8192
 DISTANCES = (32, 64, 128, 256, 512, 768, 1000)
@@ -140,6 +141,61 @@ def measure(model: HookedCausalLM, seed: int) -> pd.DataFrame:
         for window, distances in ((LONG, DISTANCES), (SHORT, SHORT_DISTANCES))
     ]
     return pd.concat(frames)
+
+
+PREDICTIONS = (
+    (1, ("kd_phase_wise", ">=", 0.95)),
+    *((2, (f"ce_{theta}", "<=", 0.10)) for theta in ("phase_wise", "small_theta", "large_theta")),
+    (3, ("kd_small_theta", "<=", 0.10)),
+    (5, ("kd_teacher_masked", "<=", 0.10)),
+    (6, ("kd_disjoint_keys", "<=", 0.10)),
+    (7, ("theta_swapped", "<=", 0.10)),
+    (7, ("ce_long_documents", ">=", 0.95)),
+)
+FAR = 8 * SHORT
+
+
+def verdicts(frame: pd.DataFrame) -> pd.DataFrame:
+    """The predictions for the arms that were run: mean accuracy at 8 times the document length, and whether it held.
+
+    The interval is Student's over seeds; with one seed, Wilson's over trials.
+    """
+    far = frame[(frame["metric"] == "accuracy") & (frame["seq_len"] == LONG) & (frame["distance"] == FAR)]
+    by_arm = {arm: part.set_index("seed") for arm, part in far.groupby("model")}
+    rows = []
+    for prediction, (arm, sign, bound) in PREDICTIONS:
+        if arm not in by_arm:
+            continue
+        part = by_arm[arm]
+        low, high = student_interval(part["value"]) if len(part) > 1 else (part["low"].item(), part["high"].item())
+        mean = part["value"].mean()
+        held = mean >= bound if sign == ">=" else mean <= bound
+        rows.append(
+            {
+                "prediction": prediction,
+                "what": f"{arm} {sign} {bound}",
+                "seeds": len(part),
+                "mean": mean,
+                "low": low,
+                "high": high,
+                "held": held,
+            }
+        )
+    if {"kd_phase_wise", "kd_large_theta"} <= set(by_arm):
+        apart = by_arm["kd_phase_wise"]["value"] - by_arm["kd_large_theta"]["value"]
+        low, high = student_interval(apart.dropna())
+        rows.append(
+            {
+                "prediction": 4,
+                "what": "kd_phase_wise - kd_large_theta, 0 inside its interval",
+                "seeds": len(apart.dropna()),
+                "mean": apart.mean(),
+                "low": low,
+                "high": high,
+                "held": low <= 0 <= high,
+            }
+        )
+    return pd.DataFrame(rows).sort_values("prediction")
 
 
 if __name__ == "__main__":

@@ -120,6 +120,8 @@ def _print_phase_scaling(runs: Sequence[Path]) -> None:
     for window, part in frame[frame["metric"] == "accuracy"].groupby("seq_len"):
         print(f"\nPhase scaling: retrieval in a window of {window} tokens after the extension, accuracy by distance")
         print(_by_distance(part, ["model", "seed"]))
+    print("\nPhase scaling: predictions (experiments/phase_scaling.py), accuracy at 8 times the document length")
+    print(phase_scaling.verdicts(frame).to_string(index=False, float_format="{:.3f}".format))
 
 
 def _print_propagation(run: Path) -> None:

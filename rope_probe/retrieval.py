@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Int
+from scipy import stats
 from torch import Tensor
 
 from rope_probe.errors import InputError
@@ -81,16 +82,16 @@ def retrieval_accuracy(
                     progress(len(batch))
         hit, logprob = torch.cat(hits).double(), torch.cat(logprobs).double()
         at = {"seq_len": task.window, "distance": distance, "seed": seed}
-        low, high = wilson_interval(int(hit.sum()), trials)
+        low, high = stats.binomtest(int(hit.sum()), trials).proportion_ci(method="wilson")
         rows.append({**at, "metric": "accuracy", "value": hit.mean().item(), "low": low, "high": high})
         mean, spread = logprob.mean().item(), 1.96 * logprob.std(correction=0).item() / math.sqrt(trials)
         rows.append({**at, "metric": "answer_logprob_nats", "value": mean, "low": mean - spread, "high": mean + spread})
     return tidy(rows)
 
 
-def wilson_interval(hits: int, trials: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson score interval of a share (95% by default); it stays inside 0..1 and is not empty at its ends."""
-    share = hits / trials
-    middle = (share + z * z / (2 * trials)) / (1 + z * z / trials)
-    half = z / (1 + z * z / trials) * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
-    return max(0.0, middle - half), min(1.0, middle + half)
+def student_interval(values: pd.Series) -> tuple[float, float]:
+    """95% interval of a mean over seeds, Student's t; unbounded for one value, which tells no spread."""
+    if len(values) < 2:
+        return -math.inf, math.inf
+    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
+    return float(values.mean() - half), float(values.mean() + half)

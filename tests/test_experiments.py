@@ -4,6 +4,7 @@ import pytest
 
 from experiments import phase_scaling, propagation, reproduce, toy_checkpoints
 from rope_probe import InputError
+from rope_probe.results import tidy
 
 
 @pytest.mark.parametrize("arms", [reproduce.QUICK_ARMS, tuple(phase_scaling.ARMS)])
@@ -43,3 +44,21 @@ def test_the_repeated_windows_are_what_the_predictions_speak_of():
     assert (after.window.tokens[0, 1:] == token.tokens[0, 0]).all()
     assert after.window.tokens[0, 0] != token.tokens[0, 0]
     assert len(arms["repeated document"].window) == len(propagation.packed_documents(0)) == propagation.WINDOW
+
+
+def test_verdicts_of_phase_scaling_are_arithmetic():
+    far = {"kd_phase_wise": (1.0, 0.9), "ce_phase_wise": (0.0, 0.1), "kd_large_theta": (0.5, 0.4)}
+    at = {"seq_len": 1024, "distance": 512, "metric": "accuracy", "low": 0.0, "high": 1.0}
+    rows = [
+        {**at, "value": value, "model": arm, "seed": seed}
+        for arm, values in far.items()
+        for seed, value in enumerate(values)
+    ]
+    table = phase_scaling.verdicts(tidy(rows)).set_index("prediction")
+    assert table.loc[1, "mean"] == pytest.approx(0.95)
+    assert table.loc[1, "held"]
+    assert table.loc[2, "held"]
+    assert table.loc[4, "mean"] == pytest.approx(0.5)
+    assert not table.loc[4, "held"]
+    one = phase_scaling.verdicts(tidy(rows[:1])).iloc[0]
+    assert (one["seeds"], one["low"], one["high"]) == (1, 0.0, 1.0)

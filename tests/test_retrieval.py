@@ -1,8 +1,11 @@
+import math
+
+import pandas as pd
 import pytest
 import torch
 
 from rope_probe import InputError, KeyValueStream, load_model
-from rope_probe.retrieval import KeyValueTask, retrieval_accuracy, wilson_interval
+from rope_probe.retrieval import KeyValueTask, retrieval_accuracy, student_interval
 from tests import zoo
 
 STREAM = KeyValueStream(32, distinct=(2, 8), keys=30, values=30)
@@ -53,11 +56,15 @@ def test_a_model_that_knows_the_answer_scores_one(monkeypatch):
     assert (frame[frame["metric"] == "accuracy"]["value"] == 1).all()
 
 
-@pytest.mark.parametrize(
-    ("hits", "trials", "low", "high"), [(0, 100, 0.0, 0.0370), (50, 100, 0.4038, 0.5962), (100, 100, 0.9630, 1.0)]
-)
-def test_wilson_intervals_have_their_textbook_values(hits, trials, low, high):
-    assert wilson_interval(hits, trials) == pytest.approx((low, high), abs=1e-4)
+def test_intervals_have_their_textbook_values():
+    model = load_model(zoo.llama())
+    frame = retrieval_accuracy(model, TASK, [4], trials=100).set_index("metric").loc["accuracy"]
+    hits, z = round(100 * frame["value"]), 1.959964
+    middle, half = (hits + z**2 / 2) / (100 + z**2), z * (hits * (100 - hits) / 100 + z**2 / 4) ** 0.5 / (100 + z**2)
+    assert (frame["low"], frame["high"]) == pytest.approx((max(0, middle - half), middle + half), abs=1e-6)
+    low, high = student_interval(pd.Series([0.9, 1.0, 0.8]))
+    assert (low, high) == pytest.approx((0.9 - 4.302653 * 0.1 / 3**0.5, 0.9 + 4.302653 * 0.1 / 3**0.5), abs=1e-6)
+    assert student_interval(pd.Series([0.9])) == (-math.inf, math.inf)
 
 
 def test_odd_windows_are_refused():

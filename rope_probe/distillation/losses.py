@@ -50,11 +50,7 @@ class Divergence:
     def __call__(self, student: Float[Tensor, "N V"], teacher: Float[Tensor, "N W"]) -> Float[Tensor, " N"]:
         """Divergence in nats times T^2, of logits over vocabularies that share their first min(V, W) tokens."""
         shared = min(student.shape[-1], teacher.shape[-1])
-        q, p = (
-            (logits[..., :shared].to(torch.promote_types(logits.dtype, torch.float32)) / self.temperature)
-            for logits in (student, teacher)
-        )
-        q, p = q.log_softmax(-1), p.log_softmax(-1)
+        q, p = (self._log_probabilities(logits[..., :shared]) for logits in (student, teacher))
         if self.top_k is not None and self.top_k < shared:
             top = p.topk(self.top_k, -1).indices
             q, p = self._outcomes(q, top), self._outcomes(p, top)
@@ -66,6 +62,10 @@ class Divergence:
             middle = torch.logaddexp(p, q) - math.log(2)
             divergence = (_kl(p, middle) + _kl(q, middle)) / 2
         return divergence * self.temperature**2
+
+    def _log_probabilities(self, logits: Tensor) -> Tensor:
+        precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return (precise if self.temperature == 1 else precise / self.temperature).log_softmax(-1)
 
     def _outcomes(self, log_probabilities: Tensor, top: Tensor) -> Tensor:
         kept = log_probabilities.gather(-1, top)
@@ -173,9 +173,9 @@ class _InChunks(torch.autograd.Function):
                 if d is not None:
                     d_parameter += d
             del part, d_piece, d_part
-        ctx.save_for_backward(d_hidden, *d_parameters)
+        ctx.gradients = (d_hidden, *d_parameters)
         return total
 
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, None, *(d * d_loss for d in ctx.saved_tensors))
+        return (None, None, *(d.mul_(d_loss) for d in ctx.gradients))  # in place: they are large, and read only once

@@ -1,0 +1,101 @@
+"""The chunked distillation loss against the plain one: peak memory above the inputs, time, and the gradients.
+
+Forward KL from a teacher, forward and backward, T positions over a vocabulary of V, width M, float32. Each variant runs
+in a process of its own; memory is that process's high-water mark less what it held once the inputs were made. Times are
+medians over repeats, taken in turn. The plain loss at the default size needs about 24 GB.
+
+    python benchmarks/chunked_loss.py --positions 8192 --vocabulary 128256 --width 512
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+from torch.nn import functional as F  # noqa: N812
+
+from rope_probe.distillation import Objective
+
+VARIANTS = ("plain", "chunked")
+
+
+def inputs(positions: int, vocabulary: int, width: int) -> tuple[torch.Tensor, ...]:
+    """Hidden states and heads of student and teacher; the student's want gradients."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((positions, width), (vocabulary, width), (positions, width), (vocabulary, width))
+    made = [torch.randn(*shape, generator=generator) for shape in shapes]
+    for weight in (made[1], made[3]):
+        weight.mul_(width**-0.5)
+    return made[0].requires_grad_(), torch.nn.Parameter(made[1]), made[2], made[3]
+
+
+def loss_of(variant: str, chunk: int, hidden: torch.Tensor, head: torch.Tensor, taught: torch.Tensor,
+            teacher_head: torch.Tensor) -> torch.Tensor:  # fmt: skip
+    """The same loss, the plain way or in chunks."""
+    if variant == "plain":
+        with torch.no_grad():
+            target = F.linear(taught, teacher_head).log_softmax(-1)
+        return F.kl_div(F.linear(hidden, head).log_softmax(-1), target, log_target=True, reduction="batchmean")
+    targets = torch.zeros(len(hidden), dtype=torch.long)
+    loss, _ = Objective(chunk=chunk).loss(
+        hidden, lambda x: F.linear(x, head), [head], targets, taught, lambda x: F.linear(x, teacher_head)
+    )
+    return loss
+
+
+def measure(variant: str, options: argparse.Namespace) -> dict:
+    """Seconds of each repeat, peak bytes above the inputs, and a digest of the gradients."""
+    made = inputs(options.positions, options.vocabulary, options.width)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    seconds = []
+    for _ in range(options.repeats):
+        for tensor in made[:2]:
+            tensor.grad = None
+        started = time.perf_counter()
+        loss = loss_of(variant, options.chunk, *made)
+        loss.backward()
+        seconds.append(time.perf_counter() - started)
+    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    torch.save([tensor.grad for tensor in made[:2]], f"{options.gradients}.{variant}")
+    return {"seconds": seconds, "peak_bytes": peak, "loss": loss.item()}
+
+
+def main() -> None:
+    """Run both variants and print the ratios."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--positions", type=int, default=8192)
+    parser.add_argument("--vocabulary", type=int, default=128_256)
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--chunk", type=int, default=256)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--gradients", default="/tmp/chunked_loss_gradients", help="where the gradients are compared")
+    parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.variant:
+        print(json.dumps(measure(options.variant, options)))
+        return
+    told = {}
+    for variant in VARIANTS:
+        command = [sys.executable, __file__, *sys.argv[1:], "--variant", variant]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        told[variant] = json.loads(done.stdout)
+        seconds = statistics.median(told[variant]["seconds"])
+        print(
+            f"{variant:8} {seconds:8.2f} s   {told[variant]['peak_bytes'] / 2**30:6.2f} GiB above the inputs",
+            flush=True,
+        )
+    gradients = [torch.load(f"{options.gradients}.{variant}", weights_only=True) for variant in VARIANTS]
+    apart = max((a - b).abs().max().item() for a, b in zip(*gradients, strict=True))
+    time_ratio = statistics.median(told["chunked"]["seconds"]) / statistics.median(told["plain"]["seconds"])
+    memory_ratio = told["chunked"]["peak_bytes"] / told["plain"]["peak_bytes"]
+    print(f"T={options.positions} V={options.vocabulary} M={options.width} chunk={options.chunk}: "
+          f"time x {time_ratio:.3f}, memory x {memory_ratio:.4f} (1/{1 / memory_ratio:.1f}), "
+          f"gradients within {apart:.1e}, losses {told['plain']['loss']:.6f} {told['chunked']['loss']:.6f}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
