@@ -239,7 +239,12 @@ class Drawing:
 
 
 DRAWINGS = (
-    Drawing("retrieval_by_distance", _is_accuracy, retrieval_by_distance, lambda rows: [rows["seq_len"]]),
+    Drawing(
+        "retrieval_by_distance",
+        _is_accuracy,
+        retrieval_by_distance,
+        lambda rows: ["window " + rows["seq_len"].astype("string")],
+    ),
     Drawing("copy_heatmap", _is_copy, copy_heatmap, lambda rows: [rows["model"], rows["arm"]]),
     Drawing("dose_response", _is_dose, dose_response, lambda rows: [rows["model"], rows["arm"], restriction(rows)]),
 )
