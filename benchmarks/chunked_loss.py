@@ -18,7 +18,7 @@ import time
 import torch
 from torch.nn import functional as F  # noqa: N812
 
-from rope_probe.distillation import Objective
+from rope_probe.distillation import Head, Objective
 
 VARIANTS = ("plain", "chunked")
 
@@ -41,9 +41,11 @@ def loss_of(variant: str, chunk: int, hidden: torch.Tensor, head: torch.Tensor, 
             target = F.linear(taught, teacher_head).log_softmax(-1)
         return F.kl_div(F.linear(hidden, head).log_softmax(-1), target, log_target=True, reduction="batchmean")
     targets = torch.zeros(len(hidden), dtype=torch.long)
-    loss, _ = Objective(chunk=chunk).loss(
-        hidden, lambda x: F.linear(x, head), [head], targets, taught, lambda x: F.linear(x, teacher_head)
-    )
+    heads = [
+        torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta") for weight in (head, teacher_head)
+    ]
+    heads[0].weight, heads[1].weight = head, torch.nn.Parameter(teacher_head, requires_grad=False)
+    loss, _ = Objective(chunk=chunk).loss(hidden, Head(heads[0]), targets, taught, Head(heads[1]))
     return loss
 
 

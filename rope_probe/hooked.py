@@ -14,7 +14,7 @@ M width):
 
 import copy
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -157,8 +157,15 @@ class HookedCausalLM(HookedRootModule):
 
     def unembed(self, hidden: Float[Tensor, "B T M"]) -> Float[Tensor, "B T V"]:
         """Logits of final hidden states, by the model's own head: bias, soft cap and logit scale included."""
-        with self._precision(), _passing_through(self.original_model.base_model, hidden):
+        state = MoeModelOutputWithPast(last_hidden_state=hidden)
+        with self._precision(), _returning(self.original_model.base_model, state):
             return self.original_model(inputs_embeds=hidden, use_cache=False).logits
+
+    def after_projection(self, projected: Float[Tensor, "B T V"]) -> Float[Tensor, "B T V"]:
+        """What the model's head does after its projection: soft cap and logit scale; nothing on most models."""
+        projection = self.original_model.get_output_embeddings()
+        with _returning(projection, projected):
+            return self.unembed(projected.new_empty(*projected.shape[:2], projection.in_features))
 
     def _precision(self) -> Any:
         return promote_float32() if self.dtype == torch.float64 else nullcontext()
@@ -215,14 +222,13 @@ def _on_output(hook_point: HookPoint, module: nn.Module, args: tuple, output: An
 
 
 @contextmanager
-def _passing_through(backbone: nn.Module, hidden: Tensor) -> Iterator[None]:
-    """Within it, the backbone returns `hidden` whatever it is given, so the causal LM's forward is its head alone."""
-    forward: Callable = lambda *args, **kwargs: MoeModelOutputWithPast(last_hidden_state=hidden)  # noqa: E731
-    backbone.__dict__["forward"] = forward
+def _returning(module: nn.Module, output: Any) -> Iterator[None]:
+    """Within it, `module` returns `output` whatever it is given; so a causal LM's forward is what comes after it."""
+    module.__dict__["forward"] = lambda *args, **kwargs: output
     try:
         yield
     finally:
-        del backbone.__dict__["forward"]
+        del module.__dict__["forward"]
 
 
 def load_model(

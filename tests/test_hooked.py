@@ -97,6 +97,15 @@ def test_parallel_blocks_add_up_without_a_middle(name):
     assert "blocks.0.hook_resid_mid" not in model.hook_dict
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2", "cohere", "gpt_neox", "phi"])
+def test_the_head_is_its_projection_and_what_comes_after(name):
+    model = load_model(zoo.model(zoo.CONFIGS[name]()))
+    hidden = model.hidden(zoo.tokens())
+    projected = model.original_model.get_output_embeddings()(hidden)
+    assert torch.equal(model.after_projection(projected), model.unembed(hidden))
+    assert torch.equal(model.unembed(hidden), model(zoo.tokens()))
+
+
 def test_hook_shapes_are_transformer_lens_ones():
     model = load_model(zoo.llama(), attn="eager")
     _, cache = model.run_with_cache(zoo.tokens(2, 30))

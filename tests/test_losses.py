@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from rope_probe import InputError
-from rope_probe.distillation.losses import IGNORED, Divergence, Objective
+from rope_probe.distillation.losses import IGNORED, Divergence, Head, Objective
 
 KINDS = ["forward_kl", "reverse_kl", "jensen_shannon"]
 
@@ -94,7 +94,10 @@ def test_chunks_give_the_loss_and_the_gradients_of_the_plain_computation(objecti
     targets = torch.randint(30, (20,))
     targets[::7] = IGNORED
 
-    student, teacher = head(hidden), teacher_head(taught).detach()
+    def after(projected):
+        return 3 * torch.tanh(projected / 3)
+
+    student, teacher = after(head(hidden)), teacher_head(taught).detach()
     plain = torch.zeros((), dtype=torch.float64)
     if objective.ce_weight:
         plain = plain + objective.ce_weight * F.cross_entropy(student, targets, ignore_index=IGNORED)
@@ -104,7 +107,7 @@ def test_chunks_give_the_loss_and_the_gradients_of_the_plain_computation(objecti
     expected = torch.autograd.grad(2 * plain, inputs)
 
     chunked = Objective(objective.ce_weight, objective.kd_weight, objective.divergence, chunk)
-    loss, terms = chunked.loss(hidden, head, list(head.parameters()), targets, taught, teacher_head)
+    loss, terms = chunked.loss(hidden, Head(head, after), targets, taught, Head(teacher_head))
     torch.testing.assert_close(loss, plain, rtol=1e-12, atol=0)
     for got, right in zip(torch.autograd.grad(2 * loss, inputs), expected, strict=True):
         torch.testing.assert_close(got, right, rtol=0, atol=1e-12)
@@ -113,23 +116,20 @@ def test_chunks_give_the_loss_and_the_gradients_of_the_plain_computation(objecti
     if terms.cross_entropy is not None:
         assert (terms.cross_entropy[::7] == 0).all()
     with torch.no_grad():
-        unlearning, _ = chunked.loss(hidden, head, list(head.parameters()), targets, taught, teacher_head)
+        unlearning, _ = chunked.loss(hidden, Head(head, after), targets, taught, Head(teacher_head))
     torch.testing.assert_close(unlearning, loss)
     assert all(parameter.grad is None for parameter in teacher_head.parameters())
 
 
 def test_no_more_logits_than_a_chunk_are_ever_made():
     seen = []
-    weight = nn.Parameter(torch.randn(30, 8))
-
-    def head(hidden):
-        seen.append(len(hidden))
-        return hidden @ weight.T
-
+    projection = nn.Linear(8, 30, bias=False)
+    head = Head(projection, lambda projected: seen.append(len(projected)) or projected)
     hidden = torch.randn(20, 8, requires_grad=True)
-    loss, _ = Objective(chunk=6).loss(hidden, head, [weight], torch.zeros(20, dtype=torch.long), hidden.detach(), head)
+    loss, _ = Objective(chunk=6).loss(hidden, head, torch.zeros(20, dtype=torch.long), hidden.detach(), head)
     loss.backward()
     assert max(seen) == 6
+    assert projection.weight.grad is not None
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,10 @@ def test_no_more_logits_than_a_chunk_are_ever_made():
         (lambda: Objective(0.0, 0.0), "weights"),
         (lambda: Objective(-1.0, 2.0), "-1.0"),
         (lambda: Objective(chunk=0), "chunk 0"),
-        (lambda: Objective().loss(torch.zeros(2, 3), nn.Identity(), [], torch.zeros(2, dtype=torch.long)), "teacher"),
+        (
+            lambda: Objective().loss(torch.zeros(2, 3), Head(nn.Linear(3, 4)), torch.zeros(2, dtype=torch.long)),
+            "teacher",
+        ),
     ],
 )
 def test_what_makes_no_sense_is_refused(make, named):

@@ -6,7 +6,6 @@
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rope_probe.distillation.losses import IGNORED
+from rope_probe.distillation.losses import IGNORED, Head
 from rope_probe.distillation.phase import GateError, Phase
 from rope_probe.errors import InputError
 from rope_probe.hooked import HookedCausalLM
@@ -75,17 +74,15 @@ def _step(
     phase: Phase,
 ) -> dict[str, float]:
     targets = nn.functional.pad(tokens[:, 1:], (0, 1), value=IGNORED)
-    head = model.original_model.get_output_embeddings()
     model.original_model.train()
     with torch.autocast(tokens.device.type, dtype=torch.bfloat16, enabled=phase.autocast):
         taught = None if teacher is None else _teacher_hidden(teacher, tokens, phase).flatten(0, 1)
         loss, terms = phase.objective.loss(
             model.hidden(tokens).flatten(0, 1),
-            partial(_logits, model),
-            [parameter for parameter in head.parameters() if parameter.requires_grad],
+            _head(model),
             targets.flatten(),
             taught,
-            None if teacher is None else partial(_logits, teacher),
+            None if teacher is None else _head(teacher),
         )
     loss.backward()
     nn.utils.clip_grad_norm_(model.original_model.parameters(), phase.clip_norm)
@@ -112,8 +109,11 @@ def _teacher_hidden(teacher: HookedCausalLM, tokens: Tensor, phase: Phase) -> Te
     return teacher.hidden(packed, masked=True).view(*tokens.shape, -1)
 
 
-def _logits(model: HookedCausalLM, hidden: Tensor) -> Tensor:
-    return model.unembed(hidden.unsqueeze(0)).squeeze(0)
+def _head(model: HookedCausalLM) -> Head:
+    def after(projected: Tensor) -> Tensor:
+        return model.after_projection(projected.unsqueeze(0)).squeeze(0)
+
+    return Head(model.original_model.get_output_embeddings(), after)
 
 
 def _optimizers(model: PreTrainedModel, phase: Phase) -> list[torch.optim.Optimizer]:

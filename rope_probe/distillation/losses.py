@@ -4,7 +4,8 @@
   Jensen-Shannon, at a temperature, over the whole vocabulary or the teacher's top k. Nats, times T^2, so that the size
   of the gradient does not depend on the temperature (Hinton et al., arXiv 1503.02531).
 - `Objective.loss` never holds the logits of a window: heads of student and teacher are applied to `chunk` positions at
-  a time, and the chunk's gradients are taken on the spot, while its logits are there.
+  a time, and the chunk's gradients are taken on the spot, while its logits are there, straight into the gradient of the
+  head's weight.
 - Vocabularies of different padded size are cut to the shared part.
 
 Shape letters: N positions of all windows together, V vocabulary, M width.
@@ -21,7 +22,6 @@ from torch import Tensor, nn
 
 from rope_probe.errors import InputError
 
-Head = Callable[[Tensor], Tensor]
 IGNORED = -100
 
 
@@ -79,6 +79,21 @@ def _kl(p: Tensor, q: Tensor) -> Tensor:
     return nn.functional.kl_div(q, p, reduction="none", log_target=True).sum(-1)
 
 
+@dataclass(frozen=True)
+class Head:
+    """How hidden states become logits: a projection [V, M], and what comes `after` it, a soft cap or a scale.
+
+    `after` works on the logits of any number of positions, and must have no trainable parameters.
+    """
+
+    projection: nn.Linear
+    after: Callable[[Tensor], Tensor] = lambda projected: projected
+
+    def __call__(self, hidden: Float[Tensor, "n M"]) -> Float[Tensor, "n V"]:
+        """Logits."""
+        return self.after(self.projection(hidden))
+
+
 @dataclass
 class Terms:
     """The parts of one loss at each position, detached, in nats; None where the objective has no such part."""
@@ -111,23 +126,22 @@ class Objective:
         self,
         hidden: Float[Tensor, "N M"],
         head: Head,
-        parameters: list[nn.Parameter],
         targets: Int[Tensor, " N"],
         teacher_hidden: Float[Tensor, "N K"] | None = None,
         teacher_head: Head | None = None,
     ) -> tuple[Float[Tensor, ""], Terms]:
-        """The loss, differentiable in `hidden` and in the head's `parameters`, and its terms by position.
+        """The loss, differentiable in `hidden` and in the head's projection, and its terms by position.
 
-        `hidden` are final hidden states, `head` makes logits [n, V] of n of them; -100 in `targets` is no target.
+        `hidden` are final hidden states; -100 in `targets` is no target. The teacher gets no gradient.
         """
         if self.kd_weight > 0 and (teacher_hidden is None or teacher_head is None):
             raise InputError("kd_weight is above 0, so the objective needs a teacher")
         counted = max(int((targets != IGNORED).sum()), 1)
         terms: dict[str, list[Tensor]] = {"cross_entropy": [], "divergence": []}
 
-        def of_chunk(piece: Tensor, rows: slice) -> Tensor:
-            logits = head(piece)
-            total = piece.new_zeros((), dtype=torch.promote_types(piece.dtype, torch.float32))
+        def of_chunk(projected: Tensor, rows: slice) -> Tensor:
+            logits = head.after(projected)
+            total = projected.new_zeros((), dtype=torch.promote_types(projected.dtype, torch.float32))
             if self.ce_weight > 0:
                 precise = logits.to(total.dtype)
                 ce = nn.functional.cross_entropy(precise, targets[rows], ignore_index=IGNORED, reduction="none")
@@ -141,41 +155,48 @@ class Objective:
                 total = total + self.kd_weight * kd.sum() / len(hidden)
             return total
 
-        if torch.is_grad_enabled():
-            loss = _InChunks.apply(of_chunk, self.chunk, hidden, *parameters)
-        else:
-            loss = torch.stack([of_chunk(hidden[rows], rows) for rows in _slices(len(hidden), self.chunk)]).sum()
+        projection = head.projection
+        loss = _InChunks.apply(
+            of_chunk, self.chunk, torch.is_grad_enabled(), hidden, projection.weight, projection.bias
+        )
         return loss, Terms(**{name: torch.cat(parts) for name, parts in terms.items() if parts})
 
 
-def _slices(length: int, chunk: int) -> list[slice]:
-    return [slice(start, min(start + chunk, length)) for start in range(0, length, chunk)]
-
-
 class _InChunks(torch.autograd.Function):
-    """A sum over chunks of positions whose gradients are taken chunk by chunk, in the forward pass."""
+    """A sum over chunks of positions of a projection of them, whose gradients are taken in the forward pass."""
 
     @staticmethod
     def forward(
-        ctx: Any, of_chunk: Callable[[Tensor, slice], Tensor], chunk: int, hidden: Tensor, *parameters: nn.Parameter
+        ctx: Any,
+        of_chunk: Callable[[Tensor, slice], Tensor],
+        chunk: int,
+        with_gradients: bool,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
     ) -> Tensor:
-        precise = torch.promote_types(hidden.dtype, torch.float32)
-        total, d_hidden = hidden.new_zeros((), dtype=precise), torch.empty_like(hidden)
-        d_parameters = [torch.zeros_like(parameter) for parameter in parameters]
-        for rows in _slices(len(hidden), chunk):
-            with torch.enable_grad():
-                piece = hidden[rows].detach().requires_grad_()
-                part = of_chunk(piece, rows)
-                d_piece, *d_part = torch.autograd.grad(part, [piece, *parameters], allow_unused=True)
-            total = total + part.detach()
-            d_hidden[rows] = d_piece
-            for d_parameter, d in zip(d_parameters, d_part, strict=True):
-                if d is not None:
-                    d_parameter += d
-            del part, d_piece, d_part
-        ctx.gradients = (d_hidden, *d_parameters)
+        total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        d_hidden, d_weight, d_bias = (
+            torch.zeros_like(x) if with_gradients and x is not None else None for x in (hidden, weight, bias)
+        )
+        for start in range(0, len(hidden), chunk):
+            rows = slice(start, min(start + chunk, len(hidden)))
+            projected = nn.functional.linear(hidden[rows], weight, bias)
+            with torch.set_grad_enabled(with_gradients):
+                part = of_chunk(projected.requires_grad_(with_gradients), rows)
+            total += part.detach()
+            if d_hidden is None or d_weight is None:
+                continue
+            (d_projected,) = torch.autograd.grad(part, projected)
+            del part, projected
+            d_hidden[rows] = d_projected.to(weight.dtype) @ weight
+            d_weight.addmm_(d_projected.to(weight.dtype).T, hidden[rows].to(weight.dtype))
+            if d_bias is not None:
+                d_bias += d_projected.sum(0)
+        ctx.gradients = (d_hidden, d_weight, d_bias)
         return total
 
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, None, *(d.mul_(d_loss) for d in ctx.gradients))  # in place: they are large, and read only once
+        gradients, ctx.gradients = ctx.gradients, None
+        return (None, None, None, *(None if d is None else d.mul_(d_loss) for d in gradients))  # large, and read once
