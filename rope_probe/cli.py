@@ -13,11 +13,13 @@ from rope_probe import packing, report
 from rope_probe.attention import KERNELS
 from rope_probe.errors import InputError
 from rope_probe.hooked import HookedCausalLM, load_model
+from rope_probe.packing import KeyValueStream
 from rope_probe.perturbations import Perturbation, PositionShift
 from rope_probe.progress import progress
 from rope_probe.propagation import attribute
 from rope_probe.propagation import trace as trace_deltas
 from rope_probe.results import describe_model, hash_tokens, new_run
+from rope_probe.retrieval import KeyValueTask, retrieval_accuracy
 
 app = typer.Typer(
     add_completion=False,
@@ -88,9 +90,7 @@ def trace(
     config = {key: value for key, value in locals().items() if key != "out"}
     with new_run(out, "trace", config) as run:
         torch.manual_seed(seed)
-        hooked = load_model(
-            model, attn=attn.value, dtype=None if dtype is None else getattr(torch, dtype.value), device=device
-        )
+        hooked = load_model(model, attn=attn.value, dtype=_torch_dtype(dtype), device=device)
         read = _window(hooked, window, document, document_length, tokens, seed)
         perturbations: list[Perturbation] = [
             PositionShift(one.value, amount, layers=layer, heads=head, pairs=pair)
@@ -115,6 +115,43 @@ def trace(
     print(out)
 
 
+@app.command()
+def retrieval(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id.")],
+    out: Out,
+    window: Annotated[int, typer.Option(min=4, help="Tokens of a trial.")] = 1024,
+    distance: Annotated[
+        list[int] | None, typer.Option(help="Distances [default: 8, 16, 32, ... in the window].")
+    ] = None,
+    trials: Annotated[int, typer.Option(min=1, help="Trials at each distance.")] = 128,
+    keys: Annotated[int, typer.Option(min=2, help="Key tokens of the vocabulary, from id 4 on.")] = 256,
+    values: Annotated[int, typer.Option(min=1, help="Value tokens, after the keys.")] = 256,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    attn: Attn = _SDPA,
+) -> None:
+    """Probe key-value retrieval by distance: accuracy and log-probability of the answer, with 95% intervals."""
+    config = {key: value for key, value in locals().items() if key != "out"}
+    with new_run(out, "retrieval", config) as run:
+        hooked = load_model(model, attn=attn.value, dtype=_torch_dtype(dtype), device=device)
+        task = KeyValueTask(KeyValueStream(window, distinct=(1, keys), keys=keys, values=values), window)
+        distances = distance or [2**k for k in range(3, 20) if 2**k < window]
+        with progress("trials", trials * len(distances)) as advance:
+            frame = retrieval_accuracy(hooked, task, distances, trials=trials, seed=seed, progress=advance)
+        run.record(frame, model=model)
+        run.manifest |= {
+            "models": {model: describe_model(hooked.original_model)},
+            "tokens_sha256": {d: hash_tokens(task.trials(d, trials, seed=seed)) for d in distances},
+            "attention_kernel": attn.value,
+            "mask": "none",
+            "positions": "continuous",
+        }
+    shown = frame[["distance", "metric", "value", "low", "high"]]
+    print(shown.to_string(index=False, float_format="{:.3f}".format))
+    print(out)
+
+
 @app.command(name="report")
 def report_command(
     runs: Annotated[list[Path], typer.Argument(help="Run directories.")],
@@ -122,6 +159,10 @@ def report_command(
 ) -> None:
     """Draw the figures of some runs into an offline HTML gallery."""
     print(report.gallery(runs, out))
+
+
+def _torch_dtype(dtype: _Dtype | None) -> torch.dtype | None:
+    return None if dtype is None else getattr(torch, dtype.value)
 
 
 def _window(

@@ -87,6 +87,32 @@ def test_traces_are_the_same_for_the_same_seed(checkpoint, tmp_path, capsys):
     assert not a.equals(c)
 
 
+def test_retrieval_measures_by_distance(checkpoint, tmp_path, capsys):
+    options = "--window 32 --distance 4 --distance 16 --trials 10 --keys 20 --values 30"
+    code, stdout, _ = rope_probe(capsys, "retrieval", checkpoint, "--out", tmp_path / "run", *options.split())
+    assert code == 0
+    assert stdout.splitlines()[-1] == str(tmp_path / "run")
+    frame, _ = read_run(tmp_path / "run")
+    assert set(frame["distance"]) == {4, 16}
+    assert set(frame["metric"]) == {"accuracy", "answer_logprob_nats"}
+    assert frame[["low", "high"]].notna().all(axis=None)
+    code, _, _ = rope_probe(capsys, "report", tmp_path / "run", "--out", tmp_path / "gallery")
+    assert code == 0
+
+
+@pytest.mark.parametrize(("options", "named"), [
+    ("--distance 3", "even"), ("--distance 40", "2..30"), ("--keys 60", "vocabulary"), ("--trials 0", "--trials"),
+    ("--window 31", "even"), ("--window 32 --keys 1", "--keys"),
+])  # fmt: skip
+def test_bad_retrieval_input_is_one_line(checkpoint, tmp_path, capsys, options, named):
+    given = ["--window", "32", "--keys", "20", "--values", "30", *options.split()]
+    code, stdout, stderr = rope_probe(capsys, "retrieval", checkpoint, "--out", tmp_path / "run", *given)
+    assert (code, stdout) == (2, "")
+    assert stderr.count("\n") == 1
+    assert named in stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_report_draws_a_run(checkpoint, tmp_path, capsys):
     rope_probe(capsys, "trace", checkpoint, "--out", tmp_path / "run", "--window", "20", "--document-length", "10",
                "--shift", "2", "--shift", "4")  # fmt: skip
