@@ -35,6 +35,7 @@ from rope_probe.errors import InputError
 from rope_probe.progress import progress
 from rope_probe.results import describe_model, hash_tokens, new_run, read_run, tidy
 from rope_probe.retrieval import student_interval
+from rope_probe.seeds import derive
 
 STEPS, BATCH_TOKENS = 250, 8192
 DISTANCES = (32, 64, 128, 256, 512, 768, 1000)
@@ -99,9 +100,9 @@ def extend(
             losses = [{"position": n["tokens"], "metric": m, "value": v}
                       for n in history for m, v in n.items() if m not in ("step", "tokens")]  # fmt: skip
             run.record(tidy(losses), model=name, seed=seed, phase="extension", seq_len=LONG)
-            run.manifest["tokens_sha256"] = hash_tokens(phase.batch(seed, 0))
+            run.manifest["tokens_sha256"] = hash_tokens(phase.batch(derive(seed, "extension"), 0))
         measured = measure(student, seed)
-        run.record(measured, model=name, phase="extension")
+        run.record(measured, model=name, seed=seed, phase="extension")
         checkpoints.save(student.release(), run.folder / "checkpoint")
         run.manifest |= {"models": {name: describe_model(student.original_model)}, "attention_kernel": "sdpa"}
         run.manifest |= {"mask": "teacher" if arm.teacher_masked else "none", "positions": "continuous"}
@@ -131,13 +132,16 @@ def config_of(name: str, seed: int, checkpoints_in: Path) -> dict:
     sources = [checkpoints_in / f"{role}-{seed}" for role in needs(name)]
     weights = [model["weights_sha256"] for run in sources for model in read_run(run)[1]["models"].values()]
     phase = None if arm.objective is None else dataclasses.asdict(phase_of(arm))
-    return {"arm": name, "seed": seed, "theta": arm.theta, "phase": phase, "weights_sha256": weights, "trials": TRIALS}
+    probe = {"trials": TRIALS, "distances": DISTANCES, "short_distances": SHORT_DISTANCES}
+    return {"arm": name, "seed": seed, "theta": arm.theta, "phase": phase, "weights_sha256": weights, "probe": probe}
 
 
 def measure(model: HookedCausalLM, seed: int) -> pd.DataFrame:
     """Retrieval by distance in the long window, and what is left of it in the short one."""
     frames = [
-        retrieval_accuracy(model, KeyValueTask(SHORT_DOCUMENTS, window), distances, trials=TRIALS, seed=seed)
+        retrieval_accuracy(
+            model, KeyValueTask(SHORT_DOCUMENTS, window), distances, trials=TRIALS, seed=derive(seed, "probe")
+        )
         for window, distances in ((LONG, DISTANCES), (SHORT, SHORT_DISTANCES))
     ]
     return pd.concat(frames)

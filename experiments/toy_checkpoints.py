@@ -18,11 +18,13 @@ import typer
 from transformers import LlamaConfig, PreTrainedModel
 
 from rope_probe import KeyValueStream, checkpoints, load_model
-from rope_probe.distillation import Gate, Phase, train_phase
+from rope_probe.distillation import Gate, GateError, Phase, train_phase
 from rope_probe.progress import progress
 from rope_probe.results import Run, describe_model, hash_tokens, new_run, tidy
+from rope_probe.seeds import derive
 
 SHORT, LONG = 64, 1024
+MISSED_GATE = 3
 SMALL_THETA, LARGE_THETA = 300.0, 20_000.0
 Role = Literal["teacher", "base", "base_large_theta"]
 
@@ -59,30 +61,40 @@ PHASES: dict[str, tuple[Phase, ...]] = {
 def make(role: Role, seed: int, out: Path) -> None:
     """Train one checkpoint into the run directory `out` (its `checkpoint/` is a Hugging Face folder).
 
-    Raises GateError when a phase misses its gate within its cap, and leaves no run directory then.
+    Weights and data are drawn from seeds of their own for each role and phase: a teacher and a base of one seed share
+    nothing. A phase that misses its gate ends the training; the run then says so (`missed_gate` in its manifest), and
+    the exit code is MISSED_GATE.
     """
     torch.set_num_threads(1)
+    model, missed = None, None
     with new_run(out, "toy_checkpoints", config_of(role, seed)) as run:
-        model = None
         for phase in PHASES[role]:
             print(f"{role} {seed}: phase {phase.name}, window {phase.window}, theta {phase.theta:g}", file=sys.stderr)
             rope = {"rope_type": "default", "rope_theta": phase.theta}
-            plain = checkpoints.build(architecture(rope), seed=seed) if model is None else model
+            plain = (
+                checkpoints.build(architecture(rope), seed=derive(seed, role, "weights")) if model is None else model
+            )
             model = checkpoints.with_rope(plain, rope)
-            _train(run, model, phase, seed)
+            if missed := _train(run, model, phase, role, seed):
+                print(missed, file=sys.stderr)
+                break
         checkpoints.save(model, run.folder / "checkpoint")
         run.manifest |= {
             "models": {role: describe_model(model)},
+            "missed_gate": missed,
             "attention_kernel": "sdpa",
             "mask": "none",
             "positions": "continuous",
-            "tokens_sha256": {phase.name: hash_tokens(phase.batch(seed, 0)) for phase in PHASES[role]},
+            "tokens_sha256": {p.name: hash_tokens(p.batch(derive(seed, role, p.name), 0)) for p in PHASES[role]},
         }
+    if missed:
+        raise typer.Exit(MISSED_GATE)
 
 
 def config_of(role: Role, seed: int) -> dict:
     """The whole configuration of a checkpoint, as its manifest holds it."""
-    return {"role": role, "seed": seed, "phases": [dataclasses.asdict(phase) for phase in PHASES[role]]}
+    phases = [dataclasses.asdict(phase) for phase in PHASES[role]]
+    return {"role": role, "seed": seed, "architecture": architecture({}).to_diff_dict(), "phases": phases}
 
 
 def architecture(rope_parameters: dict) -> LlamaConfig:
@@ -102,18 +114,25 @@ def architecture(rope_parameters: dict) -> LlamaConfig:
     )
 
 
-def _train(run: Run, model: PreTrainedModel, phase: Phase, seed: int) -> None:
-    hooked = load_model(model)
+def _train(run: Run, model: PreTrainedModel, phase: Phase, role: Role, seed: int) -> str | None:
+    """Train through one phase, record it, and say what its gate missed."""
+    hooked, missed = load_model(model), None
     with progress(f"{phase.name} phase, tokens", phase.steps * phase.batch_tokens) as advance:
-        history, gate = train_phase(
-            hooked, phase, seed=seed, on_step=lambda n: advance(phase.batch_tokens, f"CE {n['ce_nats']:.2f} nats")
-        )
+        try:
+            history, gate = train_phase(
+                hooked,
+                phase,
+                seed=derive(seed, role, phase.name),
+                on_step=lambda n: advance(phase.batch_tokens, f"CE {n['ce_nats']:.2f} nats"),
+            )
+        except GateError as error:
+            history, gate, missed = error.history, error.measured, str(error)
     hooked.release()
-    role = run.manifest["config"]["role"]
     losses = [{"position": n["tokens"], "metric": "ce_nats", "value": n["ce_nats"]} for n in history]
     run.record(tidy(losses), model=role, seed=seed, phase=phase.name, seq_len=phase.window)
     run.record(gate.assign(metric="gate_accuracy"), model=role, seed=seed, phase=phase.name)
     print(gate[["distance", "value", "low", "high"]].to_string(index=False), file=sys.stderr)
+    return missed
 
 
 if __name__ == "__main__":

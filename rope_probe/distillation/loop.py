@@ -2,7 +2,7 @@
 
 - Muon turns the matrices inside the layers, AdamW the rest: with AdamW alone, small models with a small theta settle on
   copying from fixed offsets, and content-matched retrieval never emerges on some seeds (see docs/log.md).
-- Batch i is a pure function of (seed, i). Weights stay float32, under bfloat16 autocast too.
+- Batch i is a pure function of (seed, i). Weights are float32, under bfloat16 autocast too; others are refused.
 """
 
 from collections.abc import Callable
@@ -42,6 +42,10 @@ def train_phase(
         raise InputError(
             f"phase {phase.name!r} wants theta {phase.theta:g}, but the model's is {theta}: see checkpoints.with_rope"
         )
+    if model.dtype not in (torch.float32, torch.float64):
+        raise InputError(f"weights are trained in float32, but the model's are {model.dtype}; use the phase's autocast")
+    if phase.objective.kd_weight > 0 and teacher is None:
+        raise InputError(f"phase {phase.name!r} distils, so it needs a teacher")
     optimizers = _optimizers(model.original_model, phase)
     schedulers = [torch.optim.lr_scheduler.LambdaLR(one, phase.learning_rate_factor) for one in optimizers]
     gate, history, measured, passed = phase.gate, [], pd.DataFrame(), phase.gate is None
@@ -61,7 +65,9 @@ def train_phase(
         seen = ", ".join(f"{row.value:.2f} at {row.distance}" for row in measured.itertuples())
         raise GateError(
             f"phase {phase.name!r} with seed {seed} missed its gate, accuracy {gate.accuracy} at every distance, "
-            f"within {phase.steps} steps of {phase.batch_tokens} tokens: {seen or 'it was never tried'}"
+            f"within {phase.steps} steps of {phase.batch_tokens} tokens: {seen or 'it was never tried'}",
+            history,
+            measured,
         )
     return history, measured
 
@@ -73,6 +79,7 @@ def _step(
     optimizers: list[torch.optim.Optimizer],
     phase: Phase,
 ) -> dict[str, float]:
+    teacher = teacher if phase.objective.kd_weight > 0 else None
     targets = nn.functional.pad(tokens[:, 1:], (0, 1), value=IGNORED)
     model.original_model.train()
     with torch.autocast(tokens.device.type, dtype=torch.bfloat16, enabled=phase.autocast):

@@ -16,7 +16,14 @@ from rope_probe.retrieval import KeyValueTask, retrieval_accuracy
 
 
 class GateError(RuntimeError):
-    """A phase used its whole budget and its model still does not retrieve what its gate asks for."""
+    """A phase used its whole budget and its model still does not retrieve what its gate asks for.
+
+    Carries what was seen: the losses of every step, and the gate's last measurement.
+    """
+
+    def __init__(self, message: str, history: list[dict[str, float]], measured: pd.DataFrame) -> None:
+        super().__init__(message)
+        self.history, self.measured = history, measured
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,8 @@ class Phase:
     teacher_masked: bool = False
 
     def __post_init__(self) -> None:
+        if self.warmup < 1 or self.steps < 1:
+            raise InputError(f"warmup and steps must be 1 or more, but they are {self.warmup} and {self.steps}")
         if self.batch_tokens % self.window:
             raise InputError(
                 f"batch_tokens must be a multiple of the window, {self.window}, but it is {self.batch_tokens}"
