@@ -94,11 +94,18 @@ def extend(
             phase = phase_of(arm)
             with progress(f"{name} {seed}, tokens", phase.steps * phase.batch_tokens) as advance:
                 history, _ = train_phase(
-                    student, phase, seed=seed, teacher=teacher,
+                    student,
+                    phase,
+                    seed=derive(seed, "extension"),
+                    teacher=teacher,
                     on_step=lambda n: advance(phase.batch_tokens, f"loss {n['loss']:.2f}"),
-                )  # fmt: skip
-            losses = [{"position": n["tokens"], "metric": m, "value": v}
-                      for n in history for m, v in n.items() if m not in ("step", "tokens")]  # fmt: skip
+                )
+            losses = [
+                {"position": n["tokens"], "metric": metric, "value": n[metric]}
+                for n in history
+                for metric in ("loss", "ce_nats", "kd_nats")
+                if metric in n
+            ]
             run.record(tidy(losses), model=name, seed=seed, phase="extension", seq_len=LONG)
             run.manifest["tokens_sha256"] = hash_tokens(phase.batch(derive(seed, "extension"), 0))
         measured = measure(student, seed)
@@ -115,9 +122,16 @@ def phase_of(arm: Arm) -> Phase:
     if arm.objective is None:
         raise InputError("this arm does not train")
     return Phase(
-        "extension", arm.data, LONG, arm.theta, STEPS, BATCH_TOKENS, schedule="cosine", objective=arm.objective,
+        "extension",
+        arm.data,
+        LONG,
+        arm.theta,
+        STEPS,
+        BATCH_TOKENS,
+        schedule="cosine",
+        objective=arm.objective,
         teacher_masked=arm.teacher_masked,
-    )  # fmt: skip
+    )
 
 
 def needs(name: str) -> tuple[str, ...]:
@@ -156,13 +170,15 @@ PREDICTIONS = (
     (7, ("theta_swapped", "<=", 0.10)),
     (7, ("ce_long_documents", ">=", 0.95)),
 )
-FAR = 8 * SHORT
+FAR, TIE = 8 * SHORT, 0.05
 
 
 def verdicts(frame: pd.DataFrame) -> pd.DataFrame:
     """The predictions for the arms that were run: mean accuracy at 8 times the document length, and whether it held.
 
-    The interval is Student's over seeds; with one seed, Wilson's over trials.
+    A bound is held against the mean. The interval is Student's over seeds; with one seed, Wilson's over trials. A tie
+    holds where the interval of the paired difference lies within the margin, fails where it lies outside, and is
+    undecided otherwise, as with one seed.
     """
     far = frame[(frame["metric"] == "accuracy") & (frame["seq_len"] == LONG) & (frame["distance"] == FAR)]
     by_arm = {arm: part.set_index("seed") for arm, part in far.groupby("model")}
@@ -173,33 +189,18 @@ def verdicts(frame: pd.DataFrame) -> pd.DataFrame:
         part = by_arm[arm]
         low, high = student_interval(part["value"]) if len(part) > 1 else (part["low"].item(), part["high"].item())
         mean = part["value"].mean()
-        held = mean >= bound if sign == ">=" else mean <= bound
-        rows.append(
-            {
-                "prediction": prediction,
-                "what": f"{arm} {sign} {bound}",
-                "seeds": len(part),
-                "mean": mean,
-                "low": low,
-                "high": high,
-                "held": held,
-            }
-        )
+        held = "yes" if (mean >= bound if sign == ">=" else mean <= bound) else "no"
+        rows.append((prediction, f"{arm} {sign} {bound}", len(part), mean, low, high, held))
     if {"kd_phase_wise", "kd_large_theta"} <= set(by_arm):
-        apart = by_arm["kd_phase_wise"]["value"] - by_arm["kd_large_theta"]["value"]
-        low, high = student_interval(apart.dropna())
-        rows.append(
-            {
-                "prediction": 4,
-                "what": "kd_phase_wise - kd_large_theta, 0 inside its interval",
-                "seeds": len(apart.dropna()),
-                "mean": apart.mean(),
-                "low": low,
-                "high": high,
-                "held": low <= 0 <= high,
-            }
-        )
-    return pd.DataFrame(rows).sort_values("prediction")
+        apart = (by_arm["kd_phase_wise"]["value"] - by_arm["kd_large_theta"]["value"]).dropna()
+        low, high = student_interval(apart)
+        inside, outside = low >= -TIE and high <= TIE, high < -TIE or low > TIE
+        held = "yes" if inside else "no" if outside else "undecided"
+        what = f"kd_phase_wise - kd_large_theta within {TIE}"
+        rows.append((4, what, len(apart), apart.mean(), low, high, held))
+    return pd.DataFrame(rows, columns=["prediction", "what", "seeds", "mean", "low", "high", "held"]).sort_values(
+        "prediction", kind="stable"
+    )
 
 
 if __name__ == "__main__":

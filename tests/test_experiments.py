@@ -56,9 +56,9 @@ def test_verdicts_of_phase_scaling_are_arithmetic():
     ]
     table = phase_scaling.verdicts(tidy(rows)).set_index("prediction")
     assert table.loc[1, "mean"] == pytest.approx(0.95)
-    assert table.loc[1, "held"]
-    assert table.loc[2, "held"]
+    assert table.loc[1, "held"] == "yes"
+    assert table.loc[2, "held"] == "yes"
     assert table.loc[4, "mean"] == pytest.approx(0.5)
-    assert not table.loc[4, "held"]
+    assert table.loc[4, "held"] == "undecided"
     one = phase_scaling.verdicts(tidy(rows[:1])).iloc[0]
     assert (one["seeds"], one["low"], one["high"]) == (1, 0.0, 1.0)
