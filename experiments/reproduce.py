@@ -1,7 +1,8 @@
 """The main job, end to end: toy checkpoints, every experiment, the gallery. `make reproduce` runs it.
 
 Every stage is a script of its own in a process of its own, and starts when what it needs is there; two run at a time,
-on one thread each. A stage whose run directory is complete and was made with the same configuration is reused.
+on one thread each. A stage whose run directory is complete and was made with the same configuration is reused. A stage
+that fails, or a checkpoint that misses its gate, is reported at the end, with what could not be run for it.
 """
 
 import os
@@ -44,12 +45,20 @@ def main(
 ) -> None:
     """Run what is missing under `out`, print the tables and the path of the gallery."""
     stages = plan(out, seeds, tuple(phase_scaling.ARMS) if full else QUICK_ARMS)
-    run_all(stages)
-    runs = {script: [stage.run for stage in stages.values() if stage.command[0] == script] for script in SCRIPTS}
-    _print_checkpoints(runs["toy_checkpoints"])
-    _print_phase_scaling(runs["phase_scaling"])
-    _print_propagation(runs["propagation"][0])
+    without = run_all(stages)
+    runs = {
+        script: [stage.run for name, stage in stages.items() if stage.command[0] == script and name not in without]
+        for script in SCRIPTS
+    }
+    printers = (_print_checkpoints, _print_phase_scaling, _print_propagation)
+    for script, print_tables in zip(SCRIPTS, printers, strict=True):
+        if runs[script]:
+            print_tables(runs[script])
+    for name, why in without.items():
+        print(f"without a result: {name}: {why}")
     print(gallery([*runs["phase_scaling"], *runs["propagation"]], out / "gallery"))
+    if without:
+        raise typer.Exit(1)
 
 
 SCRIPTS = ("toy_checkpoints", "phase_scaling", "propagation")
@@ -80,28 +89,44 @@ def plan(out: Path, seeds: int, arms: Sequence[str]) -> dict[str, Stage]:
     return stages
 
 
-def run_all(stages: dict[str, Stage]) -> None:
-    """Run the stages, WORKERS at a time. Raises InputError naming the first that fails."""
+def run_all(stages: dict[str, Stage]) -> dict[str, str]:
+    """Run the stages, WORKERS at a time; returns those without a result, and why. What needs one of them is skipped."""
     order = TopologicalSorter({name: stage.needs for name, stage in stages.items()})
     order.prepare()
-    with ThreadPoolExecutor(WORKERS) as pool:
-        running: dict[Future[int], str] = {}
+    without: dict[str, str] = {}
+    pool = ThreadPoolExecutor(WORKERS)
+    try:
+        running: dict[Future[str], str] = {}
         while order.is_active():
-            running |= {pool.submit(_run, stages[name]): name for name in order.get_ready()}
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
+            for name in order.get_ready():
+                if lost := [need for need in stages[name].needs if need in without]:
+                    without[name] = f"needs {lost[0]}"
+                    order.done(name)
+                else:
+                    running[pool.submit(_run, stages[name])] = name
+            for future in wait(running, return_when=FIRST_COMPLETED).done if running else ():
                 name = running.pop(future)
-                if future.result() != 0:
-                    pool.shutdown(cancel_futures=True)
-                    raise InputError(f"stage {name} failed; see above")
+                if why := future.result():
+                    without[name] = why
                 order.done(name)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+    return without
 
 
-def _run(stage: Stage) -> int:
-    if is_complete(stage.run, stage.config()):
-        return 0
-    script, *arguments = stage.command
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-m", f"experiments.{script}", *arguments], env=environment).returncode
+def _run(stage: Stage) -> str:
+    """Run one stage unless its run is there; returns what went wrong, or nothing."""
+    try:
+        config = stage.config()
+    except InputError as error:
+        return str(error)
+    if not is_complete(stage.run, config):
+        script, *arguments = stage.command
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        code = subprocess.run([sys.executable, "-m", f"experiments.{script}", *arguments], env=environment).returncode
+        if code not in (0, toy_checkpoints.MISSED_GATE):
+            return f"exit code {code}, see above"
+    return read_run(stage.run)[1].get("missed_gate") or ""
 
 
 def _read(runs: Sequence[Path]) -> pd.DataFrame:
@@ -124,8 +149,8 @@ def _print_phase_scaling(runs: Sequence[Path]) -> None:
     print(phase_scaling.verdicts(frame).to_string(index=False, float_format="{:.3f}".format))
 
 
-def _print_propagation(run: Path) -> None:
-    frame, manifest = read_run(run)
+def _print_propagation(runs: Sequence[Path]) -> None:
+    frame, manifest = read_run(runs[0])
     logits = frame[(frame["site"] == "logits") & (frame["metric"] == "kl_nats") & (frame["perturbation"] != "Copy")]
     table = logits.groupby(["model", "seed", "arm", "side", "delta_tokens"])[["value", "value_float64"]].mean()
     print("\nPropagation: logit KL in nats by tokens shifted, in float32 and in float64, mean over documents")

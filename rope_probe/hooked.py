@@ -224,11 +224,15 @@ def _on_output(hook_point: HookPoint, module: nn.Module, args: tuple, output: An
 @contextmanager
 def _returning(module: nn.Module, output: Any) -> Iterator[None]:
     """Within it, `module` returns `output` whatever it is given; so a causal LM's forward is what comes after it."""
+    before = {
+        name: value for name, value in module.__dict__.items() if name == "forward"
+    }  # accelerate's hooks sit here
     module.__dict__["forward"] = lambda *args, **kwargs: output
     try:
         yield
     finally:
         del module.__dict__["forward"]
+        module.__dict__.update(before)
 
 
 def load_model(

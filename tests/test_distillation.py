@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rope_probe import InputError, KeyValueStream, load_model
-from rope_probe.distillation import Gate, GateError, Objective, Phase, train_phase
+from rope_probe.distillation import Gate, GateError, Head, Objective, Phase, train_phase
 from tests import zoo
 
 STREAM = KeyValueStream(16, distinct=(1, 4), keys=20, values=20)
@@ -20,7 +20,7 @@ def test_training_lowers_the_loss_and_moves_every_weight(matrix_lr):
     model = fresh()
     before = {name: p.clone() for name, p in model.original_model.named_parameters()}
     heard = []
-    phase = dataclasses.replace(PHASE, matrix_lr=matrix_lr)
+    phase = dataclasses.replace(PHASE, matrix_lr=matrix_lr, weight_decay=0.0)
     history, gate = train_phase(model, phase, seed=0, on_step=heard.append)
     losses = [numbers["ce_nats"] for numbers in history]
     assert sum(losses[-5:]) < sum(losses[:5]) - 1.0
@@ -77,6 +77,33 @@ def test_the_loss_is_the_divergence_from_the_teacher_as_it_reads_the_window():
         assert history[0]["kd_nats"] == pytest.approx(kd, rel=1e-4)
         assert history[0]["ce_nats"] == pytest.approx(ce, rel=1e-4)
         assert history[0]["loss"] == pytest.approx(0.5 * ce + 2 * kd, rel=1e-4)
+
+
+def test_autocast_trains_float32_weights_and_other_weights_are_refused():
+    model = fresh()
+    history, _ = train_phase(model, dataclasses.replace(PHASE, autocast=True), seed=0)
+    assert history[-1]["ce_nats"] < history[0]["ce_nats"] - 0.3
+    assert model.dtype == torch.float32
+    with pytest.raises(InputError, match="bfloat16"):
+        train_phase(load_model(zoo.llama().to(torch.bfloat16)), PHASE, seed=0)
+
+
+def test_tied_embeddings_get_both_gradients():
+    tokens = PHASE.batch(0, 0)
+    grads = []
+    for chunk in (7, 10_000):
+        torch.manual_seed(0)
+        plain = zoo.llama(tie_word_embeddings=True)
+        model = load_model(plain)
+        targets = torch.nn.functional.pad(tokens[:, 1:], (0, 1), value=-100).flatten()
+        head = Head(plain.get_output_embeddings())
+        loss, _ = Objective(1.0, 0.0, chunk=chunk).loss(model.hidden(tokens).flatten(0, 1), head, targets)
+        loss.backward()
+        grads.append(plain.model.embed_tokens.weight.grad.clone())
+        plain.zero_grad()
+    plain(tokens, labels=tokens).loss.backward()
+    for grad in grads:
+        torch.testing.assert_close(grad, plain.model.embed_tokens.weight.grad, rtol=0, atol=1e-5)
 
 
 def test_distilling_needs_a_teacher():

@@ -4,7 +4,8 @@ import pytest
 
 from experiments import phase_scaling, propagation, reproduce, toy_checkpoints
 from rope_probe import InputError
-from rope_probe.results import tidy
+from rope_probe.results import new_run, tidy
+from rope_probe.seeds import derive
 
 
 @pytest.mark.parametrize("arms", [reproduce.QUICK_ARMS, tuple(phase_scaling.ARMS)])
@@ -30,11 +31,37 @@ def test_every_base_has_one_stopping_rule():
     assert (small.gate, small.steps, small.data) == (large.gate, large.steps, large.data)
 
 
-def test_a_stage_that_fails_is_named(tmp_path):
-    broken = reproduce.Stage(("no_such_script",), tmp_path / "run", dict)
-    after = reproduce.Stage(("no_such_script",), tmp_path / "after", dict, ("broken",))
-    with pytest.raises(InputError, match="stage broken failed"):
-        reproduce.run_all({"broken": broken, "after": after})
+def test_a_stage_that_fails_is_told_and_takes_only_its_dependents_along(tmp_path):
+    with new_run(tmp_path / "there", "test", {}):
+        pass
+    with new_run(tmp_path / "missed", "test", {}) as run:
+        run.manifest["missed_gate"] = "0.94 at 60"
+
+    def no_config():
+        raise InputError("no such parent")
+
+    stages = {
+        "broken": reproduce.Stage(("no_such_script",), tmp_path / "run", dict),
+        "after": reproduce.Stage(("no_such_script",), tmp_path / "after", dict, ("there", "broken")),
+        "far after": reproduce.Stage(("no_such_script",), tmp_path / "far", dict, ("after",)),
+        "there": reproduce.Stage(("no_such_script",), tmp_path / "there", dict),
+        "missed": reproduce.Stage(("no_such_script",), tmp_path / "missed", dict),
+        "unknown": reproduce.Stage(("no_such_script",), tmp_path / "unknown", no_config),
+    }
+    assert reproduce.run_all(stages) == {
+        "broken": "exit code 1, see above",
+        "after": "needs broken",
+        "far after": "needs after",
+        "missed": "0.94 at 60",
+        "unknown": "no such parent",
+    }
+
+
+def test_a_teacher_and_a_base_of_one_seed_share_nothing():
+    seeds = [derive(0, role, purpose) for role in ("teacher", "base") for purpose in ("weights", "short", "long")]
+    seeds += [derive(0, "extension"), derive(0, "probe"), derive(1, "extension"), 0]
+    assert len(set(seeds)) == len(seeds)
+    assert derive(0, "extension") == derive(0, "extension")
 
 
 def test_the_repeated_windows_are_what_the_predictions_speak_of():
@@ -59,6 +86,8 @@ def test_verdicts_of_phase_scaling_are_arithmetic():
     assert table.loc[1, "held"] == "yes"
     assert table.loc[2, "held"] == "yes"
     assert table.loc[4, "mean"] == pytest.approx(0.5)
-    assert table.loc[4, "held"] == "undecided"
+    assert table.loc[4, "held"] == "no"
+    few = phase_scaling.verdicts(tidy([row for row in rows if row["seed"] == 0])).set_index("prediction")
+    assert few.loc[4, "held"] == "undecided"
     one = phase_scaling.verdicts(tidy(rows[:1])).iloc[0]
     assert (one["seeds"], one["low"], one["high"]) == (1, 0.0, 1.0)

@@ -106,6 +106,18 @@ def test_the_head_is_its_projection_and_what_comes_after(name):
     assert torch.equal(model.unembed(hidden), model(zoo.tokens()))
 
 
+def test_a_forward_that_someone_else_put_there_stays():
+    model = load_model(zoo.llama())
+    calls = []
+    head = model.original_model.lm_head
+    forward = head.forward
+    head.forward = lambda x: calls.append(1) or forward(x)
+    hidden = model.hidden(zoo.tokens())
+    model.after_projection(model.unembed(hidden))
+    model.unembed(hidden)
+    assert len(calls) == 2
+
+
 def test_hook_shapes_are_transformer_lens_ones():
     model = load_model(zoo.llama(), attn="eager")
     _, cache = model.run_with_cache(zoo.tokens(2, 30))

@@ -121,6 +121,45 @@ def test_chunks_give_the_loss_and_the_gradients_of_the_plain_computation(objecti
     assert all(parameter.grad is None for parameter in teacher_head.parameters())
 
 
+def test_a_frozen_head_costs_no_gradient():
+    head = nn.Linear(8, 30).requires_grad_(False)
+    hidden = torch.randn(20, 8, requires_grad=True)
+    loss, _ = Objective(1.0, 0.0, chunk=6).loss(hidden, Head(head), torch.zeros(20, dtype=torch.long))
+    (expected,) = torch.autograd.grad(F.cross_entropy(head(hidden), torch.zeros(20, dtype=torch.long)), hidden)
+    loss.backward()
+    torch.testing.assert_close(hidden.grad, expected, rtol=0, atol=1e-6)
+    assert head.weight.grad is None
+
+
+@pytest.mark.parametrize("chunk", [16, 256])
+def test_bfloat16_weights_get_gradients_as_good_as_the_plain_ones(chunk):
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 32, generator=generator).bfloat16() for n in (512, 64))
+    targets = torch.randint(64, (512,), generator=generator)
+    head = nn.Linear(32, 64, bias=False, dtype=torch.bfloat16)
+    head.weight.data.copy_(weight)
+    exact = weight.double().requires_grad_()
+    F.cross_entropy(hidden.double() @ exact.T, targets).backward()
+    plain = torch.autograd.grad(F.cross_entropy(head(hidden).float(), targets), head.weight)[0]
+    loss, _ = Objective(1.0, 0.0, chunk=chunk).loss(hidden, Head(head), targets)
+    (chunked,) = torch.autograd.grad(loss, head.weight)
+    errors = [(grad.double() - exact.grad).norm() / exact.grad.norm() for grad in (plain, chunked)]
+    assert errors[1] < 2 * errors[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_without_probability_add_nothing(kind):
+    student, teacher = logits(0), logits(1)
+    for one in (student, teacher):
+        one[:, 3] = float("-inf")
+    student.requires_grad_()
+    got = Divergence(kind)(student, teacher)
+    kept = [i for i in range(12) if i != 3]
+    torch.testing.assert_close(got, Divergence(kind)(student[:, kept], teacher[:, kept]))
+    got.sum().backward()
+    assert student.grad[:, kept].isfinite().all()
+
+
 def test_no_more_logits_than_a_chunk_are_ever_made():
     seen = []
     projection = nn.Linear(8, 30, bias=False)

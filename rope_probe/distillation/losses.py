@@ -48,7 +48,11 @@ class Divergence:
             raise InputError(f"top_k must be 1 or more, but it is {self.top_k}")
 
     def __call__(self, student: Float[Tensor, "N V"], teacher: Float[Tensor, "N W"]) -> Float[Tensor, " N"]:
-        """Divergence in nats times T^2, of logits over vocabularies that share their first min(V, W) tokens."""
+        """Divergence in nats times T^2, of logits over vocabularies that share their first min(V, W) tokens.
+
+        A token to which both give no probability (logits of -inf) adds nothing; one to which only the second argument
+        of a KL gives none makes it as large as numbers get.
+        """
         shared = min(student.shape[-1], teacher.shape[-1])
         q, p = (self._log_probabilities(logits[..., :shared]) for logits in (student, teacher))
         if self.top_k is not None and self.top_k < shared:
@@ -65,7 +69,8 @@ class Divergence:
 
     def _log_probabilities(self, logits: Tensor) -> Tensor:
         precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return (precise if self.temperature == 1 else precise / self.temperature).log_softmax(-1)
+        probabilities = (precise if self.temperature == 1 else precise / self.temperature).log_softmax(-1)
+        return probabilities.clamp_min(torch.finfo(probabilities.dtype).min / 4)  # 0 x -inf would be no number
 
     def _outcomes(self, log_probabilities: Tensor, top: Tensor) -> Tensor:
         kept = log_probabilities.gather(-1, top)
@@ -156,9 +161,8 @@ class Objective:
             return total
 
         projection = head.projection
-        loss = _InChunks.apply(
-            of_chunk, self.chunk, torch.is_grad_enabled(), hidden, projection.weight, projection.bias
-        )
+        wanted = torch.is_grad_enabled()
+        loss = _InChunks.apply(of_chunk, self.chunk, wanted, hidden, projection.weight, projection.bias)
         return loss, Terms(**{name: torch.cat(parts) for name, parts in terms.items() if parts})
 
 
@@ -170,33 +174,50 @@ class _InChunks(torch.autograd.Function):
         ctx: Any,
         of_chunk: Callable[[Tensor, slice], Tensor],
         chunk: int,
-        with_gradients: bool,
+        wanted: bool,
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
     ) -> Tensor:
         total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
-        d_hidden, d_weight, d_bias = (
-            torch.zeros_like(x) if with_gradients and x is not None else None for x in (hidden, weight, bias)
-        )
+        inputs = (hidden, weight, bias)
+        sums = [
+            torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
+            if x is not None and wanted and needed
+            else None
+            for x, needed in zip(inputs, ctx.needs_input_grad[3:], strict=True)
+        ]
+        d_hidden, d_weight, d_bias = sums
         for start in range(0, len(hidden), chunk):
             rows = slice(start, min(start + chunk, len(hidden)))
             projected = nn.functional.linear(hidden[rows], weight, bias)
-            with torch.set_grad_enabled(with_gradients):
-                part = of_chunk(projected.requires_grad_(with_gradients), rows)
+            with torch.set_grad_enabled(wanted):
+                part = of_chunk(projected.requires_grad_(wanted), rows)
             total += part.detach()
-            if d_hidden is None or d_weight is None:
+            if not wanted:
                 continue
             (d_projected,) = torch.autograd.grad(part, projected)
             del part, projected
-            d_hidden[rows] = d_projected.to(weight.dtype) @ weight
-            d_weight.addmm_(d_projected.to(weight.dtype).T, hidden[rows].to(weight.dtype))
+            if d_hidden is not None:
+                d_hidden[rows] = (d_projected @ weight.to(d_projected.dtype)).to(d_hidden.dtype)
+            if d_weight is not None:
+                _add_product(d_weight, d_projected.T, hidden[rows].to(d_projected.dtype))
             if d_bias is not None:
                 d_bias += d_projected.sum(0)
-        ctx.gradients = (d_hidden, d_weight, d_bias)
+        ctx.gradients = [
+            None if d is None else d.to(x.dtype) for d, x in zip(sums, (hidden, weight, bias), strict=True)
+        ]
         return total
 
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None
         return (None, None, None, *(None if d is None else d.mul_(d_loss) for d in gradients))  # large, and read once
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, in place; the product in its own dtype, the sum in the total's."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
