@@ -204,9 +204,7 @@ class _InChunks(torch.autograd.Function):
                 _add_product(d_weight, d_projected.T, hidden[rows].to(d_projected.dtype))
             if d_bias is not None:
                 d_bias += d_projected.sum(0)
-        ctx.gradients = [
-            None if d is None else d.to(x.dtype) for d, x in zip(sums, (hidden, weight, bias), strict=True)
-        ]
+        ctx.gradients = [None if d is None or x is None else d.to(x.dtype) for d, x in zip(sums, inputs, strict=True)]
         return total
 
     @staticmethod
