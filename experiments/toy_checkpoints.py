@@ -50,7 +50,7 @@ PHASES: dict[str, tuple[Phase, ...]] = {
             steps=600,
             batch_tokens=8192,
             schedule="cosine",
-            gate=Gate(LONG, IN_LONG, accuracy=0.95, every=25),
+            gate=Gate(LONG, IN_LONG, accuracy=0.95, every=50),
         ),
     ),
     "base": (_short_phase(SMALL_THETA),),
