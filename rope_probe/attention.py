@@ -164,11 +164,7 @@ def _flash(
 
 def _block_kernel(module: Any, sliding_window: int | None, kwargs: dict[str, Any]) -> Kernel:
     """Causal attention over one document by sdpa, in blocks of queries where a window or a soft cap asks for it."""
-    softcap, sinks = kwargs.pop("softcap", None), kwargs.pop("s_aux", None)
-    if sinks is not None:
-        raise InputError(
-            f"{module.config.model_type} has attention sinks, which only flash attention kernels serve here"
-        )
+    softcap = kwargs.pop("softcap", None)
 
     def run(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         if softcap is not None:

@@ -89,7 +89,6 @@ def trace(
     """Shift the positions of queries and keys and trace the change through the layers to the logits."""
     config = {key: value for key, value in locals().items() if key != "out"}
     with new_run(out, "trace", config) as run:
-        torch.manual_seed(seed)
         hooked = load_model(model, attn=attn.value, dtype=_torch_dtype(dtype), device=device)
         read = _window(hooked, window, document, document_length, tokens, seed)
         perturbations: list[Perturbation] = [

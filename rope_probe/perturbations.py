@@ -268,8 +268,3 @@ class DocumentOffset(Perturbation):
         documents = torch.tensor(_select("document", self.documents, window.documents))
         inside = torch.isin(window.document_of, documents).double()
         return torch.outer(self.tokens * inside, rotary.inv_freq)
-
-
-def as_list(perturbations: Perturbation | Iterable[Perturbation]) -> list[Perturbation]:
-    """One perturbation or many, as a list."""
-    return [perturbations] if isinstance(perturbations, Perturbation) else list(perturbations)

@@ -28,7 +28,7 @@ from rope_probe import rope
 from rope_probe.errors import InputError
 from rope_probe.hooked import HookedCausalLM
 from rope_probe.packing import Window
-from rope_probe.perturbations import Perturbation, Selection, as_list
+from rope_probe.perturbations import Perturbation, Selection
 from rope_probe.results import tidy
 
 LOGITS = "logits"
@@ -66,7 +66,7 @@ def trace(
     Equals two plain forward passes to rounding. Raises InputError for an unknown site, a perturbation that does not fit
     the model (see `Perturbation.hooks`), and activations that are not finite.
     """
-    perturbations = as_list(perturbations)
+    perturbations = [perturbations] if isinstance(perturbations, Perturbation) else list(perturbations)
     sites = _known(model, default_sites(model) if sites is None else sites)
     measured = list(_measure(model, window, perturbations, sites, masked, rows, progress))
     for deltas in measured:
@@ -152,8 +152,8 @@ def copy_deltas(
             for of_copy, logits in zip(blocks, others, strict=True):
                 of_copy.append(logit_deltas(first, logits))
     joined = [_concatenate(copy) for copy in blocks]
-    _check_finite(model, found)
     found.update({(LOGITS, metric): torch.stack([d[metric].mean() for d in joined]) for metric in joined[0]})
+    _check_finite(model, found)
     frame = tidy(
         [
             {

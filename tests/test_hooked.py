@@ -17,6 +17,14 @@ def native(name, kernel):
     return "eager" if name == "gemma2" else kernel
 
 
+def assert_parity(plain, tokens, kernel="sdpa"):
+    """Hooked logits are transformers' own."""
+    with torch.no_grad():
+        expected = plain(tokens, use_cache=False).logits
+        got = load_model(plain, attn=kernel)(tokens)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+
+
 def test_the_zoo_has_every_known_architecture():
     assert {make().model_type for make in zoo.CONFIGS.values()} == set(ARCHITECTURES)
 
@@ -24,34 +32,19 @@ def test_the_zoo_has_every_known_architecture():
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("name", zoo.CONFIGS)
 def test_logits_equal_transformers_own(name, kernel):
-    plain = zoo.model(zoo.CONFIGS[name](), attn=native(name, kernel))
-    tokens = zoo.tokens()
-    with torch.no_grad():
-        expected = plain(tokens, use_cache=False).logits
-        got = load_model(plain, attn=kernel)(tokens)
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+    assert_parity(zoo.model(zoo.CONFIGS[name](), attn=native(name, kernel)), zoo.tokens(), kernel)
 
 
 @pytest.mark.parametrize("name", ["mistral_sliding", "gemma2", "gemma3", "cohere2_nope_layer"])
 def test_windows_longer_than_a_block_of_queries_equal_transformers_own(name):
     config = zoo.CONFIGS[name]()
     config.max_position_embeddings = 2048
-    plain = zoo.model(config, attn=native(name, "sdpa"))
-    tokens = zoo.tokens(1, 1300)
-    with torch.no_grad():
-        expected = plain(tokens, use_cache=False).logits
-        got = load_model(plain)(tokens)
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+    assert_parity(zoo.model(config, attn=native(name, "sdpa")), zoo.tokens(1, 1300))
 
 
 @pytest.mark.parametrize("rope_type", zoo.ROPE_TYPES)
 def test_logits_equal_transformers_own_for_every_rope_type(rope_type):
-    plain = zoo.llama(rope_parameters=zoo.ROPE_TYPES[rope_type])
-    tokens = zoo.tokens()
-    with torch.no_grad():
-        expected = plain(tokens, use_cache=False).logits
-        got = load_model(plain)(tokens)
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+    assert_parity(zoo.llama(rope_parameters=zoo.ROPE_TYPES[rope_type]), zoo.tokens())
 
 
 @pytest.mark.parametrize("name", zoo.CONFIGS)
