@@ -28,7 +28,17 @@ import pandas as pd
 import torch
 import typer
 
-from experiments.toy_checkpoints import LARGE_THETA, LONG, LONG_DOCUMENTS, SHORT, SHORT_DOCUMENTS, SMALL_THETA
+from experiments.toy_checkpoints import (
+    BATCH_TOKENS,
+    CE,
+    LARGE_THETA,
+    LONG,
+    LONG_DOCUMENTS,
+    OPTIMISER,
+    SHORT,
+    SHORT_DOCUMENTS,
+    SMALL_THETA,
+)
 from rope_probe import HookedCausalLM, KeyValueStream, KeyValueTask, checkpoints, load_model, retrieval_accuracy
 from rope_probe.distillation import Objective, Phase, train_phase
 from rope_probe.errors import InputError
@@ -37,13 +47,12 @@ from rope_probe.results import describe_model, hash_tokens, new_run, read_run, t
 from rope_probe.retrieval import student_interval
 from rope_probe.seeds import derive
 
-STEPS, BATCH_TOKENS = 250, 8192
+STEPS = 250
 DISTANCES = (32, 64, 128, 256, 512, 768, 1000)
 SHORT_DISTANCES = (8, 32, 60)
 TRIALS = 128
 
 KD = Objective(ce_weight=0.0, kd_weight=1.0, chunk=BATCH_TOKENS)
-CE = Objective(ce_weight=1.0, kd_weight=0.0, chunk=BATCH_TOKENS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +116,7 @@ def extend(
                 if metric in n
             ]
             run.record(tidy(losses), model=name, seed=seed, phase="extension", seq_len=LONG)
-            run.manifest["tokens_sha256"] = hash_tokens(phase.batch(derive(seed, "extension"), 0))
+            run.manifest["tokens_sha256"] = hash_tokens(phase.batch(derive(seed, "extension"), 0).tokens)
         measured = measure(student, seed)
         run.record(measured, model=name, seed=seed, phase="extension")
         checkpoints.save(student.release(), run.folder / "checkpoint")
@@ -125,12 +134,12 @@ def phase_of(arm: Arm) -> Phase:
         "extension",
         arm.data,
         LONG,
-        arm.theta,
         STEPS,
         BATCH_TOKENS,
-        schedule="cosine",
+        theta=arm.theta,
         objective=arm.objective,
         teacher_masked=arm.teacher_masked,
+        **OPTIMISER,
     )
 
 

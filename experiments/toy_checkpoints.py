@@ -11,19 +11,23 @@ distance (0.90 for the teacher's first phase, which only prepares the second).
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import typer
 from transformers import LlamaConfig, PreTrainedModel
 
 from rope_probe import KeyValueStream, checkpoints, load_model
-from rope_probe.distillation import Gate, GateError, Phase, train_phase
+from rope_probe.distillation import Gate, GateError, Objective, Phase, train_phase
 from rope_probe.progress import progress
 from rope_probe.results import Run, describe_model, hash_tokens, new_run, tidy
 from rope_probe.seeds import derive
 
 SHORT, LONG = 64, 1024
+BATCH_TOKENS = 8192
+OPTIMISER: dict[str, Any] = {"lr": 3e-3, "matrix_lr": 0.01}
+CE = Objective(ce_weight=1.0, kd_weight=0.0, chunk=BATCH_TOKENS)
+BY_CE: dict[str, Any] = {"objective": CE, **OPTIMISER}
 MISSED_GATE = 3
 SMALL_THETA, LARGE_THETA = 300.0, 20_000.0
 Role = Literal["teacher", "base", "base_large_theta"]
@@ -36,7 +40,9 @@ IN_LONG = (64, 128, 256, 512, 768, 1000)
 
 def _short_phase(theta: float, accuracy: float = 0.95) -> Phase:
     gate = Gate(SHORT, IN_SHORT, accuracy, every=25)
-    return Phase("short", SHORT_DOCUMENTS, SHORT, theta, steps=800, batch_tokens=8192, gate=gate)
+    return Phase(
+        "short", SHORT_DOCUMENTS, SHORT, 800, BATCH_TOKENS, theta=theta, schedule="constant", gate=gate, **BY_CE
+    )
 
 
 PHASES: dict[str, tuple[Phase, ...]] = {
@@ -46,11 +52,11 @@ PHASES: dict[str, tuple[Phase, ...]] = {
             "long",
             LONG_DOCUMENTS,
             LONG,
+            600,
+            BATCH_TOKENS,
             theta=10_000.0,
-            steps=600,
-            batch_tokens=8192,
-            schedule="cosine",
             gate=Gate(LONG, IN_LONG, accuracy=0.95, every=50),
+            **BY_CE,
         ),
     ),
     "base": (_short_phase(SMALL_THETA),),
@@ -85,7 +91,7 @@ def make(role: Role, seed: int, out: Path) -> None:
             "attention_kernel": "sdpa",
             "mask": "none",
             "positions": "continuous",
-            "tokens_sha256": {p.name: hash_tokens(p.batch(derive(seed, role, p.name), 0)) for p in PHASES[role]},
+            "tokens_sha256": {p.name: hash_tokens(p.batch(derive(seed, role, p.name), 0).tokens) for p in PHASES[role]},
         }
     if missed:
         raise typer.Exit(MISSED_GATE)

@@ -1,14 +1,16 @@
 """rope_probe: a mechanistic-interpretability toolkit for rotary position embeddings."""
 
 from rope_probe import rope
+from rope_probe.corpora import KeyValueStream, TextCorpus
 from rope_probe.errors import InputError
 from rope_probe.hooked import HookedCausalLM, load_model
-from rope_probe.packing import KeyValueStream, Window, pack, repeated_window
+from rope_probe.packing import Batch, Window, pack, repeated_window
 from rope_probe.perturbations import DocumentOffset, PairFreeze, PositionJitter, PositionShift, ThetaSwap
 from rope_probe.propagation import copy_deltas, trace
 from rope_probe.retrieval import KeyValueTask, retrieval_accuracy
 
 __all__ = [
+    "Batch",
     "DocumentOffset",
     "HookedCausalLM",
     "InputError",
@@ -17,6 +19,7 @@ __all__ = [
     "PairFreeze",
     "PositionJitter",
     "PositionShift",
+    "TextCorpus",
     "ThetaSwap",
     "Window",
     "copy_deltas",

@@ -7,11 +7,11 @@ equal transformers' own. A model type that is not in the table is refused, never
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from rope_probe.errors import InputError
@@ -26,7 +26,9 @@ class Architecture:
 
     `attn_out` and `mlp_out` name the modules whose output is added to the residual stream (the norm after attention,
     where there is one); `resid_mid` the module whose *input* is the residual stream between attention and MLP, None
-    where both read the same stream. `rotates` says which layers apply RoPE at all.
+    where both read the same stream. `fused` names the module that projects to q, k and v at once, where there is one,
+    and how their rows lie in it: all of q, then k, then v ("stacked"), or q, k, v of head after head ("by_head").
+    `rotates` says which layers apply RoPE at all.
     """
 
     layout: Layout = "half"
@@ -34,6 +36,7 @@ class Architecture:
     attn_out: str = "self_attn"
     resid_mid: str | None = "post_attention_layernorm"
     mlp_out: str = "mlp"
+    fused: tuple[str, Literal["stacked", "by_head"]] | None = None
     rotates: LayerRule = field(default=lambda config, layer: True)
 
 
@@ -53,14 +56,16 @@ _SANDWICH = Architecture(
 
 def _gpt_neox(config: PreTrainedConfig) -> Architecture:
     resid_mid = None if config.use_parallel_residual else "post_attention_layernorm"
-    return Architecture(attn="attention", attn_out="attention", resid_mid=resid_mid)
+    fused: tuple[str, Literal["by_head"]] = ("query_key_value", "by_head")
+    return Architecture(attn="attention", attn_out="attention", resid_mid=resid_mid, fused=fused)
 
 
 ARCHITECTURES: dict[str, Architecture | Callable[[PreTrainedConfig], Architecture]] = {
     **dict.fromkeys(
-        ["llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma", "phi3", "olmo", "starcoder2"],
+        ["llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma", "olmo", "starcoder2"],
         Architecture(),
     ),
+    "phi3": Architecture(fused=("qkv_proj", "stacked")),
     "smollm3": Architecture(rotates=lambda config, layer: bool(config.no_rope_layers[layer])),
     "gemma2": _SANDWICH,
     "gemma3_text": _SANDWICH,
@@ -129,3 +134,29 @@ def attention_modules(model: PreTrainedModel) -> list[Any]:
     """The attention module of every layer, first layer first."""
     name = architecture_of(model.config).attn
     return [layer.get_submodule(name) for layer in model.base_model.layers]
+
+
+class Rows(NamedTuple):
+    """Some rows of a weight matrix."""
+
+    weight: nn.Parameter
+    rows: Int[Tensor, " n"]
+
+
+def query_key_value_rows(model: PreTrainedModel, layer: int) -> dict[str, Rows]:
+    """Where W_Q, W_K and W_V of a layer are: for "q", "k", "v", a weight [out, M] and the rows of it, head by head."""
+    config, attention = model.config, attention_modules(model)[layer]
+    fused = architecture_of(config).fused
+    if fused is None:
+        weights = {name: getattr(attention, f"{name}_proj").weight for name in "qkv"}
+        return {name: Rows(weight, torch.arange(len(weight))) for name, weight in weights.items()}
+    weight = attention.get_submodule(fused[0]).weight
+    rows = torch.arange(len(weight))
+    queries = config.num_attention_heads
+    groups = queries if fused[1] == "by_head" else config.num_key_value_heads
+    width = len(weight) // (queries + 2 * groups)
+    if fused[1] == "by_head":
+        parts = [part.flatten() for part in rows.view(queries, 3, width).unbind(1)]
+    else:
+        parts = list(rows.split([queries * width, groups * width, groups * width]))
+    return {name: Rows(weight, part) for name, part in zip("qkv", parts, strict=True)}

@@ -1,6 +1,7 @@
 """Hugging Face checkpoints: build, load, save, and change how a model rotates. Safetensors only, never pickle."""
 
 import copy
+import errno
 import logging
 import math
 import os
@@ -12,13 +13,35 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from torch import Tensor, nn
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers import logging as transformers_logging
 
 from rope_probe.atomic import whole_folder
 from rope_probe.errors import InputError
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def config_of(table: Mapping[str, Any]) -> PreTrainedConfig:
+    """A transformers config from its `model_type` and other entries. Raises InputError for one that does not exist."""
+    known = AutoConfig.for_model(table["model_type"]) if table.get("model_type") in CONFIG_MAPPING else None
+    if known is None:
+        raise InputError(f"model_type {table.get('model_type')!r} is unknown to transformers; 'llama' is one it knows")
+    if unknown := sorted(key for key in table if key not in known.to_dict() and not hasattr(known, key)):
+        raise InputError(f"a {known.model_type} config has no entry {unknown[0]!r}")
+    try:
+        return AutoConfig.for_model(**table)
+    except Exception as error:  # each config has its own checks
+        raise InputError(f"transformers does not take this {known.model_type} config: {error}") from error
 
 
 def build(config: Any, *, seed: int) -> PreTrainedModel:
@@ -64,6 +87,21 @@ def load(
     return loaded.to(device).eval()
 
 
+def load_tokenizer(model: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint folder or hub id. Raises InputError where there is none."""
+    try:
+        with _quiet():
+            return AutoTokenizer.from_pretrained(os.fspath(model), trust_remote_code=False)
+    except Exception as error:  # as many classes of errors as there are tokenizers
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(f"cannot load a tokenizer from {os.fspath(model)!r}: {reason}") from error
+
+
+def has_tokenizer(model: str | os.PathLike[str]) -> bool:
+    """Whether a checkpoint folder brings a tokenizer; a hub id is taken to."""
+    return not Path(model).is_dir() or (Path(model) / "tokenizer_config.json").exists()
+
+
 def cast(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """Move a model in place, as loading it in `dtype` would: its rotary frequencies keep the precision they have."""
     kept = {name: buffer.clone() for name, buffer in model.base_model.named_buffers() if "inv_freq" in name}
@@ -76,28 +114,64 @@ def cast(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> Pr
 
 def save(model: PreTrainedModel, folder: str | os.PathLike[str]) -> Path:
     """Write a checkpoint to `folder`, whole or not at all, replacing an older one there."""
-    with whole_folder(folder, kind="checkpoint") as partial, _quiet():
-        model.save_pretrained(partial)
+    with whole_folder(folder, kind="checkpoint") as partial:
+        write(model, partial)
     return Path(folder)
+
+
+def write(
+    model: PreTrainedModel,
+    folder: Path,
+    *,
+    weights: Mapping[str, Tensor] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> None:
+    """Write a checkpoint into a folder that is there, with a tokenizer if it has one.
+
+    `weights` are the model's state dict, where it is not in the model itself. Raises OSError where there is no room.
+    """
+    with _quiet():
+        try:
+            model.save_pretrained(folder, state_dict=None if weights is None else dict(weights))
+        except SafetensorError as error:
+            raise OSError(errno.EIO, f"cannot write the weights, {error}", str(folder)) from error
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
 
 
 def with_rope(model: PreTrainedModel, rope: float | Mapping[str, Any]) -> PreTrainedModel:
     """A copy of `model` that rotates with another theta, or with other `rope_parameters`; its weights are the same.
 
-    This is how a model passes from one phase to the next. Raises InputError for a theta that is not positive and
-    finite, and for a model whose layers do not share one set of rope parameters.
+    This is how a model passes from one phase to the next. Raises InputError as `rotary_embedding` does.
+    """
+    embedding, parameters = rotary_embedding(model, rope)
+    switched = copy.deepcopy(model)
+    switched.config.rope_parameters = parameters
+    switched.base_model.rotary_emb = embedding
+    return switched
+
+
+def rotary_embedding(model: PreTrainedModel, rope: float | Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+    """The rotary embedding that a model would have with another theta or `rope_parameters`, and these in full.
+
+    Raises InputError for a theta that is not positive and finite, for parameters that transformers does not take, and
+    for a model whose layers do not share one set of them.
     """
     if "rope_type" not in model.config.rope_parameters:
         raise InputError(f"{model.config.model_type} has rope parameters per layer type; set them in its config")
-    parameters = dict(rope) if isinstance(rope, Mapping) else {**model.config.rope_parameters, "rope_theta": rope}
+    given = rope if isinstance(rope, Mapping) else {**model.config.rope_parameters, "rope_theta": rope}
+    parameters = {"rope_type": "default", **given}
     theta = parameters.get("rope_theta")
     if not isinstance(theta, int | float) or not math.isfinite(theta) or theta <= 0:
         raise InputError(f"rope_theta must be a positive finite number, but it is {theta!r}")
-    switched = copy.deepcopy(model)
-    switched.config.rope_parameters = parameters
-    old = switched.base_model.rotary_emb
-    switched.base_model.rotary_emb = type(old)(config=switched.config).to(old.inv_freq.device)
-    return switched
+    config = copy.deepcopy(model.config)
+    config.rope_parameters = parameters
+    old = model.base_model.rotary_emb
+    try:
+        with _quiet():
+            return type(old)(config=config).to(old.inv_freq.device), parameters
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"transformers does not take rope_parameters {parameters}: {error!r}") from error
 
 
 def require_device(device: torch.device | str, dtype: torch.dtype) -> torch.device:

@@ -11,15 +11,18 @@ from typer.exceptions import TyperException
 
 from rope_probe import packing, report
 from rope_probe.attention import KERNELS
+from rope_probe.corpora import KeyValueStream
+from rope_probe.distillation import distill, read_config
 from rope_probe.errors import InputError
 from rope_probe.hooked import HookedCausalLM, load_model
-from rope_probe.packing import KeyValueStream
 from rope_probe.perturbations import Perturbation, PositionShift
 from rope_probe.progress import progress
 from rope_probe.propagation import attribute
 from rope_probe.propagation import trace as trace_deltas
-from rope_probe.results import describe_model, hash_tokens, new_run
+from rope_probe.results import describe_model, hash_tokens, new_run, read_run
 from rope_probe.retrieval import KeyValueTask, retrieval_accuracy
+
+MISSED_GATE = 3
 
 app = typer.Typer(
     add_completion=False,
@@ -151,6 +154,27 @@ def retrieval(
     print(out)
 
 
+@app.command(name="distill")
+def distill_command(
+    config: Annotated[Path, typer.Argument(help="TOML file; see README.")],
+    out: Annotated[Path | None, typer.Option(help="Run directory to write [default: the config's].")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was cut short.")] = False,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed [default: the config's].")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda [default: the config's, or what is there].")] = None,
+    dtype: Annotated[_Dtype | None, typer.Option(help="float32, or bfloat16 for autocast.")] = None,
+    attn: Annotated[_Kernel | None, typer.Option(help="Attention kernel [default: the config's].")] = None,
+) -> None:
+    """Train a student through phases of a window and a theta each, by distillation, cross-entropy or a mix."""
+    changes = {"out": out, "seed": seed, "device": device, "dtype": dtype, "attn": attn}
+    given = {key: value if key == "seed" else str(value) for key, value in changes.items() if value is not None}
+    run = distill(read_config(config, **given), resume=resume)
+    missed = read_run(run)[1].get("missed_gate")
+    print(run)
+    if missed:
+        print(f"error: {missed}", file=sys.stderr)
+        raise typer.Exit(MISSED_GATE)
+
+
 @app.command(name="report")
 def report_command(
     runs: Annotated[list[Path], typer.Argument(help="Run directories.")],
@@ -210,7 +234,10 @@ def _doses(window: int) -> list[float]:
 
 
 def main() -> None:
-    """Entry point: exit code 0, or 2 with one line `error: ...` for what the user can put right."""
+    """Entry point: exit code 0, or 2 with one line `error: ...` for what the user can put right.
+
+    3 means that a gate was missed: the run is complete, and says so.
+    """
     try:
         code = app(standalone_mode=False)
     except (InputError, TyperException) as error:

@@ -1,7 +1,6 @@
 """Text that needs no download: the topics of the language reference that every Python carries (PSF licence)."""
 
 from functools import cache
-
 from pydoc_data import topics
 
 

@@ -30,7 +30,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 from rope_probe import attention, checkpoints
 from rope_probe.architectures import architecture_of, exact_length, rotary_layers
 from rope_probe.errors import InputError
-from rope_probe.packing import Window
+from rope_probe.packing import Batch, Window
 from rope_probe.precision import promote_float32
 
 
@@ -119,28 +119,32 @@ class HookedCausalLM(HookedRootModule):
         return self.original_model.get_input_embeddings().weight.device
 
     def forward(
-        self, tokens: Window | Int[Tensor, "B T"], *, masked: bool = False, rows: int = 1
+        self, tokens: Window | Batch | Int[Tensor, "B T"], *, masked: bool = False, rows: int = 1
     ) -> Float[Tensor, "B T V"]:
-        """Logits. `tokens` is a Window or a plain batch of token ids; `masked` keeps attention inside documents.
+        """Logits. `tokens` is a Window, a Batch of them or plain token ids; `masked` keeps attention inside documents.
 
         A Window is repeated `rows` times along the batch; see `hidden` for what is refused.
         """
         return self.unembed(self.hidden(tokens, masked=masked, rows=rows))
 
     def hidden(
-        self, tokens: Window | Int[Tensor, "B T"], *, masked: bool = False, rows: int = 1
+        self, tokens: Window | Batch | Int[Tensor, "B T"], *, masked: bool = False, rows: int = 1
     ) -> Float[Tensor, "B T M"]:
         """Final hidden states after the last norm, ready for `unembed`.
 
-        Raises InputError for tokens that are not [B, T], for token ids outside the vocabulary, for `masked` without a
-        Window (plain tokens do not say where documents end), and for positions past the length up to which a dynamic or
+        Raises InputError for tokens that are not [B, T], for token ids outside the vocabulary, for `masked` without
+        documents (plain tokens do not say where they end), and for positions past the length up to which a dynamic or
         longrope model's frequencies stand still.
         """
-        if isinstance(tokens, Window):
+        if isinstance(tokens, Batch):
+            if masked:
+                return self.hidden(tokens.end_to_end, masked=True).view(*tokens.tokens.shape, -1)
+            ids, positions, bounds = tokens.tokens, tokens.position_ids, None
+        elif isinstance(tokens, Window):
             ids, positions = tokens.tokens.expand(rows, -1), tokens.position_ids
             bounds = tokens.cu_seqlens.tolist() if masked else None
         elif masked:
-            raise InputError("masked=True needs a Window: plain tokens do not say where documents end")
+            raise InputError("masked=True needs a Window or a Batch: plain tokens do not say where documents end")
         else:
             if tokens.ndim != 2:
                 raise InputError(f"tokens must be [batch, positions], but their shape is {tuple(tokens.shape)}")

@@ -1,11 +1,12 @@
-"""Windows: what one forward pass reads. Repeated tokens and documents, packed documents, position schemes, corpora.
+"""Windows: what one forward pass reads. Repeated tokens and documents, packed documents, position schemes.
 
 - A window carries its documents as `cu_seqlens` and its positions as `position_ids`, and keeps the two apart.
 - Position schemes: *continuous* counts through the window; *reset* starts every document at 0; *skipped* spreads a
   document over a longer window in three contiguous segments (LongReD, arXiv 2502.07365, after CREAM, 2406.07138).
-- A corpus is a pure function of (seed, index): batch i does not depend on what was drawn before it.
+- A `Batch` is several windows of one length, read together: a training step.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from rope_probe.errors import InputError
@@ -55,6 +56,56 @@ class Window:
     def documents(self) -> int:
         """Number of documents."""
         return len(self.cu_seqlens) - 1
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B windows of T tokens each. `cu_seqlens` bounds the documents of all windows laid end to end, 0 to B x T.
+
+    A window's end is a document's end.
+    Raises InputError where the three do not fit each other.
+    """
+
+    tokens: Int[Tensor, "B T"]
+    cu_seqlens: Int[Tensor, " bounds"]
+    position_ids: Int[Tensor, "B T"]
+
+    @classmethod
+    def continuous(cls, tokens: Int[Tensor, "B T"], cu_seqlens: Int[Tensor, " bounds"]) -> "Batch":
+        """Windows whose positions count through each of them."""
+        return cls(tokens, cu_seqlens, torch.arange(tokens.shape[1]).expand_as(tokens))
+
+    def __post_init__(self) -> None:
+        end_to_end = self.end_to_end
+        edges = torch.arange(0, len(end_to_end) + 1, self.tokens.shape[1])
+        if not torch.isin(edges, end_to_end.cu_seqlens).all():
+            raise InputError("every window of a batch must end with a document; cut the one that crosses its end")
+
+    @property
+    def end_to_end(self) -> Window:
+        """The windows as a single one. Masked, they do not meet."""
+        return Window(self.tokens.reshape(1, -1), self.cu_seqlens, self.position_ids.reshape(1, -1))
+
+    @property
+    def first_of_document(self) -> Bool[Tensor, "B T"]:
+        """True where a document begins."""
+        first = torch.zeros(self.tokens.numel(), dtype=torch.bool)
+        first[self.cu_seqlens[:-1].long()] = True
+        return first.view_as(self.tokens)
+
+    def rows(self, start: int, end: int) -> "Batch":
+        """The windows `start` to `end`."""
+        length = self.tokens.shape[1]
+        inside = (self.cu_seqlens >= start * length) & (self.cu_seqlens <= end * length)
+        bounds = self.cu_seqlens[inside] - start * length
+        return Batch(self.tokens[start:end], bounds, self.position_ids[start:end])
+
+    def placed(self, positions: Positions, *, target_window: int | None = None, seed: int = 0) -> "Batch":
+        """The same documents at the positions of a scheme; see `pack`."""
+        if positions == "continuous":
+            return Batch.continuous(self.tokens, self.cu_seqlens)
+        placed = _positions(self.cu_seqlens.diff().tolist(), positions, target_window, seed)
+        return dataclasses.replace(self, position_ids=placed.view_as(self.tokens))
 
 
 def repeated_window(document: int | Sequence[int] | Int[Tensor, " n"], copies: int) -> Window:
@@ -128,97 +179,17 @@ def _window(
 ) -> Window:
     sizes = torch.tensor([len(document) for document in documents])
     cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.long), sizes.cumsum(0)]).to(torch.int32)
-    if positions == "continuous":
-        position_ids = torch.arange(int(sizes.sum()))
-    elif positions == "reset":
-        position_ids = torch.cat([torch.arange(size) for size in sizes.tolist()])
-    elif positions == "skipped":
-        if target_window is None:
-            raise InputError("skipped positions need target_window, the length that each document is spread over")
-        position_ids = torch.cat(
-            [skipped_positions(size, target_window, seed=seed + i) for i, size in enumerate(sizes.tolist())]
-        )
-    else:
-        raise InputError(f"positions {positions!r} is unknown; known are continuous, reset, skipped")
+    position_ids = _positions(sizes.tolist(), positions, target_window, seed)
     return Window(torch.cat(list(documents)).unsqueeze(0), cu_seqlens, position_ids.unsqueeze(0))
 
 
-# Corpora --------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class KeyValueStream:
-    """Documents that bind keys to values: "key value key value ...", a key with one value per document.
-
-    A document draws m distinct keys, m log-uniform in `distinct`, gives each a random value, and emits
-    `document_length / 2` pairs by sampling its keys with replacement. Token ids: 4.. are keys, the next are values.
-    With `disjoint`, documents packed into one window share no key; otherwise keys collide by accident.
-    """
-
-    document_length: int
-    distinct: tuple[int, int]
-    keys: int = 256
-    values: int = 256
-    disjoint: bool = False
-
-    FIRST_KEY = 4
-
-    def __post_init__(self) -> None:
-        low, high = self.distinct
-        if self.document_length < 2 or self.document_length % 2:
-            raise InputError(f"document_length must be even and 2 or more, but it is {self.document_length}")
-        if not 1 <= low <= high <= self.keys:
-            raise InputError(f"distinct must be a range inside 1..{self.keys} (the keys), but it is {low}..{high}")
-
-    @property
-    def first_value(self) -> int:
-        """Token id of the first value."""
-        return self.FIRST_KEY + self.keys
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of token ids in use."""
-        return self.first_value + self.values
-
-    def documents(self, count: int, *, seed: int, index: int = 0) -> Int[Tensor, "count n"]:
-        """`count` documents, a pure function of (seed, index)."""
-        rng = np.random.default_rng([seed, index])
-        distinct = self._distinct(rng, count)
-        return self._documents(rng, distinct, rng.random((count, self.keys)).argsort(1))
-
-    def _distinct(self, rng: np.random.Generator, count: int) -> np.ndarray:
-        low, high = self.distinct
-        return np.rint(low * (high / low) ** rng.random((count, 1)))
-
-    def _documents(self, rng: np.random.Generator, distinct: np.ndarray, keys: np.ndarray) -> Tensor:
-        """One document for each row of `keys`, over its first `distinct` ones."""
-        count = len(keys)
-        values = rng.integers(0, self.values, keys.shape)
-        pick = (rng.random((count, self.document_length // 2)) * distinct).astype(np.int64)
-        pairs = np.take_along_axis(np.stack([keys + self.FIRST_KEY, values + self.first_value], -1), pick[..., None], 1)
-        return torch.from_numpy(pairs.reshape(count, self.document_length))
-
-    def windows(self, count: int, window: int, *, seed: int, index: int = 0) -> Int[Tensor, "count window"]:
-        """`count` windows of whole packed documents, a pure function of (seed, index).
-
-        Raises InputError unless documents fill the window exactly, and, where their keys are to be disjoint, unless
-        there are keys enough for that.
-        """
-        if window < self.document_length or window % self.document_length:
-            raise InputError(
-                f"a window of {window} tokens does not hold whole documents of {self.document_length}; "
-                f"use a multiple of {self.document_length}"
-            )
-        each = window // self.document_length
-        if not self.disjoint:
-            return self.documents(count * each, seed=seed, index=index).reshape(count, window)
-        share = self.keys // each
-        if share < self.distinct[1]:
-            raise InputError(
-                f"{each} documents of up to {self.distinct[1]} keys cannot be disjoint with {self.keys} keys in all; "
-                f"use at most {share} keys a document"
-            )
-        rng = np.random.default_rng([seed, index])
-        distinct = self._distinct(rng, count * each)
-        dealt = rng.random((count, self.keys)).argsort(1)[:, : each * share].reshape(count * each, share)
-        return self._documents(rng, distinct, dealt).reshape(count, window)
+def _positions(sizes: Sequence[int], positions: Positions, target_window: int | None, seed: int) -> Tensor:
+    if positions == "continuous":
+        return torch.arange(sum(sizes))
+    if positions == "reset":
+        return torch.cat([torch.arange(size) for size in sizes])
+    if positions == "skipped":
+        if target_window is None:
+            raise InputError("skipped positions need target_window, the length that each document is spread over")
+        return torch.cat([skipped_positions(size, target_window, seed=seed + i) for i, size in enumerate(sizes)])
+    raise InputError(f"positions {positions!r} is unknown; known are continuous, reset, skipped")

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -93,7 +93,7 @@ class Run:
             "peak_cuda_memory_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
             "status": "complete",
         }
-        (self.folder / MANIFEST).write_text(json.dumps(self.manifest, indent=2, default=str) + "\n")
+        _write_manifest(self.folder, self.manifest)
 
 
 @contextmanager
@@ -108,6 +108,60 @@ def new_run(out: str | os.PathLike[str], experiment: str, config: Mapping[str, A
         run = Run(folder, experiment, _manifest(experiment, config))
         yield run
         run._finish(started)
+
+
+@contextmanager
+def open_run(
+    out: str | os.PathLike[str], experiment: str, config: Mapping[str, Any], *, resume: bool = False
+) -> Iterator[Run]:
+    """Make the run directory `out` in its own place, for jobs that may be cut short and gone on with.
+
+    Its manifest says `running` until the block ends. When it raises, everything stays as it is, for `resume`; which
+    begins anew where there is nothing yet. Raises InputError where there is a run already and it is not to be resumed,
+    where it was started with another configuration, and when `out` cannot be written or is something else than a run.
+    """
+    out = Path(out)
+    manifest = _manifest(experiment, config)
+    if out.exists():
+        manifest = _to_go_on(out, manifest, resume)
+    else:
+        with whole_folder(out, kind="run") as folder:
+            _write_manifest(folder, manifest)
+    started = time.time() - manifest.get("wall_s", 0.0)
+    run = Run(out, experiment, manifest)
+    try:
+        yield run
+    except BaseException:
+        with suppress(OSError):
+            _write_manifest(out, manifest | {"wall_s": round(time.time() - started, 3)})
+        raise
+    run._finish(started)
+
+
+def _to_go_on(out: Path, manifest: dict[str, Any], resume: bool) -> dict[str, Any]:
+    """The manifest of the unfinished run at `out`, which is of the same configuration."""
+    try:
+        before = json.loads((out / MANIFEST).read_text())
+        status, config = before["status"], before["config"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{str(out)!r} exists and is no run of rope_probe's, so it is not touched") from error
+    if not resume:
+        more = "is complete; choose another place, or remove it" if status == "complete" else "is not; resume it"
+        raise InputError(f"there is a run at {str(out)!r} already, and it {more}")
+    if apart := _first_difference(config, manifest["config"]):
+        raise InputError(f"{str(out)!r} was started with another configuration: {apart}; resume it with the same one")
+    return before | {"status": "running"}
+
+
+def _first_difference(before: Any, now: Any, key: str = "") -> str | None:
+    """Where two configurations differ first; None where they do not."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        inner = [(before.get(k), now.get(k), f"{key}.{k}" if key else k) for k in {**before, **now}]
+    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        inner = [(a, b, f"{key}.{i}") for i, (a, b) in enumerate(zip(before, now, strict=True))]
+    else:
+        return None if before == now else f"{key} was {before!r} and is {now!r}"
+    return next((apart for one in inner if (apart := _first_difference(*one))), None)
 
 
 def read_run(run: str | os.PathLike[str]) -> tuple[pd.DataFrame, dict[str, Any]]:
@@ -157,6 +211,12 @@ def describe_model(model: PreTrainedModel) -> dict[str, Any]:
 def hash_tokens(tokens: Tensor) -> str:
     """SHA-256 of token ids, whatever their integer type."""
     return hashlib.sha256(tokens.cpu().to(torch.int64).contiguous().numpy().tobytes()).hexdigest()
+
+
+def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    partial = folder / f".{MANIFEST}"
+    partial.write_text(json.dumps(manifest, indent=2, default=str) + "\n")
+    os.replace(partial, folder / MANIFEST)
 
 
 def _manifest(experiment: str, config: Mapping[str, Any]) -> dict[str, Any]:

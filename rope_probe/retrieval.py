@@ -12,9 +12,9 @@ from jaxtyping import Int
 from scipy import stats
 from torch import Tensor
 
+from rope_probe.corpora import KeyValueStream
 from rope_probe.errors import InputError
 from rope_probe.hooked import HookedCausalLM
-from rope_probe.packing import KeyValueStream
 from rope_probe.results import tidy
 
 _TOKENS_PER_BATCH = 2**14

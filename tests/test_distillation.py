@@ -8,7 +8,11 @@ from rope_probe.distillation import Gate, GateError, Head, Objective, Phase, tra
 from tests import zoo
 
 STREAM = KeyValueStream(16, distinct=(1, 4), keys=20, values=20)
-PHASE = Phase("tiny", STREAM, window=32, theta=1e4, steps=30, batch_tokens=256, warmup=5)
+CE = Objective(ce_weight=1.0, kd_weight=0.0)
+PHASE = Phase(
+    "tiny", STREAM, window=32, steps=30, batch_tokens=256, lr=3e-3, matrix_lr=0.01, theta=1e4, objective=CE,
+    schedule="constant", warmup=5,
+)  # fmt: skip
 
 
 def fresh():
@@ -33,7 +37,7 @@ def test_training_lowers_the_loss_and_moves_every_weight(matrix_lr):
 
 def test_the_first_loss_is_the_cross_entropy_of_the_model_as_it_was():
     model = fresh()
-    tokens = STREAM.windows(8, 32, seed=4, index=0)
+    tokens = STREAM.batch(8, 32, seed=4, index=0).tokens
     expected = model.original_model(tokens, labels=tokens).loss.item()
     history, _ = train_phase(model, dataclasses.replace(PHASE, steps=1), seed=4)
     assert history[0]["ce_nats"] == pytest.approx(expected, rel=1e-5)
@@ -64,7 +68,7 @@ def test_distilling_brings_the_student_to_the_teacher_and_leaves_the_teacher(tea
 
 def test_the_loss_is_the_divergence_from_the_teacher_as_it_reads_the_window():
     student, teacher = fresh(), load_model(zoo.llama())
-    tokens = PHASE.batch(4, 0)
+    tokens = PHASE.batch(4, 0).tokens
     with torch.no_grad():
         q = student(tokens).log_softmax(-1)
         whole = teacher(tokens).log_softmax(-1)
@@ -81,15 +85,15 @@ def test_the_loss_is_the_divergence_from_the_teacher_as_it_reads_the_window():
 
 def test_autocast_trains_float32_weights_and_other_weights_are_refused():
     model = fresh()
-    history, _ = train_phase(model, dataclasses.replace(PHASE, autocast=True), seed=0)
+    history, _ = train_phase(model, PHASE, seed=0, autocast=True)
     assert history[-1]["ce_nats"] < history[0]["ce_nats"] - 0.3
     assert model.dtype == torch.float32
-    with pytest.raises(InputError, match="bfloat16"):
+    with pytest.raises(InputError, match="bfloat16; use autocast"):
         train_phase(load_model(zoo.llama().to(torch.bfloat16)), PHASE, seed=0)
 
 
 def test_tied_embeddings_get_both_gradients():
-    tokens = PHASE.batch(0, 0)
+    tokens = PHASE.batch(0, 0).tokens
     grads = []
     for chunk in (7, 10_000):
         torch.manual_seed(0)
@@ -139,5 +143,5 @@ def test_a_model_with_another_theta_is_refused():
 
 
 def test_a_batch_that_holds_no_whole_windows_is_refused():
-    with pytest.raises(InputError, match="multiple of the window, 32, but it is 100"):
+    with pytest.raises(InputError, match="multiple of 32, 1 x the window, but it is 100"):
         dataclasses.replace(PHASE, batch_tokens=100)

@@ -1,7 +1,22 @@
 """Making checkpoints: phases of training, each with its own window and theta."""
 
-from rope_probe.distillation.loop import train_phase
-from rope_probe.distillation.losses import Divergence, Head, Objective
+from rope_probe.distillation.config import DistillConfig, read_config
+from rope_probe.distillation.job import distill
+from rope_probe.distillation.loop import Training, train_phase
+from rope_probe.distillation.losses import Divergence, Head, HiddenMatch, Objective
 from rope_probe.distillation.phase import Gate, GateError, Phase
 
-__all__ = ["Divergence", "Gate", "GateError", "Head", "Objective", "Phase", "train_phase"]
+__all__ = [
+    "DistillConfig",
+    "Divergence",
+    "Gate",
+    "GateError",
+    "Head",
+    "HiddenMatch",
+    "Objective",
+    "Phase",
+    "Training",
+    "distill",
+    "read_config",
+    "train_phase",
+]

@@ -1,25 +1,35 @@
-"""The training loop: one phase of one model.
+"""The training loop: one phase of one model, on one process or several (accelerate: CPU, one GPU, DDP, FSDP2).
 
-- Muon turns the matrices inside the layers, AdamW the rest: with AdamW alone, small models with a small theta settle on
-  copying from fixed offsets, and content-matched retrieval never emerges on some seeds (see docs/log.md).
-- Batch i is a pure function of (seed, i). Weights are float32, under bfloat16 autocast too; others are refused.
+- Muon turns the matrices inside the layers where a phase says so, AdamW the rest: with AdamW alone, small models with a
+  small theta settle on copying from fixed offsets, and content-matched retrieval never emerges on some seeds.
+- Every process draws the whole batch, a pure function of (seed, step), and reads its share of the windows; losses are
+  averaged over the whole batch, so they do not depend on how many share it.
+- Weights are float32, under bfloat16 autocast too; others are refused.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pandas as pd
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
-from rope_probe.distillation.losses import IGNORED, Head
+from rope_probe.architectures import query_key_value_rows
+from rope_probe.corpora import KeyValueStream
+from rope_probe.distillation.losses import IGNORED
 from rope_probe.distillation.phase import GateError, Phase
+from rope_probe.distillation.student import Student, Taught, head_of, read, shares, targets_of
 from rope_probe.errors import InputError
 from rope_probe.hooked import HookedCausalLM
-from rope_probe.packing import Window
+from rope_probe.packing import Batch
 
-OnStep = Callable[[dict[str, float]], Any]
+Record = dict[str, Any]
+OnStep = Callable[[Record], Any]
 
 
 def train_phase(
@@ -28,99 +38,188 @@ def train_phase(
     *,
     seed: int,
     teacher: HookedCausalLM | None = None,
+    autocast: bool = False,
     on_step: OnStep | None = None,
-) -> tuple[list[dict[str, float]], pd.DataFrame]:
+) -> tuple[list[Record], pd.DataFrame]:
     """Train `model` in place through `phase`; returns the losses of every step, and the gate's last measurement.
 
-    A loss is `{"step", "tokens", "loss", "ce_nats", "kd_nats"}`, the last two where the objective has them, and
-    `on_step` hears of each. Ends early when the gate passes. The teacher is read, never changed.
-    Raises InputError for a model with another theta than the phase's or a teacher that is missing, and GateError,
-    naming distance, accuracy and budget, when the gate is not passed within the phase's steps.
+    A record is that of `Training.advance`, and `on_step` hears of each. Ends early when the gate passes. The teacher is
+    read, never changed. Raises InputError as `Training` does, and GateError, naming distance, accuracy and budget, when
+    the gate is not passed within the phase's steps.
     """
-    theta = model.config.rope_parameters.get("rope_theta")
-    if theta != phase.theta:
-        raise InputError(
-            f"phase {phase.name!r} wants theta {phase.theta:g}, but the model's is {theta}: see checkpoints.with_rope"
-        )
-    if model.dtype not in (torch.float32, torch.float64):
-        raise InputError(f"weights are trained in float32, but the model's are {model.dtype}; use the phase's autocast")
-    if phase.objective.kd_weight > 0 and teacher is None:
-        raise InputError(f"phase {phase.name!r} distils, so it needs a teacher")
-    optimizers = _optimizers(model.original_model, phase)
-    schedulers = [torch.optim.lr_scheduler.LambdaLR(one, phase.learning_rate_factor) for one in optimizers]
-    gate, history, measured, passed = phase.gate, [], pd.DataFrame(), phase.gate is None
-    for step in range(phase.steps):
-        losses = _step(model, teacher, phase.batch(seed, step).to(model.device), optimizers, phase)
-        for scheduler in schedulers:
-            scheduler.step()
-        history.append({"step": step, "tokens": (step + 1) * phase.batch_tokens, **losses})
+    training = Training(model, phase, seed=seed, teacher=teacher, autocast=autocast)
+    history: list[Record] = []
+    while training.step < phase.steps and not training.passed:
+        history.append(training.advance())
         if on_step is not None:
             on_step(history[-1])
-        if gate is not None and (step + 1) % gate.every == 0:
-            measured = gate.measure(model, phase.data)
-            passed = bool((measured["value"] >= gate.accuracy).all())
-            if passed:
-                break
-    if gate is not None and not passed:
-        seen = ", ".join(f"{row.value:.2f} at {row.distance}" for row in measured.itertuples())
-        raise GateError(
-            f"phase {phase.name!r} with seed {seed} missed its gate, accuracy {gate.accuracy} at every distance, "
-            f"within {phase.steps} steps of {phase.batch_tokens} tokens: {seen or 'it was never tried'}",
-            history,
-            measured,
+        training.try_gate()
+    if phase.gate is not None and not training.passed:
+        raise GateError(training.missed, history, training.gate)
+    return history, training.gate
+
+
+class Training:
+    """One phase of one model under way. `advance` does a step; `state` and `restore` let another process go on.
+
+    Raises InputError for a model with another theta than the phase's, weights that are not float32, a teacher that is
+    missing, and a batch that the processes cannot share.
+    """
+
+    def __init__(
+        self,
+        model: HookedCausalLM,
+        phase: Phase,
+        *,
+        seed: int,
+        teacher: HookedCausalLM | None = None,
+        autocast: bool = False,
+        accelerator: Accelerator | None = None,
+    ) -> None:
+        theta = model.config.rope_parameters.get("rope_theta")
+        if phase.theta is not None and theta != phase.theta:
+            raise InputError(
+                f"phase {phase.name!r} wants theta {phase.theta:g}, but the model's is {theta}: "
+                "see checkpoints.with_rope"
+            )
+        if model.dtype not in (torch.float32, torch.float64):
+            raise InputError(f"weights are trained in float32, but the model's are {model.dtype}; use autocast")
+        if phase.objective.needs_teacher and teacher is None:
+            raise InputError(f"phase {phase.name!r} distils, so it needs a teacher")
+        self.model, self.teacher, self.phase, self.seed = model, teacher, phase, seed
+        self.step, self.passed, self.gate = 0, False, pd.DataFrame()
+        self._accelerator = accelerator or Accelerator(cpu=model.device.type == "cpu")
+        parts = self._accelerator.num_processes * phase.accumulate
+        if phase.batch_tokens % (phase.window * parts):
+            raise InputError(
+                f"{phase.batch_tokens // phase.window} windows of a batch cannot be shared by "
+                f"{self._accelerator.num_processes} processes in {phase.accumulate} parts each"
+            )
+        self._autocast = partial(torch.autocast, model.device.type, torch.bfloat16, enabled=autocast)
+        self._optimizers = _optimizers(model.original_model, phase)
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                group["peak_lr"] = group["lr"]
+        student = Student(model, phase)
+        self._student = self._accelerator.prepare(
+            student, *self._optimizers, device_placement=[False] * (1 + len(self._optimizers))
+        )[0]
+
+    def advance(self, *, measure: bool = False) -> Record:
+        """One step: `{"step", "tokens", "loss", "ce_nats", "kd_nats", "hidden"}`, those that the objective has.
+
+        Steps and tokens count what is done. With `measure`, cross-entropy and divergence are told whatever their
+        weight (the divergence where there is a teacher), and with them `lr`, the `grad_norm` before clipping, those of
+        all W_Q, W_K and W_V together (`grad_norm_q|k|v`), and `kd_nats_by_distance`: the divergence at tokens that last
+        occurred so many tokens ago, up to powers of two ("new" for the first occurrence in a window).
+        """
+        phase, accelerator = self.phase, self._accelerator
+        factor = phase.learning_rate_factor(self.step)
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * factor
+        whole = phase.batch(self.seed, self.step)
+        over = int((targets_of(whole, phase) != IGNORED).sum()), whole.tokens.numel()
+        share = len(whole.tokens) // (accelerator.num_processes * phase.accumulate)
+        first = accelerator.process_index * phase.accumulate
+        parts = [whole.rows(n * share, (n + 1) * share) for n in range(first, first + phase.accumulate)]
+        self.model.original_model.train()
+        sums: dict[str, Tensor] = {}
+        for part in parts:
+            with accelerator.no_sync(self._student) if part is not parts[-1] else nullcontext():
+                with self._autocast():
+                    loss, terms = self._student(part, self._taught(part, measure), over, measure)
+                accelerator.backward(loss * accelerator.num_processes)  # gradients are averaged over processes
+            for name, value in shares(loss, terms, over, part.tokens if measure else None).items():
+                sums[name] = sums.get(name, 0) + value
+        norms = self._gradient_norms() if measure else {}
+        norm = accelerator.clip_grad_norm_(self._student.parameters(), phase.clip_norm)
+        if measure:
+            norms = {"lr": phase.lr * factor, "grad_norm": _whole(norm).item(), **norms}
+        for optimizer in self._optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        self.model.original_model.eval()
+        self.step += 1
+        return {"step": self.step, "tokens": self.step * phase.batch_tokens, **self._together(sums), **norms}
+
+    def try_gate(self) -> None:
+        """Measure the gate where one is due, and note whether it is `passed`."""
+        gate, data = self.phase.gate, self.phase.data
+        if gate is not None and isinstance(data, KeyValueStream) and self.step % gate.every == 0:
+            self.gate = gate.measure(self.model, data)
+            self.passed = bool((self.gate["value"] >= gate.accuracy).all())
+
+    @property
+    def missed(self) -> str:
+        """What the gate asked for and was not reached."""
+        phase, wanted = self.phase, self.phase.gate.accuracy if self.phase.gate else None
+        seen = ", ".join(f"{row.value:.2f} at {row.distance}" for row in self.gate.itertuples())
+        return (
+            f"phase {phase.name!r} with seed {self.seed} missed its gate, accuracy {wanted} at every distance, within "
+            f"{phase.steps} steps of {phase.batch_tokens} tokens: {seen or 'it was never tried'}"
         )
-    return history, measured
+
+    def weights(self) -> dict[str, Tensor]:
+        """The student's whole state dict, on the CPU; every process must ask for it."""
+        return {name: _whole(weight).cpu() for name, weight in self.model.original_model.state_dict().items()}
+
+    def state(self) -> dict[str, Tensor]:
+        """What the optimizers remember, whole, on the CPU; every process must ask for it."""
+        return {
+            f"{name}/{key}": _whole(value).cpu()
+            for name, optimizer, parameter in self._optimized()
+            for key, value in optimizer.state[parameter].items()
+        }
+
+    def restore(self, step: int, state: dict[str, Tensor]) -> None:
+        """Go on after `step` steps, as the training whose `state` this was; its weights are the model's already."""
+        for name, optimizer, parameter in self._optimized():
+            remembered = {key.split("/")[1]: value for key, value in state.items() if key.startswith(f"{name}/")}
+            optimizer.state[parameter] = {key: _like(parameter, value) for key, value in remembered.items()}
+        self.step = step
+
+    def _optimized(self) -> Iterator[tuple[str, torch.optim.Optimizer, nn.Parameter]]:
+        names = {parameter: name for name, parameter in self.model.original_model.named_parameters()}
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                yield from ((names[parameter], optimizer, parameter) for parameter in group["params"])
+
+    @torch.no_grad()
+    def _taught(self, part: Batch, measure: bool) -> Taught | None:
+        if self.teacher is None or not (self.phase.objective.needs_teacher or measure):
+            return None
+        return Taught(head_of(self.teacher), *read(self.teacher, part, self.phase, self.phase.teacher_masked))
+
+    def _together(self, sums: dict[str, Tensor]) -> Record:
+        """Sums over all processes, as numbers."""
+        record: Record = {name: value.tolist() for name, value in self._accelerator.reduce(sums, "sum").items()}
+        if "kd_nats_by_distance" in record:
+            parts = zip(*record["kd_nats_by_distance"], strict=True)
+            labels = ["new", *(2**k for k in range(len(record["kd_nats_by_distance"][0]) - 1))]
+            means = zip(labels, parts, strict=True)
+            record["kd_nats_by_distance"] = {str(label): total / n for label, (total, n) in means if n}
+        return record
+
+    def _gradient_norms(self) -> dict[str, float]:
+        squares: dict[str, float] = dict.fromkeys("qkv", 0.0)
+        for layer in range(len(self.model.original_model.base_model.layers)):
+            for name, (weight, rows) in query_key_value_rows(self.model.original_model, layer).items():
+                squares[name] += _whole(weight.grad)[rows.to(weight.device)].square().sum().item()
+        return {f"grad_norm_{name}": square**0.5 for name, square in squares.items()}
 
 
-def _step(
-    model: HookedCausalLM,
-    teacher: HookedCausalLM | None,
-    tokens: Tensor,
-    optimizers: list[torch.optim.Optimizer],
-    phase: Phase,
-) -> dict[str, float]:
-    teacher = teacher if phase.objective.kd_weight > 0 else None
-    targets = nn.functional.pad(tokens[:, 1:], (0, 1), value=IGNORED)
-    model.original_model.train()
-    with torch.autocast(tokens.device.type, dtype=torch.bfloat16, enabled=phase.autocast):
-        taught = None if teacher is None else _teacher_hidden(teacher, tokens, phase).flatten(0, 1)
-        loss, terms = phase.objective.loss(
-            model.hidden(tokens).flatten(0, 1),
-            _head(model),
-            targets.flatten(),
-            taught,
-            None if teacher is None else _head(teacher),
-        )
-    loss.backward()
-    nn.utils.clip_grad_norm_(model.original_model.parameters(), phase.clip_norm)
-    for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad()
-    model.original_model.eval()
-    losses = {"loss": loss.item()}
-    if terms.cross_entropy is not None:
-        losses["ce_nats"] = (terms.cross_entropy.sum() / (targets != IGNORED).sum()).item()
-    if terms.divergence is not None:
-        losses["kd_nats"] = terms.divergence.mean().item()
-    return losses
+def _whole(tensor: Any) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-@torch.no_grad()
-def _teacher_hidden(teacher: HookedCausalLM, tokens: Tensor, phase: Phase) -> Tensor:
-    if not phase.teacher_masked:
-        return teacher.hidden(tokens)
-    length = phase.data.document_length
-    bounds = torch.arange(0, tokens.numel() + 1, length, dtype=torch.int32)
-    positions = torch.arange(tokens.shape[1]).repeat(len(tokens)).unsqueeze(0)
-    packed = Window(tokens.reshape(1, -1), bounds, positions)  # the windows end to end: masked, they do not meet
-    return teacher.hidden(packed, masked=True).view(*tokens.shape, -1)
-
-
-def _head(model: HookedCausalLM) -> Head:
-    def after(projected: Tensor) -> Tensor:
-        return model.after_projection(projected.unsqueeze(0)).squeeze(0)
-
-    return Head(model.original_model.get_output_embeddings(), after)
+def _like(parameter: Tensor, value: Tensor) -> Tensor:
+    """A value that an optimizer remembers, laid out as its parameter is; step counts stay as they are."""
+    if value.shape != parameter.shape:
+        return value
+    if isinstance(parameter, DTensor):
+        return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+    return value.to(parameter.device)
 
 
 def _optimizers(model: PreTrainedModel, phase: Phase) -> list[torch.optim.Optimizer]:

@@ -1,4 +1,4 @@
-"""What a student is trained on: cross-entropy, a divergence from the teacher's distribution, or a mix, chunk by chunk.
+"""What a student is trained on: cross-entropy, divergence from the teacher's distribution, its hidden states, any mix.
 
 - A `Divergence` compares next-token distributions: forward KL(teacher || student), reverse KL(student || teacher) or
   Jensen-Shannon, at a temperature, over the whole vocabulary or the teacher's top k. Nats, times T^2, so that the size
@@ -6,13 +6,14 @@
 - `Objective.loss` never holds the logits of a window: heads of student and teacher are applied to `chunk` positions at
   a time, and the chunk's gradients are taken on the spot, while its logits are there, straight into the gradient of the
   head's weight.
+- `HiddenMatch` compares hidden states at TransformerLens sites, as LongReD does (arXiv 2502.07365).
 - Vocabularies of different padded size are cut to the shared part.
 
 Shape letters: N positions of all windows together, V vocabulary, M width.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -85,6 +86,39 @@ def _kl(p: Tensor, q: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class HiddenMatch:
+    """How far the student's hidden states are from the teacher's at `sites`, summed over sites.
+
+    `cosine` is 1 - cosine similarity; `mse` the mean over the width of the squared difference, in squared units of the
+    residual stream. Sites are TransformerLens hook names of [B, T, M], "blocks.3.hook_resid_post".
+    """
+
+    weight: float = 1.0
+    kind: Literal["cosine", "mse"] = "cosine"
+    sites: tuple[str, ...] = ("ln_final.hook_out",)
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("cosine", "mse"):
+            raise InputError(f"hidden states are compared by cosine or mse, but kind is {self.kind!r}")
+        if not (math.isfinite(self.weight) and self.weight > 0 and self.sites):
+            raise InputError(f"hidden states need a positive weight and a site, but have {self.weight}, {self.sites}")
+
+    def __call__(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Float[Tensor, " N"]:
+        """Distance at each position, of states [..., M] site by site. Raises InputError where widths differ."""
+        total = torch.zeros((), device=student[0].device)
+        for site, mine, taught in zip(self.sites, student, teacher, strict=True):
+            if mine.shape != taught.shape:
+                raise InputError(f"{site} is {mine.shape[-1]} wide in the student, {taught.shape[-1]} in the teacher")
+            wide = torch.promote_types(mine.dtype, torch.float32)
+            a, b = mine.flatten(0, -2).to(wide), taught.flatten(0, -2).to(wide)
+            if self.kind == "cosine":
+                total = total + (1 - nn.functional.cosine_similarity(a, b, dim=-1))
+            else:
+                total = total + (a - b).square().mean(-1)
+        return total
+
+
+@dataclass(frozen=True)
 class Head:
     """How hidden states become logits: a projection [V, M], and what comes `after` it, a soft cap or a scale.
 
@@ -101,31 +135,42 @@ class Head:
 
 @dataclass
 class Terms:
-    """The parts of one loss at each position, detached, in nats; None where the objective has no such part."""
+    """The parts of one loss at each position, detached, not weighted; None where the objective has no such part.
+
+    Cross-entropy and divergence are in nats; cross-entropy is 0 where there is no target.
+    """
 
     cross_entropy: Float[Tensor, " N"] | None = None
     divergence: Float[Tensor, " N"] | None = None
+    hidden: Float[Tensor, " N"] | None = None
 
 
 @dataclass(frozen=True)
 class Objective:
-    """`ce_weight` x cross-entropy with the next token + `kd_weight` x divergence from the teacher.
+    """`ce_weight` x cross-entropy with the next token + `kd_weight` x divergence from the teacher + `hidden`.
 
     Each term is averaged over its positions: those with a target, and all. Raises InputError for weights that are
-    negative or both zero.
+    negative, or all zero.
     """
 
     ce_weight: float = 0.0
     kd_weight: float = 1.0
     divergence: Divergence = field(default_factory=Divergence)
+    hidden: HiddenMatch | None = None
     chunk: int = 256
 
     def __post_init__(self) -> None:
-        if min(self.ce_weight, self.kd_weight) < 0 or self.ce_weight + self.kd_weight == 0 or self.chunk < 1:
+        nothing = self.ce_weight + self.kd_weight == 0 and self.hidden is None
+        if min(self.ce_weight, self.kd_weight) < 0 or nothing or self.chunk < 1:
             raise InputError(
                 "an objective needs weights of 0 or more, one of them above it, and a chunk of 1 or more, but they are "
                 f"ce_weight {self.ce_weight}, kd_weight {self.kd_weight}, chunk {self.chunk}"
             )
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether any part of it compares with a teacher."""
+        return self.kd_weight > 0 or self.hidden is not None
 
     def loss(
         self,
@@ -134,30 +179,37 @@ class Objective:
         targets: Int[Tensor, " N"],
         teacher_hidden: Float[Tensor, "N K"] | None = None,
         teacher_head: Head | None = None,
+        *,
+        over: tuple[int, int] | None = None,
+        measure: bool = False,
     ) -> tuple[Float[Tensor, ""], Terms]:
-        """The loss, differentiable in `hidden` and in the head's projection, and its terms by position.
+        """Cross-entropy and divergence, differentiable in `hidden` and in the head's projection, and both by position.
 
-        `hidden` are final hidden states; -100 in `targets` is no target. The teacher gets no gradient.
+        `hidden` are final hidden states; -100 in `targets` is no target. The teacher gets no gradient. `over` are the
+        targets and positions to average over, where these are part of a larger batch. With `measure`, terms of weight 0
+        are told too, as far as there is a teacher.
         """
         if self.kd_weight > 0 and (teacher_hidden is None or teacher_head is None):
             raise InputError("kd_weight is above 0, so the objective needs a teacher")
-        counted = max(int((targets != IGNORED).sum()), 1)
+        counted, positions = over or (int((targets != IGNORED).sum()), len(hidden))
         terms: dict[str, list[Tensor]] = {"cross_entropy": [], "divergence": []}
 
         def of_chunk(projected: Tensor, rows: slice) -> Tensor:
             logits = head.after(projected)
             total = projected.new_zeros((), dtype=torch.promote_types(projected.dtype, torch.float32))
-            if self.ce_weight > 0:
+            if self.ce_weight > 0 or measure:
                 precise = logits.to(total.dtype)
                 ce = nn.functional.cross_entropy(precise, targets[rows], ignore_index=IGNORED, reduction="none")
                 terms["cross_entropy"].append(ce.detach())
-                total = total + self.ce_weight * ce.sum() / counted
-            if self.kd_weight > 0 and teacher_hidden is not None and teacher_head is not None:
+                if self.ce_weight > 0:
+                    total = total + self.ce_weight * ce.sum() / max(counted, 1)
+            if (self.kd_weight > 0 or measure) and teacher_hidden is not None and teacher_head is not None:
                 with torch.no_grad():
                     taught = teacher_head(teacher_hidden[rows])
                 kd = self.divergence(logits, taught)
                 terms["divergence"].append(kd.detach())
-                total = total + self.kd_weight * kd.sum() / len(hidden)
+                if self.kd_weight > 0:
+                    total = total + self.kd_weight * kd.sum() / positions
             return total
 
         projection = head.projection

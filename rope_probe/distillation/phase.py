@@ -1,18 +1,20 @@
-"""What a training phase is: its window, theta, data, budget and the gate it must pass."""
+"""What a training phase is: its data, window, theta, objective, budget and the gate it must pass."""
 
 import math
+import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import pandas as pd
-from jaxtyping import Int
-from torch import Tensor
+from pydantic import Discriminator
 
+from rope_probe.corpora import KeyValueStream, TextCorpus
 from rope_probe.distillation.losses import Objective
 from rope_probe.errors import InputError
 from rope_probe.hooked import HookedCausalLM
-from rope_probe.packing import KeyValueStream
+from rope_probe.packing import Batch, Positions
 from rope_probe.retrieval import KeyValueTask, retrieval_accuracy
+from rope_probe.seeds import derive
 
 
 class GateError(RuntimeError):
@@ -49,43 +51,69 @@ class Gate:
 
 @dataclass(frozen=True)
 class Phase:
-    """One stage of training on windows of packed documents, by cross-entropy on all tokens unless told otherwise.
+    """One stage of training on windows of packed documents.
 
-    `objective` mixes cross-entropy and distillation. `teacher_masked` keeps the teacher's attention inside documents,
-    so that its logits know nothing of what came before one; the student's attention crosses them in any case.
-    `matrix_lr` is Muon's learning rate for the matrices inside the layers, `lr` AdamW's for embeddings, head and norms;
-    None trains everything with AdamW. Both rise over `warmup` steps, then stay ("constant") or fall to a tenth at
-    `steps` ("cosine"). `steps` is the cap when there is a gate. `autocast` computes in bfloat16, where that is faster.
+    What is read: `batch_tokens` a step in windows of `window`, positions by `positions` (`target_window` is what
+    skipped ones are spread over). `masked` and `teacher_masked` keep the attention of student and teacher inside
+    documents; where the student's is, tokens that begin a document are no targets, since nothing foretells them.
+
+    How the student rotates: `theta`, or full transformers `rope_parameters`; as it did before where both are None.
+
+    How it learns: by `objective`, in `accumulate` parts a step. `matrix_lr` is Muon's learning rate for the matrices
+    inside the layers, `lr` AdamW's for the rest; without it AdamW trains everything. Both rise over `warmup` steps,
+    then stay ("constant") or fall to a tenth at `steps` ("cosine"). Gradients are clipped at the norm `clip_norm`. With
+    a `gate`, `steps` is the cap. Raises InputError for values that cannot be.
     """
 
     name: str
-    data: KeyValueStream
+    data: Annotated[KeyValueStream | TextCorpus, Discriminator("kind")]
     window: int
-    theta: float
     steps: int
     batch_tokens: int
-    lr: float = 3e-3
-    matrix_lr: float | None = 0.01
-    schedule: Literal["constant", "cosine"] = "constant"
+    lr: float
+    theta: float | None = None
+    rope_parameters: dict[str, Any] | None = None
+    objective: Objective = field(default_factory=Objective)
+    matrix_lr: float | None = None
+    schedule: Literal["constant", "cosine"] = "cosine"
     warmup: int = 50
     weight_decay: float = 0.1
     clip_norm: float = 1.0
-    autocast: bool = False
-    gate: Gate | None = None
-    objective: Objective = field(default_factory=lambda: Objective(ce_weight=1.0, kd_weight=0.0, chunk=8192))
+    accumulate: int = 1
+    masked: bool = False
     teacher_masked: bool = False
+    positions: Positions = "continuous"
+    target_window: int | None = None
+    gate: Gate | None = None
 
     def __post_init__(self) -> None:
-        if self.warmup < 1 or self.steps < 1:
-            raise InputError(f"warmup and steps must be 1 or more, but they are {self.warmup} and {self.steps}")
-        if self.batch_tokens % self.window:
+        for name in ("window", "steps", "batch_tokens", "warmup", "accumulate", "lr", "clip_norm"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise InputError(f"{name} of phase {self.name!r} must be above 0, but it is {value}")
+        if not re.fullmatch(r"\w[\w.-]*", self.name):
+            raise InputError(f"a phase's name becomes a folder's: letters, digits, dots, dashes; not {self.name!r}")
+        if self.theta is not None and self.rope_parameters is not None:
+            raise InputError(f"phase {self.name!r} has both theta and rope_parameters; give one of them")
+        if self.theta is not None and not (math.isfinite(self.theta) and self.theta > 0):
+            raise InputError(f"theta of phase {self.name!r} must be positive and finite, but it is {self.theta}")
+        if self.batch_tokens % (self.window * self.accumulate):
             raise InputError(
-                f"batch_tokens must be a multiple of the window, {self.window}, but it is {self.batch_tokens}"
+                f"batch_tokens of phase {self.name!r} must be a multiple of {self.window * self.accumulate}, "
+                f"{self.accumulate} x the window, but it is {self.batch_tokens}"
             )
+        if self.gate is not None and not isinstance(self.data, KeyValueStream):
+            raise InputError(f"phase {self.name!r} has a gate, which probes key-value retrieval, on other data")
 
-    def batch(self, seed: int, step: int) -> Int[Tensor, "windows window"]:
+    @property
+    def rope(self) -> float | dict[str, Any] | None:
+        """What the student is to rotate by, as `checkpoints.with_rope` takes it; None leaves it as it is."""
+        return self.rope_parameters if self.theta is None else self.theta
+
+    def batch(self, seed: int, step: int) -> Batch:
         """The windows of one step, a pure function of (seed, step)."""
-        return self.data.windows(self.batch_tokens // self.window, self.window, seed=seed, index=step)
+        batch = self.data.batch(self.batch_tokens // self.window, self.window, seed=seed, index=step)
+        return batch.placed(self.positions, target_window=self.target_window, seed=derive(seed, str(step)))
 
     def learning_rate_factor(self, step: int) -> float:
         """Factor on the learning rates at a step, counted from 0."""
