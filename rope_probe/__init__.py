@@ -7,6 +7,7 @@ from rope_probe.packing import KeyValueStream, Window, pack, repeated_window
 from rope_probe.perturbations import DocumentOffset, PairFreeze, PositionJitter, PositionShift, ThetaSwap
 from rope_probe.propagation import copy_deltas, trace
 from rope_probe.retrieval import KeyValueTask, retrieval_accuracy
+from rope_probe.tasks import TextTask
 
 __all__ = [
     "DocumentOffset",
@@ -17,6 +18,7 @@ __all__ = [
     "PairFreeze",
     "PositionJitter",
     "PositionShift",
+    "TextTask",
     "ThetaSwap",
     "Window",
     "copy_deltas",

@@ -186,14 +186,15 @@ def _torch_dtype(dtype: _Dtype | None) -> torch.dtype | None:
 def _tasks(model: str, names: list[_Task] | None, window: int, keys: int, values: int) -> list[RetrievalTask]:
     tokenizer = None if names == [KeyValueTask.name] else checkpoints.load_tokenizer(model)
     tasks: list[RetrievalTask] = []
-    for name in dict.fromkeys(names or ([KeyValueTask.name] if tokenizer is None else TEXT_TASKS)):
+    default = [KeyValueTask.name] if tokenizer is None else TEXT_TASKS
+    for name in dict.fromkeys(map(str, names) if names else default):
         if name == KeyValueTask.name:
             stream = KeyValueStream(window, distinct=(1, keys), keys=keys, values=values)
             tasks.append(KeyValueTask(stream, window))
         elif tokenizer is None:
-            raise InputError(f"task {str(name)!r} is text, but {model!r} has no tokenizer; only key_value runs without")
+            raise InputError(f"task {name!r} is text, but {model!r} has no tokenizer; only key_value runs without")
         else:
-            tasks.append(TextTask(str(name), tokenizer, window))
+            tasks.append(TextTask(name, tokenizer, window))
     return tasks
 
 
