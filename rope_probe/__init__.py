@@ -8,6 +8,7 @@ from rope_probe.packing import Batch, Window, pack, repeated_window
 from rope_probe.perturbations import DocumentOffset, PairFreeze, PositionJitter, PositionShift, ThetaSwap
 from rope_probe.propagation import copy_deltas, trace
 from rope_probe.retrieval import KeyValueTask, retrieval_accuracy
+from rope_probe.tasks import TextTask
 
 __all__ = [
     "Batch",
@@ -20,6 +21,7 @@ __all__ = [
     "PositionJitter",
     "PositionShift",
     "TextCorpus",
+    "TextTask",
     "ThetaSwap",
     "Window",
     "copy_deltas",

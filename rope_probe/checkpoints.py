@@ -24,11 +24,18 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers import logging as transformers_logging
+from transformers.utils import cached_file
 
 from rope_probe.atomic import whole_folder
 from rope_probe.errors import InputError
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
+_ABSENT_IS_NONE = {
+    "_raise_exceptions_for_missing_entries": False,
+    "_raise_exceptions_for_connection_errors": False,
+    "_raise_exceptions_for_gated_repo": False,
+}
 
 
 def config_of(table: Mapping[str, Any]) -> PreTrainedConfig:
@@ -87,19 +94,20 @@ def load(
     return loaded.to(device).eval()
 
 
-def load_tokenizer(model: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint folder or hub id. Raises InputError where there is none."""
+def load_tokenizer(model: str | os.PathLike[str]) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a checkpoint by folder or hub id; None where it has none.
+
+    Raises InputError for one that cannot be loaded, or needs code of its own.
+    """
+    name = os.fspath(model)
     try:
         with _quiet():
-            return AutoTokenizer.from_pretrained(os.fspath(model), trust_remote_code=False)
-    except Exception as error:  # as many classes of errors as there are tokenizers
+            if all(cached_file(name, file, **_ABSENT_IS_NONE) is None for file in _TOKENIZER_FILES):
+                return None
+            return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # tokenizers can be wrong in as many ways as configs
         reason = str(error).strip().split("\n")[0]
-        raise InputError(f"cannot load a tokenizer from {os.fspath(model)!r}: {reason}") from error
-
-
-def has_tokenizer(model: str | os.PathLike[str]) -> bool:
-    """Whether a checkpoint folder brings a tokenizer; a hub id is taken to."""
-    return not Path(model).is_dir() or (Path(model) / "tokenizer_config.json").exists()
+        raise InputError(f"cannot load the tokenizer of {name!r}: {type(error).__name__}: {reason}") from error
 
 
 def cast(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:

@@ -5,11 +5,12 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
+import pandas as pd
 import torch
 import typer
 from typer.exceptions import TyperException
 
-from rope_probe import packing, report
+from rope_probe import checkpoints, packing, report
 from rope_probe.attention import KERNELS
 from rope_probe.corpora import KeyValueStream
 from rope_probe.distillation import distill, read_config
@@ -20,7 +21,8 @@ from rope_probe.progress import progress
 from rope_probe.propagation import attribute
 from rope_probe.propagation import trace as trace_deltas
 from rope_probe.results import describe_model, hash_tokens, new_run, read_run
-from rope_probe.retrieval import KeyValueTask, retrieval_accuracy
+from rope_probe.retrieval import KeyValueTask, RetrievalTask, retrieval_accuracy, trials_hash
+from rope_probe.tasks import TEXT_TASKS, TextTask
 
 MISSED_GATE = 3
 
@@ -48,6 +50,7 @@ class _Dtype(StrEnum):
 
 _Kernel = StrEnum("_Kernel", {kernel.upper(): kernel for kernel in KERNELS})  # type: ignore[misc]
 _SDPA = _Kernel("sdpa")
+_Task = StrEnum("_Task", {task.upper(): task for task in (KeyValueTask.name, *TEXT_TASKS)})  # type: ignore[misc]
 
 Out = Annotated[Path, typer.Option(help="Run directory to write; an older run there is replaced.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of everything drawn at random.")]
@@ -121,36 +124,54 @@ def trace(
 def retrieval(
     model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id.")],
     out: Out,
-    window: Annotated[int, typer.Option(min=4, help="Tokens of a trial.")] = 1024,
-    distance: Annotated[
-        list[int] | None, typer.Option(help="Distances [default: 8, 16, 32, ... in the window].")
+    task: Annotated[
+        list[_Task] | None,
+        typer.Option(help="Task [default: all in text, or key_value where the checkpoint has no tokenizer]."),
     ] = None,
-    trials: Annotated[int, typer.Option(min=1, help="Trials at each distance.")] = 128,
-    keys: Annotated[int, typer.Option(min=2, help="Key tokens of the vocabulary, from id 4 on.")] = 256,
-    values: Annotated[int, typer.Option(min=1, help="Value tokens, after the keys.")] = 256,
+    window: Annotated[
+        int | None, typer.Option(min=4, help="Tokens of a trial [default: 1024, or 2048 with a task in text].")
+    ] = None,
+    distance: Annotated[
+        list[int] | None, typer.Option(help="Distances, in tokens [default: powers of two in the window].")
+    ] = None,
+    trials: Annotated[int, typer.Option(min=1, help="Trials of each task and distance.")] = 128,
+    keys: Annotated[int, typer.Option(min=2, help="Key tokens of key_value's vocabulary, from id 4 on.")] = 256,
+    values: Annotated[int, typer.Option(min=1, help="Value tokens of key_value, after the keys.")] = 256,
     seed: Seed = 0,
     device: Device = "cpu",
     dtype: Dtype = None,
     attn: Attn = _SDPA,
 ) -> None:
-    """Probe key-value retrieval by distance: accuracy and log-probability of the answer, with 95% intervals."""
+    """Probe retrieval by distance: accuracy and log-probability of the answer, with 95% intervals.
+
+    key_value is for toy vocabularies; the others are text, passkey and tasks of RULER, read by the model's tokenizer.
+    """
     config = {key: value for key, value in locals().items() if key != "out"}
     with new_run(out, "retrieval", config) as run:
         hooked = load_model(model, attn=attn.value, dtype=_torch_dtype(dtype), device=device)
-        task = KeyValueTask(KeyValueStream(window, distinct=(1, keys), keys=keys, values=values), window)
-        distances = distance or [2**k for k in range(3, 20) if 2**k < window]
-        with progress("trials", trials * len(distances)) as advance:
-            frame = retrieval_accuracy(hooked, task, distances, trials=trials, seed=seed, progress=advance)
-        run.record(frame, model=model)
+        tasks = _tasks(model, task, window, keys, values)
+        sweeps = [one.distances() for one in tasks]
+        if distance and all(sweep == [None] for sweep in sweeps):
+            raise InputError(f"--distance says nothing to {', '.join(one.name for one in tasks)}; leave it out")
+        sweeps = [distance if distance and sweep != [None] else sweep for sweep in sweeps]
+        hashes = {  # before anything is measured, since this is where a distance or a window that does not fit is found
+            one.name: {d: trials_hash(one, d, trials, seed=seed) for d in sweep}
+            for one, sweep in zip(tasks, sweeps, strict=True)
+        }
+        frames = []
+        with progress("trials", trials * sum(map(len, sweeps))) as advance:
+            for one, sweep in zip(tasks, sweeps, strict=True):
+                frame = retrieval_accuracy(hooked, one, sweep, trials=trials, seed=seed, progress=advance)
+                frames.append(run.record(frame, model=model, arm=one.name))
         run.manifest |= {
             "models": {model: describe_model(hooked.original_model)},
-            "tokens_sha256": {d: hash_tokens(task.trials(d, trials, seed=seed)) for d in distances},
+            "tokens_sha256": hashes,
             "attention_kernel": attn.value,
             "mask": "none",
             "positions": "continuous",
         }
-    shown = frame[["distance", "metric", "value", "low", "high"]]
-    print(shown.to_string(index=False, float_format="{:.3f}".format))
+    shown = pd.concat(frames)[["arm", "distance", "metric", "value", "low", "high"]].rename(columns={"arm": "task"})
+    print(shown.to_string(index=False, float_format="{:.3f}".format, na_rep="-"))
     print(out)
 
 
@@ -186,6 +207,23 @@ def report_command(
 
 def _torch_dtype(dtype: _Dtype | None) -> torch.dtype | None:
     return None if dtype is None else getattr(torch, dtype.value)
+
+
+def _tasks(model: str, asked: list[_Task] | None, window: int | None, keys: int, values: int) -> list[RetrievalTask]:
+    tokenizer = None if asked == [KeyValueTask.name] else checkpoints.load_tokenizer(model)
+    tasks: list[RetrievalTask] = []
+    default = [KeyValueTask.name] if tokenizer is None else TEXT_TASKS
+    names = list(dict.fromkeys(map(str, asked) if asked else default))
+    window = window or (1024 if names == [KeyValueTask.name] else 2048)
+    for name in names:
+        if name == KeyValueTask.name:
+            stream = KeyValueStream(window, distinct=(1, keys), keys=keys, values=values)
+            tasks.append(KeyValueTask(stream, window))
+        elif tokenizer is None:
+            raise InputError(f"task {name!r} is text, but {model!r} has no tokenizer; only key_value runs without")
+        else:
+            tasks.append(TextTask(name, tokenizer, window))
+    return tasks
 
 
 def _window(

@@ -149,7 +149,12 @@ class TextCorpus:
     @cached_property
     def loaded_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, loaded."""
-        return ByT5Tokenizer(extra_ids=0) if self.tokenizer is None else checkpoints.load_tokenizer(self.tokenizer)
+        if self.tokenizer is None:
+            return ByT5Tokenizer(extra_ids=0)
+        tokenizer = checkpoints.load_tokenizer(self.tokenizer)
+        if tokenizer is None:
+            raise InputError(f"{self.tokenizer!r} has no tokenizer; give the folder or hub id of one")
+        return tokenizer
 
     @property
     def vocab_size(self) -> int:

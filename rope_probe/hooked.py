@@ -95,13 +95,18 @@ class HookedCausalLM(HookedRootModule):
 
         It runs by sdpa where this model's kernel is a flash one, since those know no float64.
         """
-        self._check_attached()
-        plain = self.release()
-        try:
+        with self._released() as plain:
             twin = copy.deepcopy(plain).to(torch.float64)
+        return HookedCausalLM(twin, "sdpa" if self.attn.startswith("flash") else self.attn)
+
+    @contextmanager
+    def _released(self) -> Iterator[PreTrainedModel]:
+        """The plain model; hooked again afterwards."""
+        self._check_attached()
+        try:
+            yield self.release()
         finally:
             self._install()
-        return HookedCausalLM(twin, "sdpa" if self.attn.startswith("flash") else self.attn)
 
     @property
     def config(self) -> Any:
@@ -158,6 +163,31 @@ class HookedCausalLM(HookedRootModule):
                 document_bounds=bounds,
             ).last_hidden_state
         return self.ln_final.hook_out(state)
+
+    @torch.no_grad()
+    def greedy(self, prompt: Int[Tensor, " n"], count: int, *, stop: int | None = None) -> Int[Tensor, " written"]:
+        """The most likely next token, `count` times over or until it is `stop`, which is left out.
+
+        It runs by transformers' own attention and its cache of keys and values, whatever generation config the model
+        carries. While hooks are attached, it reads the whole window anew for every token instead, since they see whole
+        windows. Raises InputError for what `hidden` refuses.
+        """
+        self._check(prompt, torch.arange(len(prompt) + count))
+        tokens, cache = prompt.unsqueeze(0).to(self.device), None
+        hooks = any(point.has_hooks() for point in self.hook_dict.values())
+        with nullcontext() if hooks else self._released() as plain, self._precision():
+            unread = tokens
+            for _ in range(count):
+                if plain is None:
+                    logits = self.unembed(self.hidden(tokens)[:, -1:])
+                else:
+                    output = plain(input_ids=unread, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                    logits, cache = output.logits, output.past_key_values
+                unread = logits[:, -1].argmax(-1, keepdim=True)
+                if stop is not None and int(unread) == stop:
+                    break
+                tokens = torch.cat([tokens, unread], 1)
+        return tokens[0, len(prompt) :].cpu()
 
     def unembed(self, hidden: Float[Tensor, "B T M"]) -> Float[Tensor, "B T V"]:
         """Logits of final hidden states, by the model's own head: bias, soft cap and logit scale included."""

@@ -40,7 +40,12 @@ def _is_dose(frame: pd.DataFrame) -> pd.Series:
 
 
 def _is_accuracy(frame: pd.DataFrame) -> pd.Series:
-    return frame["metric"] == "accuracy"
+    return (frame["metric"] == "accuracy") & frame["distance"].notna()
+
+
+def _task(frame: pd.DataFrame) -> pd.Series:
+    """The task that `rope-probe retrieval` measured; "" in other experiments, whose arms are lines of one figure."""
+    return frame["arm"].where(frame["experiment"] == "retrieval", "").fillna("")
 
 
 def restriction(frame: pd.DataFrame) -> pd.Series:
@@ -243,7 +248,7 @@ DRAWINGS = (
         "retrieval_by_distance",
         _is_accuracy,
         retrieval_by_distance,
-        lambda rows: ["window " + rows["seq_len"].astype("string")],
+        lambda rows: [_task(rows), "window " + rows["seq_len"].astype("string")],
     ),
     Drawing("copy_heatmap", _is_copy, copy_heatmap, lambda rows: [rows["model"], rows["arm"]]),
     Drawing("dose_response", _is_dose, dose_response, lambda rows: [rows["model"], rows["arm"], restriction(rows)]),

@@ -1,9 +1,13 @@
-"""Retrieval by distance: does the model find what it saw d tokens ago?"""
+"""Retrieval by distance: does the model find what it saw d tokens ago?
+
+One measurement for every task: a pass over prompt and answer gives the answer's log-probability, and says whether the
+model would write just that. Where it would not, the task looks for the answer in what the model does write.
+"""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import pandas as pd
@@ -11,13 +15,40 @@ import torch
 from jaxtyping import Int
 from scipy import stats
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from rope_probe.corpora import KeyValueStream
 from rope_probe.errors import InputError
 from rope_probe.hooked import HookedCausalLM
-from rope_probe.results import tidy
+from rope_probe.results import hash_tokens, tidy
+from rope_probe.tasks import Trial
 
 _TOKENS_PER_BATCH = 2**14
+
+
+class RetrievalTask(Protocol):
+    """What `retrieval_accuracy` asks of a task."""
+
+    @property
+    def name(self) -> str:
+        """What it is called on the command line."""
+
+    @property
+    def window(self) -> int:
+        """Tokens that a trial and its answer have room in."""
+
+    @property
+    def answers(self) -> int:
+        """Reference answers of a trial."""
+
+    def distances(self) -> list[int] | list[None]:
+        """The distances to measure by default; [None] for a task without."""
+
+    def draw(self, distance: int | None, count: int, *, seed: int) -> list[Trial]:
+        """`count` trials, a pure function of (task, distance, seed). Raises InputError for what does not fit."""
+
+    def found(self, model: HookedCausalLM, trial: Trial) -> float:
+        """Share of the answers in what `model` writes, asked where that is not token by token the trial's answer."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +61,9 @@ class KeyValueTask:
 
     stream: KeyValueStream
     window: int
+
+    name: ClassVar[str] = "key_value"
+    answers: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         if self.window < 4 or self.window % 2:
@@ -50,11 +84,25 @@ class KeyValueTask:
         tokens = np.stack([keys + self.stream.FIRST_KEY, bound + self.stream.first_value], -1)
         return torch.from_numpy(tokens.reshape(count, self.window))
 
+    def distances(self) -> list[int]:
+        """8, 16, 32, ... in the window."""
+        return [2**k for k in range(3, 31) if 2**k < self.window]
+
+    def draw(self, distance: int | None, count: int, *, seed: int) -> list[Trial]:
+        """`trials`, each parted into prompt and answer."""
+        if distance is None:
+            raise InputError("key_value needs a distance, but it is None")
+        return [Trial(row[:-1], row[-1:], (), distance) for row in self.trials(distance, count, seed=seed)]
+
+    def found(self, model: HookedCausalLM, trial: Trial) -> float:
+        """Nothing: the answer is one token, and it was not the most likely one."""
+        return 0.0
+
 
 def retrieval_accuracy(
     model: HookedCausalLM,
-    task: KeyValueTask,
-    distances: Sequence[int],
+    task: RetrievalTask,
+    distances: Sequence[int | None],
     *,
     trials: int = 128,
     seed: int = 0,
@@ -62,31 +110,63 @@ def retrieval_accuracy(
 ) -> pd.DataFrame:
     """Accuracy and log-probability of the answer at each distance; a tidy frame with 95% intervals in `low`, `high`.
 
-    Metrics: `accuracy` (answer is the most likely token; Wilson interval) and `answer_logprob_nats` (mean, normal
-    interval). The model needs a vocabulary that holds the task's. `progress` is called with the trials just done.
-    Raises InputError for a distance that does not fit the window, or no trials.
+    Metrics, means over trials:
+    - `accuracy`: share of a trial's answers that the model writes by greedy decoding (see the task's `found`). For a
+      task of one answer with Wilson's interval, else with Student's over trials, inside 0..1.
+    - `answer_logprob_nats`: log-probability of the answer as the trial spells and orders it, summed over its tokens,
+      each given those before it (teacher forcing). With a normal interval.
+
+    Tasks without a distance take [None]. The model needs a vocabulary that holds the task's. `progress` is called with
+    the trials just done. Raises InputError for a distance that does not fit the window, or no trials.
     """
     if trials < 1:
         raise InputError(f"trials must be 1 or more, but it is {trials}")
     rows = []
     for distance in distances:
-        tokens = task.trials(distance, trials, seed=seed)
-        hits, logprobs = [], []
-        with torch.no_grad():
-            for batch in tokens.split(max(1, _TOKENS_PER_BATCH // task.window)):
-                logits = model.unembed(model.hidden(batch[:, :-1])[:, -1:])[:, 0].float().cpu()
-                answer = batch[:, -1:]
-                hits.append(logits.argmax(-1, keepdim=True) == answer)
-                logprobs.append(logits.log_softmax(-1).gather(1, answer))
-                if progress is not None:
-                    progress(len(batch))
-        hit, logprob = torch.cat(hits).double(), torch.cat(logprobs).double()
+        shares, logprobs = [], []
+        drawn = task.draw(distance, trials, seed=seed)
+        size = max(1, _TOKENS_PER_BATCH // task.window)
+        for batch in (drawn[start : start + size] for start in range(0, trials, size)):
+            for trial, (hit, logprob) in zip(batch, _forced(model, batch), strict=True):
+                shares.append(1.0 if hit else task.found(model, trial))
+                logprobs.append(logprob)
+            if progress is not None:
+                progress(len(batch))
         at = {"seq_len": task.window, "distance": distance, "seed": seed}
-        low, high = stats.binomtest(int(hit.sum()), trials).proportion_ci(method="wilson")
-        rows.append({**at, "metric": "accuracy", "value": hit.mean().item(), "low": low, "high": high})
-        mean, spread = logprob.mean().item(), 1.96 * logprob.std(correction=0).item() / math.sqrt(trials)
+        low, high = _accuracy_interval(shares, task.answers)
+        rows.append({**at, "metric": "accuracy", "value": float(np.mean(shares)), "low": low, "high": high})
+        mean, spread = float(np.mean(logprobs)), 1.96 * float(np.std(logprobs)) / math.sqrt(trials)
         rows.append({**at, "metric": "answer_logprob_nats", "value": mean, "low": mean - spread, "high": mean + spread})
     return tidy(rows)
+
+
+def trials_hash(task: RetrievalTask, distance: int | None, count: int, *, seed: int) -> str:
+    """SHA-256 of the tokens of a task's trials, for a manifest."""
+    rows = [trial.tokens for trial in task.draw(distance, count, seed=seed)]
+    return hash_tokens(pad_sequence(rows, batch_first=True, padding_value=-1))
+
+
+@torch.no_grad()
+def _forced(model: HookedCausalLM, batch: Sequence[Trial]) -> Iterator[tuple[bool, float]]:
+    """Per trial: whether each token of its answer is the most likely one, and the log-probability of all of them.
+
+    Shorter trials are filled up behind, where a causal model does not look.
+    """
+    hidden = model.hidden(pad_sequence([trial.tokens[:-1] for trial in batch], batch_first=True))
+    for row, trial in enumerate(batch):
+        start = len(trial.prompt) - 1
+        read = hidden[row : row + 1, start : start + len(trial.answer)]
+        logits, answer = model.unembed(read)[0].float().cpu(), trial.answer.unsqueeze(1)
+        hit = bool((logits.argmax(-1, keepdim=True) == answer).all())
+        yield hit, logits.log_softmax(-1).gather(1, answer).double().sum().item()
+
+
+def _accuracy_interval(shares: Sequence[float], answers: int) -> tuple[float, float]:
+    if answers == 1:
+        low, high = stats.binomtest(int(sum(shares)), len(shares)).proportion_ci(method="wilson")
+    else:
+        low, high = np.clip(student_interval(pd.Series(shares)), 0, 1)
+    return float(low), float(high)
 
 
 def student_interval(values: pd.Series) -> tuple[float, float]:

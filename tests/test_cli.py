@@ -6,10 +6,11 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import ByT5Tokenizer, GPT2Config, GPT2LMHeadModel
 
 from rope_probe import cli
 from rope_probe.results import read_run
+from rope_probe.tasks import TEXT_TASKS
 from tests import zoo
 
 
@@ -111,6 +112,65 @@ def test_bad_retrieval_input_is_one_line(checkpoint, tmp_path, capsys, options, 
     assert stderr.count("\n") == 1
     assert named in stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory):
+    """A checkpoint with a tokenizer of bytes."""
+    folder = tmp_path_factory.mktemp("model") / "reader"
+    zoo.llama(vocab_size=259).save_pretrained(folder)
+    ByT5Tokenizer(extra_ids=0).save_pretrained(folder)
+    return folder
+
+
+def test_retrieval_measures_text_tasks_by_the_models_own_tokenizer(reader, tmp_path, capsys):
+    options = "--task passkey --task fwe --task key_value --keys 9 --values 9 --window 420 --distance 150 --trials 2"
+    code, stdout, _ = rope_probe(capsys, "retrieval", reader, "--out", tmp_path / "run", *options.split(),
+                                 "--distance", "200")  # fmt: skip
+    assert code == 0
+    assert stdout.splitlines()[-1] == str(tmp_path / "run")
+    assert "passkey" in stdout
+    frame, manifest = read_run(tmp_path / "run")
+    rows = frame[frame["metric"] == "accuracy"]
+    assert rows["arm"].tolist() == ["passkey", "passkey", "fwe", "key_value", "key_value"]
+    assert rows["distance"].fillna(0).tolist() == [150, 200, 0, 150, 200]
+    assert {name: list(by) for name, by in manifest["tokens_sha256"].items()} == {
+        "passkey": ["150", "200"], "fwe": ["null"], "key_value": ["150", "200"]
+    }  # fmt: skip
+    code, _, _ = rope_probe(capsys, "report", tmp_path / "run", "--out", tmp_path / "gallery")
+    assert code == 0
+    drawn = [page.name for page in (tmp_path / "gallery").glob("*retrieval-by-distance*")]
+    assert len(drawn) == 2
+    assert all("passkey" in name or "key-value" in name for name in drawn)
+
+
+def test_the_tasks_by_default_are_all_in_text_where_there_is_a_tokenizer(reader, checkpoint, tmp_path, capsys):
+    code, _, _ = rope_probe(capsys, "retrieval", reader, "--out", tmp_path / "run", "--window", 1600, "--trials", 1,
+                            "--distance", 600)  # fmt: skip
+    assert code == 0
+    assert tuple(read_run(tmp_path / "run")[0]["arm"].unique()) == TEXT_TASKS
+    assert cli._tasks(str(checkpoint), None, 32, 20, 30)[0].name == "key_value"
+
+
+@pytest.mark.parametrize(("options", "named"), [
+    ("--task passkey --window 90", "passkey needs a window"), ("--task passkey --distance 900", "900"),
+    ("--task vt --task cwe --distance 64", "vt, cwe"), ("--task niah", "niah"), ("--window 600", "vt needs a window"),
+])  # fmt: skip
+def test_bad_input_of_text_tasks_is_one_line(reader, tmp_path, capsys, options, named):
+    given = ["--window", "800", "--trials", "1", *options.split()]
+    code, stdout, stderr = rope_probe(capsys, "retrieval", reader, "--out", tmp_path / "run", *given)
+    assert (code, stdout, stderr.count("\n")) == (2, "", 1)
+    assert named in stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_text_task_without_a_tokenizer_that_loads_is_bad_input(reader, checkpoint, tmp_path, capsys):
+    broken_reader = shutil.copytree(reader, tmp_path / "broken")
+    (broken_reader / "tokenizer_config.json").write_text("{")
+    for folder, named in ((checkpoint, "has no tokenizer"), (broken_reader, "cannot load the tokenizer")):
+        code, stdout, stderr = rope_probe(capsys, "retrieval", folder, "--task", "vt", "--out", tmp_path / "run")
+        assert (code, stdout, stderr.count("\n")) == (2, "", 1)
+        assert named in stderr
 
 
 def test_report_draws_a_run(checkpoint, tmp_path, capsys):

@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 import transformers as hf
+from transformers import GenerationConfig
 
 from rope_probe import InputError, KeyValueStream, attention, load_model, pack, repeated_window, rope
 from rope_probe.architectures import ARCHITECTURES
@@ -449,3 +450,43 @@ def test_flash_kernels_agree_with_sdpa(kernel):
         pytest.skip(str(error))
     for masked in (False, True):
         torch.testing.assert_close(model(window, masked=masked), reference(window, masked=masked), rtol=0, atol=0.1)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral_sliding", "gemma2", "gpt_neox", "qwen3_moe", "phi3_partial"])
+def test_greedy_writes_what_generate_writes_with_hooks_and_without(name):
+    plain = zoo.model(zoo.CONFIGS[name]())
+    prompt = zoo.tokens(1)[0]
+    config = GenerationConfig(max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
+    expected = plain.generate(prompt.unsqueeze(0), generation_config=config)[0, len(prompt) :]
+    model = load_model(plain)
+    plain.generation_config.repetition_penalty = 9.0  # a checkpoint's own; greedy is greedy
+    before = model(prompt.unsqueeze(0))
+    assert torch.equal(model.greedy(prompt, 12), expected)
+    assert torch.equal(model(prompt.unsqueeze(0)), before)
+    reads = []
+    with model.hooks([("blocks.0.attn.hook_rot_q", lambda x, hook: reads.append(x.shape[1]))]):
+        assert torch.equal(model.greedy(prompt, 12), expected)
+    assert reads == list(range(30, 42))
+
+
+def test_greedy_stops_before_its_stop_and_hooks_change_it():
+    model = load_model(zoo.llama())
+    prompt = zoo.tokens(1)[0]
+    written = model.greedy(prompt, 8)
+    at = written.tolist().index(written[5])
+    assert torch.equal(model.greedy(prompt, 8, stop=int(written[5])), written[:at])
+    with model.hooks([("ln_final.hook_out", lambda x, hook: -x)]):
+        assert not torch.equal(model.greedy(prompt, 8), written)
+    with pytest.raises(InputError, match="64"):
+        model.greedy(torch.tensor([64]), 2)
+
+
+def test_a_model_is_hooked_again_after_greedy_fails(monkeypatch):
+    model = load_model(zoo.llama())
+    prompt = zoo.tokens(1)[0]
+    before = model(prompt.unsqueeze(0))
+    with monkeypatch.context() as patch:
+        patch.setattr(model.original_model, "forward", None)
+        with pytest.raises(TypeError):
+            model.greedy(prompt, 2)
+    assert torch.equal(model(prompt.unsqueeze(0)), before)

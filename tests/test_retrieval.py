@@ -1,11 +1,15 @@
 import math
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import ByT5Tokenizer, GenerationConfig, LlamaForCausalLM
 
 from rope_probe import InputError, KeyValueStream, load_model
-from rope_probe.retrieval import KeyValueTask, retrieval_accuracy, student_interval
+from rope_probe.retrieval import KeyValueTask, retrieval_accuracy, student_interval, trials_hash
+from rope_probe.tasks import TextTask
 from tests import zoo
 
 STREAM = KeyValueStream(32, distinct=(2, 8), keys=30, values=30)
@@ -78,3 +82,92 @@ def test_distances_that_do_not_fit_are_refused(distance, named):
         retrieval_accuracy(load_model(zoo.llama()), TASK, [distance])
     with pytest.raises(InputError, match="trials"):
         retrieval_accuracy(load_model(zoo.llama()), TASK, [4], trials=0)
+
+
+BYTES = ByT5Tokenizer(extra_ids=0)
+PASSKEY, FWE = TextTask("passkey", BYTES, 400), TextTask("fwe", BYTES, 400)
+
+
+@pytest.fixture(scope="module")
+def speaker():
+    """A model that knows by heart what to say to some trials of seed 0: right, in part, in capitals, late, or wrong."""
+    passkeys, coded = PASSKEY.draw(128, 2, seed=0), FWE.draw(None, 5, seed=0)
+    (one, two, three), capitals, (a, _, c), (lone, *_) = (trial.references for trial in coded[:4])
+    said = [f" {passkeys[0].references[0]}", " 0", f" {one} {two} {three}", f" {' '.join(capitals).upper()}",
+            f" {a} {c} {c}", f" {lone}", " none"]  # fmt: skip
+    prompts = [trial.prompt for trial in passkeys + coded]
+    rows = [torch.tensor(BYTES(text).input_ids) for text in said]  # EOS at the end
+    tokens = pad_sequence([torch.cat(pair) for pair in zip(prompts, rows, strict=True)], batch_first=True)
+    labels = pad_sequence(
+        [torch.cat([torch.full_like(prompt, -100), row]) for prompt, row in zip(prompts, rows, strict=True)],
+        batch_first=True, padding_value=-100,
+    )  # fmt: skip
+    sizes = {"vocab_size": 259, "hidden_size": 64, "intermediate_size": 128, "max_position_embeddings": 512}
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(zoo.llama(**sizes).config)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(80):
+        loss = model(input_ids=tokens, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.eval()
+
+
+@pytest.mark.parametrize(("task", "distance", "scores"), [
+    (PASSKEY, 128, [1, 0]), (FWE, None, [1, 1, 2 / 3, 1 / 3, 0]),
+])  # fmt: skip
+def test_accuracy_is_the_string_match_of_what_the_plain_model_generates(speaker, task, distance, scores):
+    trials = task.draw(distance, len(scores), seed=0)
+    by_hand, logprobs = [], []
+    for trial in trials:
+        config = GenerationConfig(
+            max_new_tokens=400 - len(trial.prompt), do_sample=False, eos_token_id=1, pad_token_id=0
+        )
+        written = speaker.generate(trial.prompt.unsqueeze(0), generation_config=config)[0, len(trial.prompt) :]
+        text = BYTES.decode(written, skip_special_tokens=True).lower()
+        by_hand.append(np.mean([reference.lower() in text for reference in trial.references]))
+        with torch.no_grad():
+            told = speaker(trial.tokens.unsqueeze(0)).logits[0, len(trial.prompt) - 1 : -1].log_softmax(-1)
+        logprobs.append(told[range(len(trial.answer)), trial.answer].sum().item())
+    assert by_hand == pytest.approx(scores)
+    try:
+        hooked, done = load_model(speaker), []
+        frame = retrieval_accuracy(hooked, task, [distance], trials=len(scores), progress=done.append)
+    finally:
+        hooked.release()
+    rows = frame.set_index("metric")
+    assert rows["value"].to_dict() == pytest.approx(
+        {"accuracy": np.mean(scores), "answer_logprob_nats": np.mean(logprobs)}, rel=1e-4
+    )
+    assert rows["distance"].isna().all() == (distance is None)
+    assert sum(done) == len(scores)
+
+
+def test_intervals_of_shares_are_students_inside_0_and_1_and_of_one_answer_wilsons(speaker):
+    try:
+        hooked = load_model(speaker)
+        several = retrieval_accuracy(hooked, FWE, [None], trials=5).set_index("metric").loc["accuracy"]
+        single = retrieval_accuracy(hooked, PASSKEY, [128], trials=2).set_index("metric").loc["accuracy"]
+        one = retrieval_accuracy(hooked, FWE, [None], trials=1).set_index("metric").loc["accuracy"]
+    finally:
+        hooked.release()
+    half = 2.776445 * np.std([1, 1, 2 / 3, 1 / 3, 0], ddof=1) / 5**0.5
+    assert (several["low"], several["high"]) == pytest.approx((0.6 - half, min(1, 0.6 + half)), abs=1e-6)
+    assert (single["low"], single["high"]) == pytest.approx((0.094531, 0.905469), abs=1e-6)
+    assert (one["low"], one["high"]) == (0, 1)
+
+
+def test_text_tasks_need_a_vocabulary_and_a_distance_of_their_own():
+    with pytest.raises(InputError, match="vocabulary"):
+        retrieval_accuracy(load_model(zoo.llama()), PASSKEY, [128], trials=1)
+    with pytest.raises(InputError, match="takes None"):
+        retrieval_accuracy(load_model(zoo.llama()), FWE, [128], trials=1)
+    with pytest.raises(InputError, match="needs a distance"):
+        retrieval_accuracy(load_model(zoo.llama()), TASK, [None], trials=1)
+
+
+def test_the_hash_of_trials_tells_them_apart():
+    hashes = {trials_hash(PASSKEY, 128, 2, seed=seed) for seed in range(3)}
+    assert len(hashes) == 3
+    assert trials_hash(PASSKEY, 128, 2, seed=0) in hashes

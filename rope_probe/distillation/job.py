@@ -190,8 +190,9 @@ class _Job:
         """The one tokenizer of student, teacher and text; None where none has one."""
         named: list[tuple[str, PreTrainedTokenizerBase]] = []
         for role, source in (("student", self.config.student), ("teacher", self.config.teacher)):
-            if isinstance(source, str) and checkpoints.has_tokenizer(source):
-                named.append((f"{role} {source!r}", checkpoints.load_tokenizer(source)))
+            tokenizer = checkpoints.load_tokenizer(source) if isinstance(source, str) else None
+            if tokenizer is not None:
+                named.append((f"{role} {source!r}", tokenizer))
         for phase in self.config.phases:
             if isinstance(phase.data, TextCorpus):
                 named.append((f"the text of phase {phase.name!r}", phase.data.loaded_tokenizer))
