@@ -38,7 +38,8 @@ IN_SHORT = (8, 16, 32, 48, 60)
 IN_LONG = (64, 128, 256, 512, 768, 1000)
 
 
-def _short_phase(theta: float, accuracy: float = 0.95) -> Phase:
+def short_phase(theta: float, accuracy: float = 0.95) -> Phase:
+    """The short window, until its gate passes: the same data, budget and optimiser whatever the theta."""
     gate = Gate(SHORT, IN_SHORT, accuracy, every=25)
     return Phase(
         "short", SHORT_DOCUMENTS, SHORT, 800, BATCH_TOKENS, theta=theta, schedule="constant", gate=gate, **BY_CE
@@ -47,7 +48,7 @@ def _short_phase(theta: float, accuracy: float = 0.95) -> Phase:
 
 PHASES: dict[str, tuple[Phase, ...]] = {
     "teacher": (
-        _short_phase(10_000.0, accuracy=0.90),
+        short_phase(10_000.0, accuracy=0.90),
         Phase(
             "long",
             LONG_DOCUMENTS,
@@ -59,8 +60,8 @@ PHASES: dict[str, tuple[Phase, ...]] = {
             **BY_CE,
         ),
     ),
-    "base": (_short_phase(SMALL_THETA),),
-    "base_large_theta": (_short_phase(LARGE_THETA),),
+    "base": (short_phase(SMALL_THETA),),
+    "base_large_theta": (short_phase(LARGE_THETA),),
 }
 
 
@@ -103,15 +104,15 @@ def config_of(role: Role, seed: int) -> dict:
     return {"role": role, "seed": seed, "architecture": architecture({}).to_diff_dict(), "phases": phases}
 
 
-def architecture(rope_parameters: dict) -> LlamaConfig:
-    """The toy Llama: 2 layers, width 64, 2 heads of 32."""
+def architecture(rope_parameters: dict, head_dim: int = 32) -> LlamaConfig:
+    """The toy Llama: 2 layers, width 64, 2 heads of 32 unless told otherwise."""
     return LlamaConfig(
         vocab_size=SHORT_DOCUMENTS.vocab_size,
         hidden_size=64,
         intermediate_size=160,
         num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
+        num_attention_heads=64 // head_dim,
+        num_key_value_heads=64 // head_dim,
         max_position_embeddings=LONG,
         tie_word_embeddings=False,
         rope_parameters=rope_parameters,

@@ -8,6 +8,7 @@ from typing import Annotated
 import pandas as pd
 import torch
 import typer
+from accelerate import PartialState
 from typer.exceptions import TyperException
 
 from rope_probe import checkpoints, packing, report
@@ -190,9 +191,11 @@ def distill_command(
     given = {key: value if key == "seed" else str(value) for key, value in changes.items() if value is not None}
     run = distill(read_config(config, **given), resume=resume)
     missed = read_run(run)[1].get("missed_gate")
-    print(run)
+    if PartialState().is_main_process:
+        if missed:
+            print(missed, file=sys.stderr)
+        print(run)
     if missed:
-        print(f"error: {missed}", file=sys.stderr)
         raise typer.Exit(MISSED_GATE)
 
 

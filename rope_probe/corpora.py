@@ -224,5 +224,6 @@ class TextCorpus:
         return {"input_ids": pieces, "length": [len(piece) for piece in pieces]}
 
     def _unmarked(self, document: list[int]) -> bool:
-        special = self.loaded_tokenizer.all_special_ids
-        return document[0] not in special and document[-1] not in special
+        tokenizer = self.loaded_tokenizer
+        marks = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id}
+        return document[0] not in marks and document[-1] not in marks

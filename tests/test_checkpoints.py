@@ -51,7 +51,7 @@ def test_a_save_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     model = zoo.llama()
     checkpoints.save(model, tmp_path / "one")
 
-    def disk_full(folder):
+    def disk_full(folder, **_):
         (folder / "model.safetensors").write_bytes(b"half")
         raise OSError("no space left on device")
 

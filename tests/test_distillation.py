@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from rope_probe import InputError, KeyValueStream, load_model
-from rope_probe.distillation import Gate, GateError, Head, Objective, Phase, train_phase
+from rope_probe.distillation import Gate, GateError, Head, HiddenMatch, Objective, Phase, train_phase
+from rope_probe.distillation.student import by_distance
 from tests import zoo
 
 STREAM = KeyValueStream(16, distinct=(1, 4), keys=20, values=20)
@@ -110,6 +111,58 @@ def test_tied_embeddings_get_both_gradients():
         torch.testing.assert_close(grad, plain.model.embed_tokens.weight.grad, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["cosine", "mse"])
+def test_hidden_states_alone_bring_a_student_to_its_teacher(kind):
+    student, teacher = fresh(), load_model(zoo.llama())
+    match = HiddenMatch(2.0, kind, ("blocks.0.hook_resid_post", "ln_final.hook_out"))
+    phase = dataclasses.replace(PHASE, steps=60, matrix_lr=None, objective=Objective(0.0, 0.0, hidden=match))
+    tokens = phase.batch(0, 0)
+    apart = match(*(of_sites(model, tokens, match.sites) for model in (student, teacher))).mean().item()
+    history, _ = train_phase(student, phase, seed=0, teacher=teacher)
+    assert history[0]["hidden"] == pytest.approx(apart, rel=1e-5)
+    assert history[0]["loss"] == pytest.approx(2 * apart, rel=1e-5)
+    assert history[-1]["hidden"] < 0.85 * apart
+    with pytest.raises(InputError, match="distils, so it needs a teacher"):
+        train_phase(student, phase, seed=0)
+
+
+def of_sites(model, tokens, sites):
+    cache = model.run_with_cache(tokens.tokens, names_filter=list(sites))[1]
+    return [cache[site] for site in sites]
+
+
+def test_parts_of_a_step_give_the_step():
+    told = []
+    for accumulate in (1, 4):
+        student, teacher = fresh(), load_model(zoo.llama())
+        phase = dataclasses.replace(
+            PHASE, matrix_lr=None, steps=4, accumulate=accumulate, objective=Objective(0.3, 0.7)
+        )
+        history, _ = train_phase(student, phase, seed=0, teacher=teacher)
+        told.append((history, list(student.original_model.parameters())))
+    for ours, theirs in zip(told[0][0], told[1][0], strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-5)
+    for ours, theirs in zip(told[0][1], told[1][1], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+
+
+def test_masked_documents_are_learnt_as_if_alone():
+    alone = dataclasses.replace(PHASE, window=16, matrix_lr=None, steps=5)
+    masked = dataclasses.replace(PHASE, masked=True, matrix_lr=None, steps=5)
+    histories = [train_phase(fresh(), phase, seed=3)[0] for phase in (alone, masked)]
+    for ours, theirs in zip(*histories, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-5)
+
+
+def test_a_divergence_is_told_by_how_long_ago_its_token_occurred():
+    tokens = torch.tensor([[5, 6, 5, 5, 7, 6], [1, 1, 2, 3, 4, 2]])
+    values = torch.arange(12.0)
+    totals, counts = by_distance(values, tokens)
+    distances = {0: [0, 1, 4, 6, 8, 9, 10], 1: [3, 7], 2: [2], 4: [5, 11]}  # of each position; 3 goes with 4
+    assert counts.tolist() == [7, 2, 1, 2, 0]
+    assert totals.tolist() == [sum(distances[0]), 10, 2, 16, 0]
+
+
 def test_distilling_needs_a_teacher():
     with pytest.raises(InputError, match="teacher"):
         train_phase(fresh(), dataclasses.replace(PHASE, objective=Objective()), seed=0)
@@ -143,5 +196,5 @@ def test_a_model_with_another_theta_is_refused():
 
 
 def test_a_batch_that_holds_no_whole_windows_is_refused():
-    with pytest.raises(InputError, match="multiple of 32, 1 x the window, but it is 100"):
+    with pytest.raises(InputError, match="multiple of the window, 32, but it is 100"):
         dataclasses.replace(PHASE, batch_tokens=100)

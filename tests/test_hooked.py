@@ -6,7 +6,7 @@ import transformers as hf
 from transformers import GenerationConfig
 
 from rope_probe import InputError, KeyValueStream, attention, load_model, pack, repeated_window, rope
-from rope_probe.architectures import ARCHITECTURES
+from rope_probe.architectures import ARCHITECTURES, query_key_value_rows
 from rope_probe.packing import Window
 from tests import zoo
 
@@ -490,3 +490,40 @@ def test_a_model_is_hooked_again_after_greedy_fails(monkeypatch):
         with pytest.raises(TypeError):
             model.greedy(prompt, 2)
     assert torch.equal(model(prompt.unsqueeze(0)), before)
+
+
+@pytest.mark.parametrize("name", zoo.CONFIGS)
+@pytest.mark.parametrize("part", ["q", "k", "v"])
+def test_without_its_rows_a_projection_is_zero_and_the_others_are_as_they_were(name, part):
+    model = load_model(zoo.model(zoo.CONFIGS[name]()))
+    for parameter_name, parameter in model.original_model.named_parameters():
+        if parameter_name.endswith("bias"):
+            parameter.data.zero_()
+    tokens = torch.arange(12).unsqueeze(0)
+    sites = {"q": "hook_rot_q", "k": "hook_rot_k", "v": "hook_v"}
+    names = {key: f"blocks.0.attn.{site}" for key, site in sites.items()}
+    before = model.run_with_cache(tokens, names_filter=list(names.values()))[1]
+    weight, rows = query_key_value_rows(model.original_model, 0)[part]
+    weight.data[rows] = 0
+    after = model.run_with_cache(tokens, names_filter=list(names.values()))[1]
+    for key, site in names.items():
+        if key == part:
+            assert before[site].abs().max() > 0
+            assert after[site].abs().max() == 0
+        else:
+            assert torch.equal(before[site], after[site])
+
+
+@pytest.mark.parametrize("positions", ["continuous", "reset"])
+@pytest.mark.parametrize("name", ["llama", "mistral_sliding", "gpt_neox"])
+def test_a_batch_reads_as_its_windows_and_masked_as_its_documents(name, positions):
+    model = load_model(zoo.model(zoo.CONFIGS[name]()))
+    batch = KeyValueStream(8, (1, 4), keys=20, values=20).batch(3, 24, seed=0).placed(positions)
+    with torch.no_grad():
+        if positions == "continuous":
+            torch.testing.assert_close(model(batch), model(batch.tokens), rtol=0, atol=1e-5)
+        else:
+            assert (model(batch) - model(batch.tokens)).abs().max() > 1e-4
+        masked = model.unembed(model.hidden(batch, masked=True))
+        alone = model(batch.tokens.reshape(9, 8)).reshape(masked.shape)
+    torch.testing.assert_close(masked, alone, rtol=0, atol=1e-5)

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from rope_probe import InputError
-from rope_probe.distillation.losses import IGNORED, Divergence, Head, Objective
+from rope_probe.distillation.losses import IGNORED, Divergence, Head, HiddenMatch, Objective
 
 KINDS = ["forward_kl", "reverse_kl", "jensen_shannon"]
 
@@ -106,7 +106,7 @@ def test_chunks_give_the_loss_and_the_gradients_of_the_plain_computation(objecti
     inputs = [hidden, head.weight, head.bias]
     expected = torch.autograd.grad(2 * plain, inputs)
 
-    chunked = Objective(objective.ce_weight, objective.kd_weight, objective.divergence, chunk)
+    chunked = Objective(objective.ce_weight, objective.kd_weight, objective.divergence, chunk=chunk)
     loss, terms = chunked.loss(hidden, Head(head, after), targets, taught, Head(teacher_head))
     torch.testing.assert_close(loss, plain, rtol=1e-12, atol=0)
     for got, right in zip(torch.autograd.grad(2 * loss, inputs), expected, strict=True):
@@ -119,6 +119,52 @@ def test_chunks_give_the_loss_and_the_gradients_of_the_plain_computation(objecti
         unlearning, _ = chunked.loss(hidden, Head(head, after), targets, taught, Head(teacher_head))
     torch.testing.assert_close(unlearning, loss)
     assert all(parameter.grad is None for parameter in teacher_head.parameters())
+
+
+def test_with_measure_terms_of_no_weight_are_told_and_change_nothing():
+    head, teacher_head = nn.Linear(8, 30), nn.Linear(6, 30)
+    hidden, taught, targets = torch.randn(20, 8, requires_grad=True), torch.randn(20, 6), torch.randint(30, (20,))
+    for objective in (Objective(1.0, 0.0), Objective(0.0, 1.0)):
+        told = [
+            objective.loss(hidden, Head(head), targets, taught, Head(teacher_head), measure=m) for m in (False, True)
+        ]
+        gradients = [torch.autograd.grad(loss, [hidden, head.weight]) for loss, _ in told]
+        assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+        assert torch.equal(told[0][0], told[1][0])
+        torch.testing.assert_close(told[1][1].cross_entropy.mean(), F.cross_entropy(head(hidden), targets))
+        kl = F.kl_div(
+            head(hidden).log_softmax(-1), teacher_head(taught).log_softmax(-1), log_target=True, reduction="batchmean"
+        )
+        torch.testing.assert_close(told[1][1].divergence.mean(), kl)
+
+
+def test_a_part_of_a_batch_has_its_share_of_the_loss():
+    head, objective = nn.Linear(8, 30), Objective(0.7, 0.4)
+    hidden, taught, targets = torch.randn(20, 8), torch.randn(20, 8), torch.randint(30, (20,))
+    targets[2:9] = IGNORED
+    whole, _ = objective.loss(hidden, Head(head), targets, taught, Head(head))
+    parts = [
+        objective.loss(hidden[rows], Head(head), targets[rows], taught[rows], Head(head), over=(13, 20))[0]
+        for rows in (slice(0, 8), slice(8, 20))
+    ]
+    torch.testing.assert_close(sum(parts), whole)
+
+
+@given(st.integers(0, 100), st.floats(0.1, 10))
+def test_hidden_states_are_compared_by_angle_or_by_distance(seed, scale):
+    generator = torch.Generator().manual_seed(seed)
+    a, b, c, d = (torch.randn(2, 3, 8, dtype=torch.float64, generator=generator) for _ in range(4))
+    cosine, mse = (HiddenMatch(kind=kind, sites=("x", "y")) for kind in ("cosine", "mse"))
+    angle = lambda u, v: 1 - (u * v).sum(-1) / (u.norm(dim=-1) * v.norm(dim=-1))  # noqa: E731
+    torch.testing.assert_close(cosine([a, b], [c, d]), (angle(a, c) + angle(b, d)).flatten())
+    torch.testing.assert_close(cosine([scale * a, b], [c, d]), cosine([a, b], [c, d]))
+    torch.testing.assert_close(mse([a, b], [c, d]), (((a - c) ** 2).mean(-1) + ((b - d) ** 2).mean(-1)).flatten())
+    assert (mse([a, b], [a, b]) == 0).all()
+
+
+def test_hidden_states_of_other_widths_are_refused():
+    with pytest.raises(InputError, match="hook_out is 8 wide in the student, 6 in the teacher"):
+        HiddenMatch()([torch.zeros(1, 2, 8)], [torch.zeros(1, 2, 6)])
 
 
 def test_a_frozen_head_costs_no_gradient():
@@ -181,6 +227,9 @@ def test_no_more_logits_than_a_chunk_are_ever_made():
         (lambda: Objective(0.0, 0.0), "weights"),
         (lambda: Objective(-1.0, 2.0), "-1.0"),
         (lambda: Objective(chunk=0), "chunk 0"),
+        (lambda: HiddenMatch(kind="angle"), "angle"),
+        (lambda: HiddenMatch(weight=0.0), "0.0"),
+        (lambda: HiddenMatch(sites=()), "a site"),
         (
             lambda: Objective().loss(torch.zeros(2, 3), Head(nn.Linear(3, 4)), torch.zeros(2, dtype=torch.long)),
             "teacher",

@@ -57,6 +57,7 @@ def distill(config: DistillConfig | str | os.PathLike[str] | Mapping[str, Any], 
         job.train(run)
         if run is not None:
             job.describe(run)
+    job.accelerator.wait_for_everyone()
     return out
 
 
@@ -65,7 +66,7 @@ class _Job:
 
     def __init__(self, config: DistillConfig) -> None:
         self.config, self.out = config, Path(config.out)
-        self.accelerator = Accelerator(cpu=config.device == "cpu")
+        self.accelerator = Accelerator(cpu=config.device == "cpu" or not torch.accelerator.is_available())
         by_process = config.device in (None, "cpu", "cuda")
         self._device = self.accelerator.device if by_process else torch.device(str(config.device))
         self._names = [phase.name for phase in config.phases]
@@ -212,6 +213,7 @@ class _Job:
                     f"the data of phase {phase.name!r} has {phase.data.vocab_size} token ids, but the {role}'s "
                     f"vocabulary has {model.vocab_size}"
                 )
+        phase.windows_of_a_part(self.accelerator.num_processes)
         self._first_batch(phase)
 
     def _first_batch(self, phase: Phase) -> Batch:

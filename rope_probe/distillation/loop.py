@@ -89,12 +89,7 @@ class Training:
         self.model, self.teacher, self.phase, self.seed = model, teacher, phase, seed
         self.step, self.passed, self.gate = 0, False, pd.DataFrame()
         self._accelerator = accelerator or Accelerator(cpu=model.device.type == "cpu")
-        parts = self._accelerator.num_processes * phase.accumulate
-        if phase.batch_tokens % (phase.window * parts):
-            raise InputError(
-                f"{phase.batch_tokens // phase.window} windows of a batch cannot be shared by "
-                f"{self._accelerator.num_processes} processes in {phase.accumulate} parts each"
-            )
+        self._share = phase.windows_of_a_part(self._accelerator.num_processes)
         self._autocast = partial(torch.autocast, model.device.type, torch.bfloat16, enabled=autocast)
         self._optimizers = _optimizers(model.original_model, phase)
         for optimizer in self._optimizers:
@@ -120,9 +115,9 @@ class Training:
                 group["lr"] = group["peak_lr"] * factor
         whole = phase.batch(self.seed, self.step)
         over = int((targets_of(whole, phase) != IGNORED).sum()), whole.tokens.numel()
-        share = len(whole.tokens) // (accelerator.num_processes * phase.accumulate)
         first = accelerator.process_index * phase.accumulate
-        parts = [whole.rows(n * share, (n + 1) * share) for n in range(first, first + phase.accumulate)]
+        starts = [part * self._share for part in range(first, first + phase.accumulate)]
+        parts = [whole.rows(start, start + self._share) for start in starts]
         self.model.original_model.train()
         sums: dict[str, Tensor] = {}
         for part in parts:

@@ -213,7 +213,7 @@ class Objective:
             return total
 
         projection = head.projection
-        wanted = torch.is_grad_enabled()
+        wanted = torch.is_grad_enabled() and self.ce_weight + self.kd_weight > 0
         loss = _InChunks.apply(of_chunk, self.chunk, wanted, hidden, projection.weight, projection.bias)
         return loss, Terms(**{name: torch.cat(parts) for name, parts in terms.items() if parts})
 

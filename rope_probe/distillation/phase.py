@@ -97,11 +97,12 @@ class Phase:
             raise InputError(f"phase {self.name!r} has both theta and rope_parameters; give one of them")
         if self.theta is not None and not (math.isfinite(self.theta) and self.theta > 0):
             raise InputError(f"theta of phase {self.name!r} must be positive and finite, but it is {self.theta}")
-        if self.batch_tokens % (self.window * self.accumulate):
+        if self.batch_tokens % self.window:
             raise InputError(
-                f"batch_tokens of phase {self.name!r} must be a multiple of {self.window * self.accumulate}, "
-                f"{self.accumulate} x the window, but it is {self.batch_tokens}"
+                f"batch_tokens of phase {self.name!r} must be a multiple of the window, {self.window}, but it is "
+                f"{self.batch_tokens}"
             )
+        self.windows_of_a_part(1)
         if self.gate is not None and not isinstance(self.data, KeyValueStream):
             raise InputError(f"phase {self.name!r} has a gate, which probes key-value retrieval, on other data")
 
@@ -114,6 +115,16 @@ class Phase:
         """The windows of one step, a pure function of (seed, step)."""
         batch = self.data.batch(self.batch_tokens // self.window, self.window, seed=seed, index=step)
         return batch.placed(self.positions, target_window=self.target_window, seed=derive(seed, str(step)))
+
+    def windows_of_a_part(self, processes: int) -> int:
+        """How many windows each of `accumulate` parts of a step has on each process. Raises InputError unless whole."""
+        windows, parts = self.batch_tokens // self.window, processes * self.accumulate
+        if windows % parts:
+            raise InputError(
+                f"a batch of phase {self.name!r} has {windows} windows, which {processes} processes cannot share in "
+                f"{self.accumulate} parts each; make batch_tokens a multiple of {self.window * parts}"
+            )
+        return windows // parts
 
     def learning_rate_factor(self, step: int) -> float:
         """Factor on the learning rates at a step, counted from 0."""

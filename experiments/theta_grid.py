@@ -1,0 +1,183 @@
+"""The map behind phase-wise scaling: short theta x long theta, for two head dims and two extension budgets.
+
+A row is one base (its head dim and short theta, trained to the gate of every base), extended by KD to every long
+theta on each budget, as the arms of `phase_scaling` are, and probed at 8 times the document length. The diagonal is a
+constant theta; above it (long theta the larger) is phase-wise scaling.
+
+Two formulas from the literature could foresee which cells work, from the long theta alone:
+- the base bound (arXiv 2405.14591): theta is enough for a reach L when sum_p cos(m inv_freq_p) >= 0 for all m < L;
+- spectrum use: the share of rotary pairs whose wavelength fits into the window.
+
+Predictions, written before the first run:
+
+ 1. Below the bound of 512 tokens (12.6k for head dim 32, 60k for 16) the long theta gives less than 0.5 at 512
+    tokens, above it 0.5 or more, in at least four cells out of five on the larger budget.
+ 2. Head dim 32: a constant large theta does as well as phase-wise, within 0.1 (means over the cells with a long theta
+    of 20,000 or more, diagonal against above it). Head dim 16: phase-wise is better by more than 0.1.
+ 3. Spectrum use ranks the cells the wrong way round: its correlation with accuracy is negative, the base bound's is
+    positive, as a theta that fills the window with rotations leaves no slow pair to match content by.
+ 4. On the smaller budget fewer cells reach 0.5.
+
+    python -m experiments.theta_grid 32 300 0 runs/theta_grid/32-300-0 --checkpoints runs
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import pandas as pd
+import torch
+import typer
+from scipy import stats
+
+from experiments import phase_scaling, toy_checkpoints
+from experiments.toy_checkpoints import LONG, SHORT, SHORT_DOCUMENTS
+from rope_probe import KeyValueTask, checkpoints, load_model, retrieval_accuracy, rope
+from rope_probe.distillation import GateError, Phase, train_phase
+from rope_probe.errors import InputError
+from rope_probe.progress import progress
+from rope_probe.results import describe_model, hash_tokens, new_run, read_run
+from rope_probe.seeds import derive
+
+HEAD_DIMS = (16, 32)
+THETAS = (300.0, 2_000.0, 20_000.0, 100_000.0, 1_000_000.0)
+BUDGETS = (75, 250)
+DISTANCES = (64, 128, 256, 512, 1000)
+FAR = 8 * SHORT
+
+
+def make_row(
+    head_dim: int,
+    short_theta: float,
+    seed: int,
+    out: Path,
+    checkpoints_in: Annotated[Path, typer.Option("--checkpoints", help="Folder of the toy checkpoints.")] = Path(
+        "runs"
+    ),
+) -> None:
+    """Train one base and extend it to every long theta on every budget, into the run directory `out`."""
+    torch.set_num_threads(1)
+    with new_run(out, "theta_grid", config_of(head_dim, short_theta, seed, checkpoints_in)) as run:
+        teacher = load_model(checkpoints_in / f"teacher-{seed}" / "checkpoint")
+        purpose = ("grid", str(head_dim), f"{short_theta:g}")
+        short = toy_checkpoints.short_phase(short_theta)
+        config = toy_checkpoints.architecture({"rope_type": "default", "rope_theta": short_theta}, head_dim)
+        base = load_model(checkpoints.build(config, seed=derive(seed, *purpose, "weights")))
+        with progress(f"{out.name} base, tokens", short.steps * short.batch_tokens) as advance:
+            try:
+                history, gate = train_phase(
+                    base, short, seed=derive(seed, *purpose, "short"), on_step=lambda n: advance(short.batch_tokens)
+                )
+                missed = None
+            except GateError as error:
+                history, gate, missed = error.history, error.measured, str(error)
+        plain = base.release()
+        columns = {"model": f"head_dim {head_dim}", "seed": seed}
+        run.record(gate.assign(metric="gate_accuracy"), **columns, arm=f"{short_theta:g}", phase="short")
+        run.manifest |= {"missed_gate": missed, "base_tokens": history[-1]["tokens"]}
+        run.manifest["models"] = {"base": describe_model(plain)}
+        for steps in BUDGETS:
+            for long_theta in THETAS:
+                student = load_model(checkpoints.with_rope(plain, long_theta))
+                phase = extension(long_theta, steps)
+                with progress(f"{out.name} to {long_theta:g}, tokens", phase.steps * phase.batch_tokens) as advance:
+                    train_phase(
+                        student,
+                        phase,
+                        seed=derive(seed, "extension"),
+                        teacher=teacher,
+                        on_step=lambda n: advance(phase.batch_tokens, f"loss {n['loss']:.2f}"),  # noqa: B023
+                    )
+                task = KeyValueTask(SHORT_DOCUMENTS, LONG)
+                probe = derive(seed, "probe")
+                measured = retrieval_accuracy(student, task, DISTANCES, trials=phase_scaling.TRIALS, seed=probe)
+                arm = cell_name(short_theta, long_theta, steps)
+                run.record(measured, **{**columns, "arm": arm, "phase": "extension"})
+        run.manifest |= {"attention_kernel": "sdpa", "mask": "none", "positions": "continuous"}
+        run.manifest["tokens_sha256"] = hash_tokens(phase.batch(derive(seed, "extension"), 0).tokens)
+
+
+def extension(long_theta: float, steps: int) -> Phase:
+    """The extension of every cell: that of `phase_scaling`'s KD arms on another budget, warm-up a fifth of it."""
+    phase = phase_scaling.phase_of(phase_scaling.Arm(theta=long_theta))
+    return dataclasses.replace(phase, steps=steps, warmup=steps // 5)
+
+
+def config_of(head_dim: int, short_theta: float, seed: int, checkpoints_in: Path) -> dict:
+    """The whole configuration of a row, as its manifest holds it: the teacher by its weights."""
+    teacher = read_run(checkpoints_in / f"teacher-{seed}")[1]["models"]["teacher"]["weights_sha256"]
+    return {
+        "head_dim": head_dim,
+        "seed": seed,
+        "short": dataclasses.asdict(toy_checkpoints.short_phase(short_theta)),
+        "extensions": [dataclasses.asdict(extension(theta, steps)) for steps in BUDGETS for theta in THETAS],
+        "teacher_sha256": teacher,
+        "probe": {"trials": phase_scaling.TRIALS, "distances": DISTANCES},
+    }
+
+
+def cells(frame: pd.DataFrame) -> pd.DataFrame:
+    """Accuracy of each cell at 8 times the document length, beside what the two formulas say of its long theta.
+
+    Columns: head_dim, steps, short_theta, long_theta, seed, accuracy, reaches (the long theta is at or above the base
+    bound of that distance), use_short, use_long (spectrum use of each theta in its own window).
+    """
+    far = frame[(frame["phase"] == "extension") & (frame["metric"] == "accuracy") & (frame["distance"] == FAR)]
+    named = far["arm"].str.extract(r"(?P<short>\S+) to (?P<long>\S+), (?P<steps>\d+) steps").astype(float)
+    head_dim = far["model"].str.removeprefix("head_dim ").astype(int)
+
+    def use(thetas: pd.Series, window: int) -> list[float]:
+        return [
+            rope.spectrum_use(rope.inv_freq({"rope_type": "default", "rope_theta": theta}, dim), window)
+            for theta, dim in zip(thetas, head_dim, strict=True)
+        ]
+
+    bounds = {dim: rope.base_bound(dim, FAR) for dim in head_dim.unique()}
+    return pd.DataFrame({
+        "head_dim": head_dim,
+        "steps": named["steps"].astype(int),
+        "short_theta": named["short"],
+        "long_theta": named["long"],
+        "seed": far["seed"],
+        "accuracy": far["value"],
+        "reaches": named["long"] >= head_dim.map(bounds),
+        "use_short": use(named["short"], SHORT),
+        "use_long": use(named["long"], LONG),
+    })  # fmt: skip
+
+
+def verdicts(frame: pd.DataFrame) -> pd.DataFrame:
+    """Each prediction with its figures and whether it held; see the docstring above."""
+    table, rows = cells(frame), []
+    larger = table[table["steps"] == max(BUDGETS)]
+    agree = (larger["accuracy"] >= 0.5) == larger["reaches"]
+    rows.append((1, "cells the base bound sorts right, larger budget", agree.mean(), agree.mean() >= 0.8))
+    high = larger[larger["long_theta"] >= 20_000]
+    gap = {}
+    for dim, part in high.groupby("head_dim"):
+        constant = part[part["short_theta"] == part["long_theta"]]["accuracy"].mean()
+        gap[dim] = part[part["short_theta"] < part["long_theta"]]["accuracy"].mean() - constant
+        held = abs(gap[dim]) <= 0.1 if dim == 32 else gap[dim] > 0.1
+        rows.append((2, f"head_dim {dim}: phase-wise less constant large theta", gap[dim], held))
+    for name, column, sign in (("base bound", "reaches", 1), ("spectrum use", "use_long", -1)):
+        rank = stats.spearmanr(larger[column], larger["accuracy"]).statistic
+        rows.append((3, f"rank correlation with accuracy, {name}", rank, sign * rank > 0))
+    work = table[table["accuracy"] >= 0.5].groupby("steps")["accuracy"].size()
+    few, many = (int(work.get(steps, 0)) for steps in BUDGETS)
+    rows.append(
+        (4, f"cells at 0.5 or more with {BUDGETS[0]} steps, less those with {BUDGETS[1]}", few - many, few < many)
+    )
+    return pd.DataFrame(rows, columns=["prediction", "what", "figure", "held"])
+
+
+def cell_name(short_theta: float, long_theta: float, steps: int) -> str:
+    """What a cell is called in the `arm` column."""
+    return f"{short_theta:g} to {long_theta:g}, {steps} steps"
+
+
+if __name__ == "__main__":
+    try:
+        typer.run(make_row)
+    except InputError as error:
+        sys.exit(f"error: {error}")
