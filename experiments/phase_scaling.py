@@ -39,7 +39,15 @@ from experiments.toy_checkpoints import (
     SHORT_DOCUMENTS,
     SMALL_THETA,
 )
-from rope_probe import HookedCausalLM, KeyValueStream, KeyValueTask, checkpoints, load_model, retrieval_accuracy
+from rope_probe import (
+    HookedCausalLM,
+    KeyValueStream,
+    KeyValueTask,
+    checkpoints,
+    load_model,
+    retrieval_accuracy,
+    rope,
+)
 from rope_probe.distillation import Objective, Phase, train_phase
 from rope_probe.errors import InputError
 from rope_probe.progress import progress
@@ -51,6 +59,8 @@ STEPS = 250
 DISTANCES = (32, 64, 128, 256, 512, 768, 1000)
 SHORT_DISTANCES = (8, 32, 60)
 TRIALS = 128
+HEAD_DIM = 32
+BASE_THETAS = {"base": SMALL_THETA, "base_large_theta": LARGE_THETA}
 
 KD = Objective(ce_weight=0.0, kd_weight=1.0, chunk=BATCH_TOKENS)
 
@@ -117,6 +127,7 @@ def extend(
             ]
             run.record(tidy(losses), model=name, seed=seed, phase="extension", seq_len=LONG)
             run.manifest["tokens_sha256"] = hash_tokens(phase.batch(derive(seed, "extension"), 0).tokens)
+        run.record(geometry(arm), model=name, seed=seed)
         measured = measure(student, seed)
         run.record(measured, model=name, seed=seed, phase="extension")
         checkpoints.save(student.release(), run.folder / "checkpoint")
@@ -141,6 +152,27 @@ def phase_of(arm: Arm) -> Phase:
         teacher_masked=arm.teacher_masked,
         **OPTIMISER,
     )
+
+
+def geometry(arm: Arm) -> pd.DataFrame:
+    """How each phase of an arm uses the rotary spectrum, and on what documents: see `rope.spectrum_use`.
+
+    Metrics: `rotations` of each pair over the phase's window, `spectrum_use`, `document_length` in tokens.
+    """
+    extension = (LONG, arm.theta, arm.data.document_length)
+    phases = {"short": (SHORT, BASE_THETAS[arm.base], SHORT)} | ({"extension": extension} if arm.objective else {})
+    rows: list[dict] = []
+    for phase, (window, theta, length) in phases.items():
+        at = {"phase": phase, "seq_len": window}
+        inv_freq = rope.inv_freq({"rope_type": "default", "rope_theta": theta}, HEAD_DIM)
+        turns = zip(rope.wavelengths(inv_freq).tolist(), rope.rotations(inv_freq, window).tolist(), strict=True)
+        rows += [
+            {**at, "metric": "rotations", "pair": pair, "wavelength": wavelength, "value": value}
+            for pair, (wavelength, value) in enumerate(turns)
+        ]
+        rows.append({**at, "metric": "spectrum_use", "value": rope.spectrum_use(inv_freq, window)})
+        rows.append({**at, "metric": "document_length", "value": length})
+    return tidy(rows)
 
 
 def needs(name: str) -> tuple[str, ...]:

