@@ -5,6 +5,7 @@ on one thread each. A stage whose run directory is complete and was made with th
 that fails, or a checkpoint that misses its gate, is reported at the end, with what could not be run for it.
 """
 
+import itertools
 import os
 import subprocess
 import sys
@@ -19,13 +20,16 @@ from typing import Annotated
 import pandas as pd
 import typer
 
-from experiments import phase_scaling, propagation, toy_checkpoints
+from experiments import phase_scaling, propagation, text, theta_grid, toy_checkpoints
+from rope_probe import rope
 from rope_probe.errors import InputError
 from rope_probe.report import gallery
 from rope_probe.results import is_complete, read_run
 
 WORKERS = 2
-QUICK_ARMS = ("base", "theta_swapped", "ce_phase_wise", "kd_phase_wise", "kd_small_theta")
+QUICK_ARMS = ("base", "theta_swapped", "ce_phase_wise", "kd_phase_wise", "kd_small_theta", "kd_large_theta")
+BASE_SEEDS = 5
+SCRIPTS = ("toy_checkpoints", "phase_scaling", "theta_grid", "propagation", "text")
 
 
 @dataclass(frozen=True)
@@ -41,47 +45,54 @@ class Stage:
 def main(
     out: Annotated[Path, typer.Option(help="Folder for all run directories.")] = Path("runs"),
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 1,
-    full: Annotated[bool, typer.Option("--full", help="Every arm of every experiment.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Every arm of every experiment, and the larger sweeps.")] = False,
 ) -> None:
     """Run what is missing under `out`, print the tables and the path of the gallery."""
-    stages = plan(out, seeds, tuple(phase_scaling.ARMS) if full else QUICK_ARMS)
+    stages = plan(out, seeds, full)
     without = run_all(stages)
     runs = {
         script: [stage.run for name, stage in stages.items() if stage.command[0] == script and name not in without]
         for script in SCRIPTS
     }
-    printers = (_print_checkpoints, _print_phase_scaling, _print_propagation)
+    printers = (_print_checkpoints, _print_phase_scaling, _print_theta_grid, _print_propagation, _print_text)
     for script, print_tables in zip(SCRIPTS, printers, strict=True):
         if runs[script]:
             print_tables(runs[script])
     for name, why in without.items():
         print(f"without a result: {name}: {why}")
-    print(gallery([*runs["phase_scaling"], *runs["propagation"]], out / "gallery"))
+    print(gallery([run for script in SCRIPTS for run in runs[script]], out / "gallery"))
     if without:
         raise typer.Exit(1)
 
 
-SCRIPTS = ("toy_checkpoints", "phase_scaling", "propagation")
-
-
-def plan(out: Path, seeds: int, arms: Sequence[str]) -> dict[str, Stage]:
+def plan(out: Path, seeds: int, full: bool) -> dict[str, Stage]:
     """Every stage by name, each after the stages it needs; the longest waits come first."""
-    roles: list[toy_checkpoints.Role] = ["teacher", "base"]
-    if any("base_large_theta" in phase_scaling.needs(arm) for arm in arms):
-        roles.append("base_large_theta")
-    stages = {}
+    stages: dict[str, Stage] = {}
+
+    def checkpoint(role: str, seed: int) -> None:
+        run = out / f"{role}-{seed}"
+        config = partial(toy_checkpoints.config_of, role, seed)
+        stages[run.name] = Stage(("toy_checkpoints", role, str(seed), str(run)), run, config)
+
     for seed in range(seeds):
-        for role in roles:
-            run = out / f"{role}-{seed}"
-            config = partial(toy_checkpoints.config_of, role, seed)
-            stages[f"{role}-{seed}"] = Stage(("toy_checkpoints", role, str(seed), str(run)), run, config)
-        for arm in arms:
+        for role in toy_checkpoints.PHASES:
+            checkpoint(role, seed)
+        for arm in phase_scaling.ARMS if full else QUICK_ARMS:
             run = out / "phase_scaling" / f"{arm}-{seed}"
             command = ("phase_scaling", arm, str(seed), str(run), "--checkpoints", str(out))
             needs = tuple(f"{role}-{seed}" for role in phase_scaling.needs(arm))
-            stages[f"extension {arm}-{seed}"] = Stage(
-                command, run, partial(phase_scaling.config_of, arm, seed, out), needs
-            )
+            config = partial(phase_scaling.config_of, arm, seed, out)
+            stages[f"extension {run.name}"] = Stage(command, run, config, needs)
+    if full:
+        for seed in range(seeds, BASE_SEEDS):
+            for role in ("base", "base_large_theta"):
+                checkpoint(role, seed)
+        for head_dim, theta in itertools.product(theta_grid.HEAD_DIMS, theta_grid.THETAS):
+            run = out / "theta_grid" / f"{head_dim}-{theta:g}-0"
+            row = ("theta_grid", str(head_dim), f"{theta:g}", "0", str(run), "--checkpoints", str(out))
+            of_row = partial(theta_grid.config_of, head_dim, theta, 0, out)
+            stages[f"grid {run.name}"] = Stage(row, run, of_row, ("teacher-0",))
+    stages["text"] = Stage(("text", str(out / "text")), out / "text", text.config_of)
     traced = tuple(f"{role}-{seed}" for seed in range(seeds) for role in ("teacher", "base"))
     runs = [stages[name].run for name in traced]
     trace = ("propagation", str(out / "propagation"), *map(str, runs))
@@ -157,6 +168,29 @@ def _print_propagation(runs: Sequence[Path]) -> None:
     print(table.unstack("side").to_string(float_format="{:.2e}".format))
     print("\nPropagation: predictions (experiments/propagation.py) and what the float64 control says")
     print(pd.DataFrame(manifest["verdicts"]).to_string(index=False, float_format="{:.2e}".format), "\n")
+
+
+def _print_theta_grid(runs: Sequence[Path]) -> None:
+    frame = _read(runs)
+    bases = frame[frame["metric"] == "gate_accuracy"].groupby(["model", "arm"])["value"].min().unstack("model")
+    print("\nTheta grid: what each base retrieves in its own window, the worst distance; by short theta")
+    print(bases.to_string(float_format="{:.2f}".format))
+    table = theta_grid.cells(frame)
+    for (head_dim, steps), part in table.groupby(["head_dim", "steps"]):
+        bound = rope.base_bound(int(head_dim), theta_grid.FAR)
+        print(f"\nTheta grid, head dim {head_dim}, {steps} steps: accuracy at {theta_grid.FAR} tokens, short theta")
+        print(f"in rows, long theta in columns; the base bound of that distance is {bound:,.0f}")
+        shown = part.pivot_table(index="short_theta", columns="long_theta", values="accuracy")
+        print(shown.to_string(float_format="{:.2f}".format))
+    print("\nTheta grid: predictions (experiments/theta_grid.py)")
+    print(theta_grid.verdicts(frame).to_string(index=False, float_format="{:.3f}".format))
+
+
+def _print_text(runs: Sequence[Path]) -> None:
+    frame = _read(runs)
+    print("\nText: prediction (experiments/text.py), and the passkey task on the checkpoint")
+    print(text.verdicts(frame).to_string(index=False, float_format="{:.3f}".format))
+    print(_by_distance(frame[frame["metric"] == "accuracy"], ["model", "arm"]), "\n")
 
 
 def _by_distance(frame: pd.DataFrame, index: list[str]) -> str:

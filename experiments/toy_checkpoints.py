@@ -98,7 +98,7 @@ def make(role: Role, seed: int, out: Path) -> None:
         raise typer.Exit(MISSED_GATE)
 
 
-def config_of(role: Role, seed: int) -> dict:
+def config_of(role: str, seed: int) -> dict:
     """The whole configuration of a checkpoint, as its manifest holds it."""
     phases = [dataclasses.asdict(phase) for phase in PHASES[role]]
     return {"role": role, "seed": seed, "architecture": architecture({}).to_diff_dict(), "phases": phases}
