@@ -41,9 +41,8 @@ IN_LONG = (64, 128, 256, 512, 768, 1000)
 def short_phase(theta: float, accuracy: float = 0.95) -> Phase:
     """The short window, until its gate passes: the same data, budget and optimiser whatever the theta."""
     gate = Gate(SHORT, IN_SHORT, accuracy, every=25)
-    return Phase(
-        "short", SHORT_DOCUMENTS, SHORT, 800, BATCH_TOKENS, theta=theta, schedule="constant", gate=gate, **BY_CE
-    )
+    rates = {**BY_CE, "lr": 1e-2}
+    return Phase("short", SHORT_DOCUMENTS, SHORT, 500, BATCH_TOKENS, theta=theta, gate=gate, **rates)
 
 
 PHASES: dict[str, tuple[Phase, ...]] = {
