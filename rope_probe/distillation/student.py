@@ -31,6 +31,7 @@ class Student(nn.Module):
         super().__init__()
         self.model = model
         self._phase = phase
+        self._no_split_modules = model.original_model._no_split_modules  # what accelerate shards layer by layer
 
     def forward(self, part: Batch, taught: Taught | None, over: tuple[int, int], measure: bool) -> tuple[Tensor, Terms]:
         """The loss of a part of a batch, of which `over` are the targets and positions, and its terms."""
