@@ -150,6 +150,8 @@ def test_retrieval_shows_means_and_seeds(tmp_path):
     np.testing.assert_allclose(lines["kd"].y, [0.9, 0.7, 0.4])
     np.testing.assert_allclose(lines["ce"].error_y.array, 0.1)
     assert (lines["kd"].error_y.visible, lines["ce"].error_y.visible) == (False, True)
+    assert "seeds 0, 1 (1 to 2 of them for a model)" in notes(figure)[-1]
+    assert "bars: 95% over trials" in notes(figure)[-1]
     points = next(line for line in figure.data if line.name is None)
     assert sorted(points.y) == [0.2, 0.6, 0.6, 0.8, 0.8, 1]
 

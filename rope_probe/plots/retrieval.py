@@ -73,9 +73,11 @@ def retrieval_by_distance(frame: pd.DataFrame, label: str = "") -> go.Figure:
         range=[math.log10(end) for end in ends],
     )
     figure.update_yaxes(title="accuracy", range=[-0.03, 1.03])
+    seeds = rows.groupby("model")["seed"].nunique()
+    uneven = f" ({seeds.min()} to {seeds.max()} of them for a model)" if seeds.min() < seeds.max() else ""
     note = (
-        f"window {listed(rows['seq_len'])} tokens, seeds {listed(rows['seed'])}; "
-        "lines: mean over seeds, points: seeds, bars: 95% over trials"
+        f"window {listed(rows['seq_len'])} tokens, seeds {listed(rows['seed'])}{uneven}; lines: mean over seeds, "
+        f"points: seeds{', bars: 95% over trials, where there is one seed' if seeds.min() <= 1 else ''}"
     )
     figure = styled(figure, "Retrieval by distance", label, note, height=560)
     ranked = {"text": f"best to worst<br>at {distances[-1]:,} tokens", "font": {"size": 12}}
