@@ -16,7 +16,8 @@ from rope_probe.results import read_run
 def draw(out: Path, runs: list[Path], window: int = 1024) -> None:
     """Draw the runs together into the page `out`, as probed in windows of `window` tokens."""
     frame = pd.concat([read_run(run)[0] for run in runs], ignore_index=True)
-    print(write_figure(plots.retrieval_by_distance(frame[frame["seq_len"] == window], f"window {window}"), out))
+    chosen = frame[(frame["seq_len"] == window) | (frame["metric"] == "document_length")]
+    print(write_figure(plots.retrieval_by_distance(chosen, f"window {window}"), out))
 
 
 if __name__ == "__main__":

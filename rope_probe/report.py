@@ -34,17 +34,18 @@ def write_figure(figure: go.Figure, path: str | os.PathLike[str]) -> Path:
 def gallery(runs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) -> Path:
     """Draw every figure that the runs hold and an index.html over them; returns the index.
 
-    An older gallery at `out` is replaced. Raises InputError for a run that is not complete, runs that hold nothing to
-    draw, or an `out` that is something else than a gallery or cannot be written.
+    Experiments that no figure is drawn from are listed with how they were made. An older gallery at `out` is replaced.
+    Raises InputError for a run that is not complete, runs that all hold nothing to draw, or an `out` that is something
+    else than a gallery or cannot be written.
     """
     experiments: dict[str, list[tuple[pd.DataFrame, dict[str, Any]]]] = {}
     for frame, manifest in map(read_run, runs):
         experiments.setdefault(manifest["experiment"], []).append((frame, manifest))
     sections = []
     for experiment, read in experiments.items():
-        if figures := _figures(pd.concat([frame for frame, _ in read], ignore_index=True)):
-            sections.append((experiment, [manifest for _, manifest in read], figures))
-    if not sections:
+        figures = _figures(pd.concat([frame for frame, _ in read], ignore_index=True))
+        sections.append((experiment, [manifest for _, manifest in read], figures))
+    if not any(figures for *_, figures in sections):
         raise InputError("these runs hold nothing that a figure is drawn from; trace some perturbations first")
     with whole_folder(out, kind="gallery") as folder:
         body = "".join(_section(*section, folder) for section in sections)
@@ -57,14 +58,15 @@ def _figures(frame: pd.DataFrame) -> list[tuple[str, go.Figure]]:
     """(file name, figure) for each drawing, and each of what it is split by, that the frame has rows for."""
     figures: list[tuple[str, go.Figure]] = []
     for drawing in plots.DRAWINGS:
-        rows = frame[drawing.rows(frame)]
+        rows, context = frame[drawing.rows(frame)], frame[drawing.context(frame)]
         split = drawing.split(rows)
         parts = rows.groupby(split, dropna=False, sort=False) if split else [((), rows)]
         for labels, part in parts:
             if part.empty:
                 continue
             label = ", ".join(str(value) for value in labels if pd.notna(value) and value != "")
-            figures.append((f"{len(figures) + 1}-{_slug(f'{drawing.name} {label}')}", drawing.draw(part, label)))
+            drawn = drawing.draw(pd.concat([part, context]), label)
+            figures.append((f"{len(figures) + 1}-{_slug(f'{drawing.name} {label}')}", drawn))
     return figures
 
 
@@ -77,7 +79,7 @@ def _section(
         height = figure.layout.height + 20
         frames.append(f'<iframe src="{page.name}" height="{height}" title="{html.escape(name)}"></iframe>')
     made = "".join(map(_how_it_was_made, manifests))
-    many = f"{len(manifests)} run{'s' if len(manifests) > 1 else ''}"
+    many = f"{len(manifests)} run{'s' if len(manifests) > 1 else ''}{'' if figures else ', nothing to draw'}"
     return (
         f"<h2>{html.escape(experiment)}</h2><p class=what>{many}</p>{''.join(frames)}"
         f"<details><summary>how it was made</summary>{made}</details>"

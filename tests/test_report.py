@@ -4,7 +4,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from rope_probe import InputError, PositionShift, copy_deltas, load_model, plots, repeated_window, trace
+from experiments import phase_scaling
+from experiments.theta_grid import cell_name, cells
+from rope_probe import InputError, PositionShift, copy_deltas, load_model, plots, repeated_window, rope, trace
 from rope_probe.report import gallery, write_figure
 from rope_probe.results import new_run, read_run, tidy
 from tests import zoo
@@ -77,10 +79,12 @@ def test_shifts_back_and_by_nothing_are_drawn():
     assert plots.dose_response(frame).layout.xaxis.type == "linear"
 
 
-@pytest.mark.parametrize("draw", [plots.copy_heatmap, plots.dose_response])
-def test_frames_without_the_rows_are_refused(draw):
+@pytest.mark.parametrize("drawing", plots.DRAWINGS, ids=lambda drawing: drawing.name)
+def test_frames_without_the_rows_are_refused(drawing):
+    frame = tidy([{"metric": "accuracy", "value": 1.0}, {"metric": "ce_nats", "value": 1.0}])
+    assert not drawing.rows(frame).any()
     with pytest.raises(InputError, match="hold no"):
-        draw(tidy([{"metric": "accuracy", "value": 1.0}]))
+        drawing.draw(frame, "")
 
 
 def test_what_is_rounding_is_left_grey():
@@ -146,6 +150,8 @@ def test_retrieval_shows_means_and_seeds(tmp_path):
     np.testing.assert_allclose(lines["kd"].y, [0.9, 0.7, 0.4])
     np.testing.assert_allclose(lines["ce"].error_y.array, 0.1)
     assert (lines["kd"].error_y.visible, lines["ce"].error_y.visible) == (False, True)
+    assert "seeds 0, 1 (1 to 2 of them for a model)" in notes(figure)[-1]
+    assert "bars: 95% over trials" in notes(figure)[-1]
     points = next(line for line in figure.data if line.name is None)
     assert sorted(points.y) == [0.2, 0.6, 0.6, 0.8, 0.8, 1]
 
@@ -160,3 +166,175 @@ def test_runs_of_one_experiment_are_drawn_together(tmp_path):
     assert '"name":"kd"' in drawn
     assert '"name":"ce"' in drawn
     assert page.count("<h3>phase_scaling") == 2
+
+
+def geometry(arm, seed=0):
+    return phase_scaling.geometry(phase_scaling.ARMS[arm]).assign(model=arm, seed=seed)
+
+
+def notes(figure):
+    return [note.text.replace("<br>", " ") for note in figure.layout.annotations]
+
+
+def test_retrieval_marks_the_documents_and_the_window_that_most_models_trained_on():
+    arms = ("kd_phase_wise", "ce_phase_wise", "ce_long_documents")
+    frames = [part for arm in arms for part in (accuracy(arm, 0, (1, 0.8, 0.6)), geometry(arm))]
+    frame = pd.concat(frames, ignore_index=True)
+    assert not plots.retrieval_by_distance(frame).layout.shapes
+    farther = frame.assign(distance=frame["distance"] * 30)
+    figure = plots.retrieval_by_distance(farther)
+    assert [shape.x0 for shape in figure.layout.shapes] == [1024]
+    near = plots.retrieval_by_distance(frame.assign(distance=frame["distance"] * 2))
+    assert [shape.x0 for shape in near.layout.shapes] == [64]
+    assert "documents of 64 tokens (2 of 3 trained models)" in notes(near)
+    assert "training window of 1,024 tokens" in notes(figure)
+
+
+def test_retrieval_lists_eleven_arms_from_best_to_worst_and_no_two_look_alike():
+    arms = sorted(phase_scaling.ARMS)
+    frame = pd.concat([accuracy(arm, 0, (1, 1, i / 10)) for i, arm in enumerate(arms)])
+    lines = plots.retrieval_by_distance(frame).data
+    assert [line.name for line in lines] == arms[::-1]
+    assert len({(line.line.color, line.line.dash) for line in lines}) == 11
+
+
+def test_rotations_are_drawn_once_for_every_geometry():
+    frame = pd.concat([geometry(arm, seed) for arm in phase_scaling.ARMS for seed in (0, 1)])
+    figure = plots.rotations_by_pair(frame)
+    lines = {line.name: line for line in figure.data}
+    assert list(lines) == [
+        "short phase, window 64, theta 300: 7 of 16 pairs turn",
+        "short phase, window 64, theta 20,000: 4 of 16 pairs turn",
+        "extension phase, window 1,024, theta 300: 15 of 16 pairs turn",
+        "extension phase, window 1,024, theta 20,000: 9 of 16 pairs turn",
+    ]
+    turns = rope.rotations(rope.inv_freq({"rope_type": "default", "rope_theta": 300.0}, 32), 64)
+    np.testing.assert_allclose(figure.data[0].y, turns)
+    assert figure.layout.yaxis.type == "log"
+    assert figure.layout.shapes[0].y0 == 1
+    assert len({(line.line.color, line.line.dash) for line in figure.data}) == 4
+    assert "11 models" in notes(figure)[-1]
+
+
+def test_wavelengths_of_no_theta_are_named_by_the_slowest_pair():
+    lengths = rope.wavelengths(rope.inv_freq({"rope_type": "linear", "rope_theta": 300.0, "factor": 4.0}, 8)).tolist()
+    at = {"phase": "long", "seq_len": 64, "metric": "rotations"}
+    rows = [{**at, "pair": i, "wavelength": length, "value": 64 / length} for i, length in enumerate(lengths)]
+    (line,) = plots.rotations_by_pair(tidy(rows)).data
+    assert line.name == f"long phase, window 64, slowest pair {lengths[-1]:,.4g} tokens"
+
+
+def losses(model, seed, values, *, metric="ce_nats", phase="short", run_id="a"):
+    rows = [{"position": 8 * (i + 1), "value": value} for i, value in enumerate(values)]
+    return tidy(rows).assign(model=model, seed=seed, phase=phase, metric=metric, run_id=run_id)
+
+
+def test_losses_have_a_panel_for_each_phase_and_kind_and_means_where_all_seeds_are():
+    frame = pd.concat([
+        losses("base", 0, (3, 2, 1)), losses("base", 1, (5, 4)), losses("teacher", 0, (4, 4)),
+        losses("teacher", 0, (2, 1), phase="long"), losses("teacher", 0, (0.5, 0.1), phase="long", metric="kd_nats"),
+    ])  # fmt: skip
+    figure = plots.loss_curves(frame)
+    assert notes(figure)[:3] == ["short phase", "long phase", "long phase"]
+    assert [line.name for line in figure.data if line.showlegend] == ["base", "teacher"]
+    base = [line for line in figure.data if line.legendgroup == "base"]
+    assert [list(line.y) for line in base] == [[3, 2, 1], [5, 4], [4, 3]]
+    assert base[-1].line.width > base[0].line.width
+    divergence = figure.data[-1]
+    assert (divergence.name, divergence.showlegend, list(divergence.x)) == ("teacher", False, [8, 16])
+    assert "seeds 0, 1" in notes(figure)[-1]
+
+
+def test_runs_of_one_name_and_seed_are_lines_of_their_own():
+    figure = plots.loss_curves(pd.concat([losses("student", 0, (2, 1), run_id=run) for run in ("run-1", "run-2")]))
+    assert [line.name for line in figure.data] == ["student of run-1", "student of run-2"]
+
+
+def grid_rows(missed=()):
+    rows = []
+    for head_dim in (16, 32):
+        for short in (300.0, 20_000.0, 1e6):
+            at = {"model": f"head_dim {head_dim}", "arm": f"{short:g}", "phase": "short", "metric": "gate_accuracy"}
+            gate = 0.9 if (head_dim, short) in missed else 1.0
+            rows += [{**at, "seed": seed, "seq_len": 64, "distance": 8, "value": gate} for seed in (0, 1)]
+            for i, long in enumerate((300.0, 20_000.0, 1e6)):
+                at = {"model": f"head_dim {head_dim}", "phase": "extension", "metric": "accuracy", "seq_len": 1024}
+                rows += [
+                    {**at, "arm": cell_name(short, long, steps), "seed": seed, "distance": distance, "value": value}
+                    for steps in (75, 250)
+                    for seed in (0, 1)
+                    for distance, value in ((256, 1.0), (512, (head_dim + 10 * i + steps / 50 + seed) / 100))
+                ]
+    return tidy(rows)
+
+
+def test_the_theta_grid_shows_the_means_that_the_verdicts_speak_of():
+    frame = grid_rows()
+    figure = plots.theta_grid(frame)
+    assert notes(figure)[:4] == [f"head dim {dim}, {steps} steps" for dim in (16, 32) for steps in (75, 250)]
+    table = cells(frame)
+    for panel, ((_, _), part) in zip(figure.data, table.groupby(["head_dim", "steps"]), strict=True):
+        np.testing.assert_allclose(panel.z, part.pivot_table("accuracy", "short_theta", "long_theta"))
+    assert list(figure.data[0].text[0]) == ["0.18", "0.28", "0.38"]
+    assert figure.layout.xaxis.ticktext == ("300<br>use 8/8", "20k<br>use 5/8", "1M<br>use 3/8")
+    assert figure.layout.yaxis3.ticktext == ("300<br>use 7/16", "20k<br>use 4/16", "1M<br>use 3/16")
+    assert "seeds 0, 1" in notes(figure)[-1]
+    assert "missed" not in notes(figure)[-1]
+
+
+def test_the_theta_grid_outlines_the_diagonal_and_draws_the_base_bound_between_cells():
+    figure = plots.theta_grid(grid_rows())
+    first = [shape for shape in figure.layout.shapes if shape.xref == "x"]
+    assert [(shape.x0, shape.y0) for shape in first if shape.type == "rect"] == [(-0.5, -0.5), (0.5, 0.5), (1.5, 1.5)]
+    bounds = {shape.xref: shape.x0 for shape in figure.layout.shapes if shape.type == "line"}
+    assert bounds == {"x": 1.5, "x2": 1.5, "x3": 0.5, "x4": 0.5}
+    assert "base bound 12.5k" in notes(figure)
+
+
+def test_the_theta_grid_marks_cells_whose_base_missed_its_gate():
+    figure = plots.theta_grid(grid_rows(missed={(16, 1e6)}))
+    marked = [[all(text.endswith("*") for text in row) for row in panel.text] for panel in figure.data]
+    assert marked == [[False, False, True]] * 2 + [[False] * 3] * 2
+    assert "missed its gate" in notes(figure)[-1]
+
+
+def test_a_theta_grid_without_the_distance_is_refused():
+    frame = grid_rows()
+    with pytest.raises(InputError, match="no accuracy at 512 tokens"):
+        plots.theta_grid(frame[frame["distance"] != 512])
+
+
+def test_the_gallery_draws_every_figure_of_its_experiment(tmp_path):
+    for arm in ("kd_phase_wise", "kd_small_theta"):
+        with new_run(tmp_path / arm, "phase_scaling", {}) as made:
+            made.record(accuracy(arm, 0, (1, 0.8, 0.6)))
+            made.record(accuracy(arm, 0, (1, 0.8, 0.6)).assign(seq_len=128))
+            made.record(geometry(arm))
+            made.record(losses(arm, 0, (2, 1), metric="kd_nats", phase="extension"))
+    with new_run(tmp_path / "grid", "theta_grid", {}) as made:
+        made.record(grid_rows())
+    with new_run(tmp_path / "other", "other", {"note": "no figure"}) as made:
+        made.record(tidy([{"metric": "loss", "value": 1.0}]))
+    page = gallery(map(tmp_path.joinpath, ("kd_phase_wise", "kd_small_theta", "grid", "other")), tmp_path / "out")
+    found = re.findall(r'<iframe src="([^"]+)\.html"', page.read_text())
+    assert found == [
+        "phase-scaling-1-retrieval-by-distance-window-64",
+        "phase-scaling-2-retrieval-by-distance-window-128",
+        "phase-scaling-3-rotations-by-pair",
+        "phase-scaling-4-loss-curves",
+        "theta-grid-1-theta-grid",
+    ]
+    assert "1 run, nothing to draw" in page.read_text()
+    assert "no figure" in page.read_text()
+
+
+def test_accuracy_after_several_phases_is_drawn_phase_by_phase(tmp_path):
+    with new_run(tmp_path / "run", "distill", {}) as made:
+        for phase in ("short", "long"):
+            made.record(accuracy("student", 0, (1, 0.8, 0.6)).assign(phase=phase))
+            made.record(losses("student", 0, (2, 1), phase=phase))
+    page = gallery([tmp_path / "run"], tmp_path / "gallery").read_text()
+    found = re.findall(r'<iframe src="distill-([^"]+)\.html"', page)
+    assert found == [
+        "1-retrieval-by-distance-short--window-64", "2-retrieval-by-distance-long--window-64", "3-loss-curves"
+    ]  # fmt: skip

@@ -1,9 +1,6 @@
-"""Tidy frame in, plotly figure out. One function per figure; each says in its caption what n and the seeds were."""
+"""How a perturbation travels: copies by layer, and the output against the size of a shift."""
 
 import math
-import textwrap
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -11,6 +8,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from rope_probe.errors import InputError
+from rope_probe.plots.style import listed, styled
 from rope_probe.propagation import is_rounding
 
 SIDES = {
@@ -18,7 +16,6 @@ SIDES = {
     "k": ("keys only", "#d55e00", "diamond-open", "dash"),
     "qk": ("both, which cancels", "#009e73", "square", "solid"),
 }
-PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 PANELS = {
     "hook_rot_q": "queries as rotated",
     "unrotated_q": "queries, rotation undone",
@@ -31,21 +28,14 @@ PANELS = {
 _LOWEST_KL = 1e-16
 
 
-def _is_copy(frame: pd.DataFrame) -> pd.Series:
+def is_copy(frame: pd.DataFrame) -> pd.Series:
+    """Rows that `copy_heatmap` draws."""
     return (frame["perturbation"] == "Copy").fillna(False) & (frame["metric"] == "rel_l2")
 
 
-def _is_dose(frame: pd.DataFrame) -> pd.Series:
+def is_dose(frame: pd.DataFrame) -> pd.Series:
+    """Rows that `dose_response` draws."""
     return frame["perturbation"].str.startswith("PositionShift").fillna(False) & (frame["metric"] == "kl_nats")
-
-
-def _is_accuracy(frame: pd.DataFrame) -> pd.Series:
-    return (frame["metric"] == "accuracy") & frame["distance"].notna()
-
-
-def _task(frame: pd.DataFrame) -> pd.Series:
-    """The task that `rope-probe retrieval` measured; "" in other experiments, whose arms are lines of one figure."""
-    return frame["arm"].where(frame["experiment"] == "retrieval", "").fillna("")
 
 
 def restriction(frame: pd.DataFrame) -> pd.Series:
@@ -60,7 +50,7 @@ def copy_heatmap(frame: pd.DataFrame, label: str = "") -> go.Figure:
     One logarithmic colour scale for all panels. What the float64 control shows to be rounding is left grey.
     Raises InputError where the frame has no copy deltas.
     """
-    rows = frame[_is_copy(frame)]
+    rows = frame[is_copy(frame)]
     if rows.empty:
         raise InputError("these results hold no copy deltas; make them with copy_deltas")
     rows = rows.assign(
@@ -114,7 +104,7 @@ def copy_heatmap(frame: pd.DataFrame, label: str = "") -> go.Figure:
     if rows["value_float64"].notna().any():
         note += "; grey: rounding, gone in float64"
     title = "How copies of one document differ, by layer"
-    return _styled(figure, title, label, note, height=200 + sum(heights) + 34 * 6)
+    return styled(figure, title, label, note, height=200 + sum(heights) + 34 * 6)
 
 
 def dose_response(frame: pd.DataFrame, label: str = "") -> go.Figure:
@@ -122,7 +112,7 @@ def dose_response(frame: pd.DataFrame, label: str = "") -> go.Figure:
 
     Raises InputError where the frame has no logit KL of a PositionShift, or of ones that are restricted differently.
     """
-    rows = frame[_is_dose(frame)]
+    rows = frame[is_dose(frame)]
     if rows.empty:
         raise InputError("these results hold no logit KL of a PositionShift; trace some shifts first")
     if (kinds := restriction(rows).unique()).size > 1:
@@ -187,102 +177,9 @@ def dose_response(frame: pd.DataFrame, label: str = "") -> go.Figure:
         range=[np.log10(_LOWEST_KL), highest + 0.5],
     )
     note = f"lines: mean over documents, bands: smallest to largest document; {_sample(rows)}"
-    return _styled(figure, "How a shift of position changes the output", label, note, height=540)
-
-
-def retrieval_by_distance(frame: pd.DataFrame, label: str = "") -> go.Figure:
-    """Accuracy of retrieval against distance, a line for each model: the mean over seeds, and every seed as a point.
-
-    With one seed the bars are its 95% intervals.
-    Raises InputError where the frame has no accuracy by distance.
-    """
-    rows = frame[_is_accuracy(frame)]
-    if rows.empty:
-        raise InputError("these results hold no accuracy by distance; measure it with retrieval_accuracy")
-    figure = go.Figure()
-    for i, (model, part) in enumerate(rows.groupby("model", sort=False, dropna=False)):
-        colour, dash = PALETTE[i % len(PALETTE)], ("solid", "dash", "dot")[i // len(PALETTE) % 3]
-        mean = part.groupby("distance")[["value", "low", "high"]].mean()
-        one = part["seed"].nunique() <= 1
-        bars = {"array": mean["high"] - mean["value"], "arrayminus": mean["value"] - mean["low"], "visible": one}
-        figure.add_trace(
-            go.Scatter(
-                x=mean.index.to_numpy(),
-                y=mean["value"],
-                error_y={**bars, "thickness": 1, "width": 3},
-                name=str(model),
-                mode="lines+markers",
-                line={"color": colour, "dash": dash},
-                legendgroup=str(model),
-            )
-        )
-        if not one:
-            points = {"x": part["distance"], "y": part["value"], "mode": "markers", "showlegend": False}
-            marker = {"color": colour, "size": 5, "opacity": 0.5}
-            figure.add_trace(go.Scatter(**points, marker=marker, legendgroup=str(model), hoverinfo="skip"))
-    distances = sorted(rows["distance"].unique())
-    figure.update_xaxes(type="log", title="distance, tokens", tickvals=distances, tickformat="~g")
-    figure.update_yaxes(title="accuracy", range=[-0.03, 1.03])
-    seeds = ", ".join(map(str, sorted(rows["seed"].dropna().unique())))
-    lengths = ", ".join(map(str, sorted(rows["seq_len"].dropna().unique())))
-    note = f"window {lengths} tokens, seeds {seeds}; lines: mean over seeds, points: seeds, bars: 95% over trials"
-    figure = _styled(figure, "Retrieval by distance", label, note, height=560)
-    return figure.update_layout(legend={"orientation": "v", "x": 1.02, "y": 1, "yanchor": "top"})
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """A figure by name: which rows of a frame it draws, and how, given those rows and a label for its title.
-
-    `split` says what it is drawn once for, beside the experiment: rows with other values there get their own figure.
-    """
-
-    name: str
-    rows: Callable[[pd.DataFrame], pd.Series]
-    draw: Callable[[pd.DataFrame, str], go.Figure]
-    split: Callable[[pd.DataFrame], list[pd.Series]] = lambda rows: []
-
-
-DRAWINGS = (
-    Drawing(
-        "retrieval_by_distance",
-        _is_accuracy,
-        retrieval_by_distance,
-        lambda rows: [_task(rows), "window " + rows["seq_len"].astype("string")],
-    ),
-    Drawing("copy_heatmap", _is_copy, copy_heatmap, lambda rows: [rows["model"], rows["arm"]]),
-    Drawing("dose_response", _is_dose, dose_response, lambda rows: [rows["model"], rows["arm"], restriction(rows)]),
-)
+    return styled(figure, "How a shift of position changes the output", label, note, height=540)
 
 
 def _sample(rows: pd.DataFrame) -> str:
-    seeds = sorted(rows["seed"].dropna().unique().tolist())
-    lengths = sorted(rows["seq_len"].dropna().unique().tolist())
-    told = f"window {', '.join(map(str, lengths))} tokens, {rows['document'].nunique()} documents"
-    return f"{told}, seeds {', '.join(map(str, seeds))}" if seeds else told
-
-
-def _styled(figure: go.Figure, title: str, label: str, caption: str, height: int) -> go.Figure:
-    wrapped = "<br>".join(textwrap.wrap(caption, 125))
-    figure.update_layout(
-        template="plotly_white",
-        height=height,
-        margin={"t": 90, "b": 110, "l": 90, "r": 40},
-        title={"text": f"{title}: {label}" if label else title, "x": 0.01, "xanchor": "left"},
-        font={"family": "system-ui, sans-serif", "size": 14},
-        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
-    )
-    figure.add_annotation(
-        text=wrapped,
-        xref="paper",
-        yref="paper",
-        x=0,
-        y=0,
-        yshift=-62,
-        yanchor="top",
-        xanchor="left",
-        align="left",
-        showarrow=False,
-        font={"size": 12, "color": "#555555"},
-    )
-    return figure
+    told = f"window {listed(rows['seq_len'])} tokens, {rows['document'].nunique()} documents"
+    return f"{told}, seeds {seeds}" if (seeds := listed(rows["seed"])) else told

@@ -1,0 +1,23 @@
+"""Losses against the tokens trained on, for runs of one experiment: checkpoints, extensions or `rope-probe distill`.
+
+python -m figures.loss_curves figure.html runs/teacher-0 runs/base-0
+"""
+
+from pathlib import Path
+
+import pandas as pd
+import typer
+
+from rope_probe import plots
+from rope_probe.report import write_figure
+from rope_probe.results import read_run
+
+
+def draw(out: Path, runs: list[Path]) -> None:
+    """Draw the runs together into the page `out`."""
+    frame = pd.concat([read_run(run)[0] for run in runs], ignore_index=True)
+    print(write_figure(plots.loss_curves(frame), out))
+
+
+if __name__ == "__main__":
+    typer.run(draw)

@@ -1,0 +1,23 @@
+"""Full turns of every rotary pair over the window of each phase, for the arms of the phase-scaling experiment.
+
+python -m figures.rotations_by_pair figure.html runs/phase_scaling/*
+"""
+
+from pathlib import Path
+
+import pandas as pd
+import typer
+
+from rope_probe import plots
+from rope_probe.report import write_figure
+from rope_probe.results import read_run
+
+
+def draw(out: Path, runs: list[Path]) -> None:
+    """Draw the runs together into the page `out`."""
+    frame = pd.concat([read_run(run)[0] for run in runs], ignore_index=True)
+    print(write_figure(plots.rotations_by_pair(frame), out))
+
+
+if __name__ == "__main__":
+    typer.run(draw)

@@ -1,0 +1,23 @@
+"""Accuracy far beyond the document length for every pair of short and long theta, from the theta-grid experiment.
+
+python -m figures.theta_grid figure.html runs/theta_grid/*
+"""
+
+from pathlib import Path
+
+import pandas as pd
+import typer
+
+from rope_probe import plots
+from rope_probe.report import write_figure
+from rope_probe.results import read_run
+
+
+def draw(out: Path, runs: list[Path]) -> None:
+    """Draw the runs together into the page `out`."""
+    frame = pd.concat([read_run(run)[0] for run in runs], ignore_index=True)
+    print(write_figure(plots.theta_grid(frame), out))
+
+
+if __name__ == "__main__":
+    typer.run(draw)

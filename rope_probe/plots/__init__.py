@@ -1,0 +1,81 @@
+"""Tidy frame in, plotly figure out. One function per figure; each says in its caption what n and the seeds were."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from rope_probe.plots import geometry, grid, propagation, retrieval, training
+from rope_probe.plots.geometry import rotations_by_pair
+from rope_probe.plots.grid import theta_grid
+from rope_probe.plots.propagation import copy_heatmap, dose_response, restriction
+from rope_probe.plots.retrieval import retrieval_by_distance
+from rope_probe.plots.training import loss_curves
+
+__all__ = [
+    "DRAWINGS",
+    "Drawing",
+    "copy_heatmap",
+    "dose_response",
+    "loss_curves",
+    "restriction",
+    "retrieval_by_distance",
+    "rotations_by_pair",
+    "theta_grid",
+]
+
+
+def _nothing(frame: pd.DataFrame) -> pd.Series:
+    return pd.Series(False, index=frame.index)
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure by name: which rows of a frame it draws, and how, given those rows and a label for its title.
+
+    `split` says what it is drawn once for, beside the experiment: rows with other values there get their own figure.
+    `context` are rows that every one of these is given as well, whatever they are split by; alone they draw nothing.
+    """
+
+    name: str
+    rows: Callable[[pd.DataFrame], pd.Series]
+    draw: Callable[[pd.DataFrame, str], go.Figure]
+    split: Callable[[pd.DataFrame], list[pd.Series]] = lambda rows: []
+    context: Callable[[pd.DataFrame], pd.Series] = _nothing
+
+
+def _is_retrieval(frame: pd.DataFrame) -> pd.Series:
+    return retrieval.is_accuracy(frame) & ~grid.is_cell(frame)
+
+
+def _task(frame: pd.DataFrame) -> pd.Series:
+    """The task that `rope-probe retrieval` measured; "" in other experiments, whose arms are lines of one figure."""
+    return frame["arm"].where(frame["experiment"] == "retrieval", "").fillna("")
+
+
+def _phase(frame: pd.DataFrame) -> pd.Series:
+    """The phase after which something was measured, "" where that is the same throughout."""
+    phase = frame["phase"].fillna("")
+    return phase if phase.nunique() > 1 else phase.mask(phase != "", "")
+
+
+DRAWINGS = (
+    Drawing(
+        "retrieval_by_distance",
+        _is_retrieval,
+        retrieval_by_distance,
+        lambda rows: [_task(rows), _phase(rows), "window " + rows["seq_len"].astype("string")],
+        retrieval.is_document_length,
+    ),
+    Drawing("theta_grid", grid.is_cell, theta_grid, context=grid.is_gate),
+    Drawing("rotations_by_pair", geometry.is_rotations, rotations_by_pair, context=geometry.is_spectrum_use),
+    Drawing("loss_curves", training.is_loss, loss_curves),
+    Drawing("copy_heatmap", propagation.is_copy, copy_heatmap, lambda rows: [rows["model"], rows["arm"]]),
+    Drawing(
+        "dose_response",
+        propagation.is_dose,
+        dose_response,
+        lambda rows: [rows["model"], rows["arm"], restriction(rows)],
+    ),
+)

@@ -1,0 +1,80 @@
+"""How a phase uses the rotary spectrum: the turns that each pair makes over its window."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from rope_probe.errors import InputError
+from rope_probe.plots.style import DASHES, PALETTE, SYMBOLS, listed, styled
+
+_PHASE = ["model", "phase", "seq_len"]
+
+
+def is_rotations(frame: pd.DataFrame) -> pd.Series:
+    """Rows that `rotations_by_pair` draws as lines."""
+    return (frame["metric"] == "rotations") & frame["pair"].notna()
+
+
+def is_spectrum_use(frame: pd.DataFrame) -> pd.Series:
+    """Rows with the share of pairs that complete a turn."""
+    return frame["metric"] == "spectrum_use"
+
+
+def rotations_by_pair(frame: pd.DataFrame, label: str = "") -> go.Figure:
+    """Full turns of each rotary pair over the window of each phase, a line for each geometry that the models have.
+
+    Models whose phase has the same window and wavelengths share a line. Colours tell the wavelengths apart, dashes and
+    markers the phases. Raises InputError where the frame has no rotations by pair.
+    """
+    rows = frame[is_rotations(frame)]
+    if rows.empty:
+        raise InputError("these results hold no rotations by pair; record those of rope.rotations")
+    use = frame[is_spectrum_use(frame)].groupby(_PHASE, dropna=False)["value"].first()
+    lines: dict[tuple, list[tuple]] = {}
+    for at, part in rows.groupby(_PHASE, dropna=False, sort=False):
+        pairs = part.drop_duplicates("pair").sort_values("pair")
+        line = (*at[1:], *(tuple(pairs[column]) for column in ("pair", "wavelength", "value")))
+        lines.setdefault(line, []).append(at)
+    phases = list(dict.fromkeys(line[0] for line in lines))
+    spectra = sorted({line[3] for line in lines})
+    figure = go.Figure()
+    ordered = sorted(lines.items(), key=lambda line: (phases.index(line[0][0]), line[0][3]))
+    for (phase, window, pairs, lengths, turns), shared in ordered:
+        turning = f": {use[shared[0]] * len(pairs):.0f} of {len(pairs)} pairs turn" if shared[0] in use.index else ""
+        models = "<br>".join(str(model) for model, *_ in shared)
+        look = phases.index(phase) % len(DASHES)
+        figure.add_trace(
+            go.Scatter(
+                x=pairs,
+                y=turns,
+                name=f"{phase} phase, window {window:,}, {_spectrum(lengths)}{turning}",
+                mode="lines+markers",
+                line={"color": PALETTE[spectra.index(lengths) % len(PALETTE)], "dash": DASHES[look]},
+                marker={"symbol": SYMBOLS[look], "size": 8},
+                customdata=lengths,
+                hovertemplate=f"pair %{{x}}, wavelength %{{customdata:,.4g}} tokens: %{{y:.3g}} turns<br>{models}",
+            )
+        )
+    figure.add_hline(y=1, line={"color": "#555555", "width": 1})
+    at = {"x": 0.005, "xref": "paper", "xanchor": "left", "y": 0, "yanchor": "bottom", "showarrow": False}
+    figure.add_annotation(text="one full turn", font={"size": 12, "color": "#555555"}, **at)
+    figure.update_xaxes(title="rotary pair, fastest first", dtick=1 if rows["pair"].nunique() <= 32 else None)
+    figure.update_yaxes(type="log", title="full turns over the window", exponentformat="power", dtick=1)
+    note = (
+        f"turns over the window of each phase ({listed(rows['seq_len'])} tokens); a pair under the line does not "
+        f"complete one there; {rows['model'].nunique()} models, those with the same window and wavelengths share a line"
+    )
+    figure = styled(figure, "Rotations by pair", label, note, height=560)
+    inside = {"orientation": "v", "x": 0.01, "y": 0.02, "yanchor": "bottom", "bgcolor": "rgba(255,255,255,0.8)"}
+    return figure.update_layout(legend=inside)
+
+
+def _spectrum(wavelengths: Sequence[float]) -> str:
+    """The theta that gives these wavelengths, 2 pi theta^(p/P); the slowest pair's where no theta does."""
+    steps = np.diff(np.log(wavelengths))
+    if len(steps) and np.isclose(wavelengths[0], 2 * np.pi) and np.allclose(steps, steps[0], rtol=1e-3):
+        theta = np.exp(steps.mean() * len(wavelengths))
+        return f"theta {float(f'{theta:.4g}'):,g}"
+    return f"slowest pair {float(f'{wavelengths[-1]:.4g}'):,g} tokens"

@@ -1,0 +1,152 @@
+"""The map of short theta x long theta, with what two formulas say of each theta along its axes."""
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from rope_probe import rope
+from rope_probe.errors import InputError
+from rope_probe.plots.style import listed, styled
+
+FAR, GATE = 8, 0.95
+_CELL = r"(?P<short>\S+) to (?P<long>\S+), (?P<steps>\d+) steps"
+_HEAD_DIM = r"head_dim (?P<head_dim>\d+)"
+_PANEL = 330
+
+
+def is_cell(frame: pd.DataFrame) -> pd.Series:
+    """Rows with the accuracy of one cell, whose arm is called "300 to 20000, 250 steps" and its model "head_dim 32"."""
+    named = frame["arm"].str.fullmatch(_CELL) & frame["model"].str.fullmatch(_HEAD_DIM)
+    return named.fillna(False) & (frame["metric"] == "accuracy") & frame["distance"].notna()
+
+
+def is_gate(frame: pd.DataFrame) -> pd.Series:
+    """Rows with what the gate of a base measured; the base's theta is their arm."""
+    return (frame["metric"] == "gate_accuracy") & (frame["phase"] == "short").fillna(False)
+
+
+def theta_grid(frame: pd.DataFrame, label: str = "") -> go.Figure:
+    """Heatmaps of accuracy at 8 times the document length: short theta x long theta, for each head dim and budget.
+
+    The document length is the window of the bases' gates. A line between the cells is the base bound of the distance,
+    the ticks tell the spectrum use of each theta in its own window, constant theta is outlined, and an asterisk marks
+    cells whose base missed its gate. Raises InputError where the frame has no cells, no gates, or none at the distance.
+    """
+    cells, gates = _cells(frame), frame[is_gate(frame)]
+    if cells.empty or gates.empty:
+        raise InputError("these results hold no cells of a theta grid with the gates of their bases")
+    documents = int(gates["seq_len"].min())
+    distance = FAR * documents
+    cells = cells[cells["distance"] == distance]
+    if cells.empty:
+        raise InputError(f"these results hold no accuracy at {distance} tokens, {FAR} times {documents}")
+    missed = set(gates[gates["value"] < GATE][["model", "arm"]].itertuples(index=False, name=None))
+    head_dims, budgets = (sorted(cells[column].unique()) for column in ("head_dim", "steps"))
+    figure = make_subplots(
+        rows=len(head_dims),
+        cols=len(budgets),
+        subplot_titles=[f"head dim {dim}, {steps} steps" for dim in head_dims for steps in budgets],
+        vertical_spacing=130 / (_PANEL * len(head_dims)),
+        horizontal_spacing=0.12,
+    )
+    figure.update_annotations(yshift=18)
+    for i, head_dim in enumerate(head_dims, start=1):
+        bound = rope.base_bound(int(head_dim), distance)
+        for j, steps in enumerate(budgets, start=1):
+            part = cells[(cells["head_dim"] == head_dim) & (cells["steps"] == steps)]
+            _panel(figure, part, missed, bound, documents, {"row": i, "col": j})
+        figure.update_yaxes(title="short theta", row=i, col=1)
+    figure.update_yaxes(ticklabelstandoff=4)
+    figure.update_xaxes(title="long theta", title_standoff=6, row=len(head_dims))
+    ticks = {"tickvals": [0, 0.25, 0.5, 0.75, 1], "title": {"text": "accuracy", "side": "right"}}
+    figure.update_layout(coloraxis={"colorscale": "Viridis", "cmin": 0, "cmax": 1, "colorbar": ticks})
+    cell = cells.groupby(["head_dim", "steps", "short", "long"])["accuracy"]
+    note = (
+        f"each cell: accuracy at {distance} tokens, {FAR} times the documents of {documents}, in windows of "
+        f"{listed(cells['seq_len'])}; mean over seeds {listed(cells['seed'])}, which are apart by "
+        f"{(cell.max() - cell.min()).max():.2f} at most; outlined: constant theta; "
+        f"dashed: the base bound of {distance} tokens, reached to its right; "
+        f"use: pairs that complete a turn in the window of the phase"
+    )
+    if missed:
+        note += f"; *: the base of a seed missed its gate of {GATE}"
+    title = f"Accuracy at {distance} tokens by the theta of each phase"
+    figure = styled(figure, title, label, note, height=240 + _PANEL * len(head_dims), below=92)
+    return figure.update_layout(margin={"t": 120})
+
+
+def _cells(frame: pd.DataFrame) -> pd.DataFrame:
+    """Accuracy of each cell and seed by distance, with the numbers that its names hold."""
+    rows = frame[is_cell(frame)]
+    numbers = rows["arm"].str.extract(_CELL).astype(float).astype({"steps": int})
+    head_dim = rows["model"].str.extract(_HEAD_DIM, expand=False).astype(int)
+    told = rows[["model", "seed", "seq_len", "distance"]]
+    return pd.concat([told, numbers], axis=1).assign(head_dim=head_dim, accuracy=rows["value"])
+
+
+def _panel(
+    figure: go.Figure,
+    cells: pd.DataFrame,
+    missed: set[tuple[str, str]],
+    bound: float,
+    documents: int,
+    at: dict[str, int],
+) -> None:
+    """The heatmap of one head dim and budget."""
+    table = cells.pivot_table(values="accuracy", index="short", columns="long")
+    head_dim, model = int(cells["head_dim"].iloc[0]), cells["model"].iloc[0]
+    marks = ["*" if (model, f"{theta:g}") in missed else "" for theta in table.index]
+    text = [
+        ["" if np.isnan(value) else f"{value:.2f}{mark}" for value in row]
+        for row, mark in zip(table.to_numpy(), marks, strict=True)
+    ]
+    seeds = cells.pivot_table(
+        values="accuracy", index="short", columns="long", aggfunc=lambda values: ", ".join(f"{v:.2f}" for v in values)
+    )
+    trace = go.Heatmap(
+        z=table.to_numpy(),
+        text=text,
+        texttemplate="%{text}",
+        customdata=seeds.to_numpy(),
+        coloraxis="coloraxis",
+        xgap=2,
+        ygap=2,
+        hovertemplate="seeds: %{customdata}<extra></extra>",
+    )
+    figure.add_trace(trace, **at)
+    axes = ((figure.update_xaxes, table.columns, cells["seq_len"].max()), (figure.update_yaxes, table.index, documents))
+    for update, thetas, window in axes:
+        ticks = [_tick(theta, head_dim, window) for theta in thetas]
+        place = {"tickvals": list(range(len(thetas))), "range": [-0.5, len(thetas) - 0.5]}
+        update(**place, ticktext=ticks, showgrid=False, zeroline=False, **at)
+    for y, short in enumerate(table.index):
+        for x in np.flatnonzero(table.columns == short):
+            corners = {"x0": x - 0.5, "x1": x + 0.5, "y0": y - 0.5, "y1": y + 0.5}
+            figure.add_shape(type="rect", **corners, line={"color": "black", "width": 2}, **at)
+    edge = np.searchsorted(table.columns, bound) - 0.5
+    figure.add_vline(x=edge, line={"color": "#d55e00", "width": 3, "dash": "dash"}, **at)
+    figure.add_annotation(
+        x=edge,
+        y=len(table) - 0.5,
+        yanchor="bottom",
+        text=f"base bound {_short(bound)}",
+        showarrow=False,
+        font={"size": 12, "color": "#d55e00"},
+        **at,
+    )
+
+
+def _tick(theta: float, head_dim: int, window: int) -> str:
+    """A theta with the pairs that complete a turn in a window."""
+    pairs = head_dim // 2
+    use = rope.spectrum_use(rope.inv_freq({"rope_type": "default", "rope_theta": theta}, head_dim), window)
+    return f"{_short(theta)}<br>use {use * pairs:.0f}/{pairs}"
+
+
+def _short(theta: float) -> str:
+    """A theta in few letters: 300, 12.6k, 1M."""
+    for unit, letter in ((1e6, "M"), (1e3, "k")):
+        if theta >= unit:
+            return f"{theta / unit:.3g}{letter}"
+    return f"{theta:.3g}"

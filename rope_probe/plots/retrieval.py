@@ -1,0 +1,112 @@
+"""Retrieval by distance, with the lengths that training had as landmarks."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from rope_probe.errors import InputError
+from rope_probe.plots.style import BESIDE, line_style, listed, styled
+
+_MARGIN = 1.15
+
+
+def is_accuracy(frame: pd.DataFrame) -> pd.Series:
+    """Rows with the accuracy of retrieval at a distance."""
+    return (frame["metric"] == "accuracy") & frame["distance"].notna()
+
+
+def is_document_length(frame: pd.DataFrame) -> pd.Series:
+    """Rows with the length of the documents that a model was extended on, and its window as their `seq_len`."""
+    return (frame["metric"] == "document_length") & (frame["phase"] == "extension").fillna(False)
+
+
+def retrieval_by_distance(frame: pd.DataFrame, label: str = "") -> go.Figure:
+    """Accuracy of retrieval against distance, a line for each model: the mean over seeds, and every seed as a point.
+
+    With one seed the bars are its 95% intervals. The legend goes from the best to the worst at the farthest distance,
+    and so do thick lines to thin ones, which leaves those seen that lie under others.
+    Where the frame has document lengths, the one that most models trained on and their window stand as vertical lines.
+    Raises InputError where the frame has no accuracy by distance.
+    """
+    rows = frame[is_accuracy(frame)]
+    if rows.empty:
+        raise InputError("these results hold no accuracy by distance; measure it with retrieval_accuracy")
+    rows = rows.assign(model=rows["model"].fillna(""))
+    styles = {model: line_style(i) for i, model in enumerate(sorted(rows["model"].unique()))}
+    table = rows.pivot_table(values="value", index="model", columns="distance")
+    distances = table.columns.tolist()
+    figure = go.Figure()
+    order = table.sort_values(distances[::-1], ascending=False).index
+    for model, thickness in zip(order, np.linspace(1, 0.4, len(order)), strict=True):
+        part = rows[rows["model"] == model]
+        colour, dash, symbol = styles[model]
+        mean = part.groupby("distance")[["value", "low", "high"]].mean()
+        one = part["seed"].nunique() <= 1
+        bars = {"array": mean["high"] - mean["value"], "arrayminus": mean["value"] - mean["low"], "visible": one}
+        figure.add_trace(
+            go.Scatter(
+                x=mean.index.to_numpy(),
+                y=mean["value"],
+                error_y={**bars, "thickness": 1, "width": 3},
+                name=model,
+                mode="lines+markers",
+                line={"color": colour, "dash": dash, "width": 4 * thickness},
+                marker={"symbol": symbol, "size": 13 * thickness},
+                legendgroup=model,
+            )
+        )
+        if not one:
+            points = {"x": part["distance"], "y": part["value"], "mode": "markers", "showlegend": False}
+            marker = {"color": colour, "size": 5, "opacity": 0.5}
+            figure.add_trace(go.Scatter(**points, marker=marker, legendgroup=model, hoverinfo="skip"))
+    ends = (distances[0] / _MARGIN, distances[-1] * _MARGIN)
+    for at, text in _landmarks(frame):
+        if ends[0] <= at <= ends[1]:
+            _vertical_line(figure, at, text, "right" if at > distances[-1] / 2 else "center")
+    figure.update_xaxes(
+        type="log",
+        title="distance, tokens",
+        tickvals=distances,
+        tickformat="~g",
+        range=[math.log10(end) for end in ends],
+    )
+    figure.update_yaxes(title="accuracy", range=[-0.03, 1.03])
+    seeds = rows.groupby("model")["seed"].nunique()
+    uneven = f" ({seeds.min()} to {seeds.max()} of them for a model)" if seeds.min() < seeds.max() else ""
+    note = (
+        f"window {listed(rows['seq_len'])} tokens, seeds {listed(rows['seed'])}{uneven}; lines: mean over seeds, "
+        f"points: seeds{', bars: 95% over trials, where there is one seed' if seeds.min() <= 1 else ''}"
+    )
+    figure = styled(figure, "Retrieval by distance", label, note, height=560)
+    ranked = {"text": f"best to worst<br>at {distances[-1]:,} tokens", "font": {"size": 12}}
+    return figure.update_layout(legend={**BESIDE, "title": ranked})
+
+
+def _landmarks(frame: pd.DataFrame) -> list[tuple[float, str]]:
+    """Where most models' documents and windows end, in tokens, and how to call it."""
+    rows = frame[is_document_length(frame)]
+    found = []
+    for column, what in (("value", "documents of {} tokens"), ("seq_len", "training window of {} tokens")):
+        models = rows.groupby(column)["model"].nunique()
+        if models.empty:
+            continue
+        length, many, of = models.idxmax(), models.max(), rows["model"].nunique()
+        some = f" ({many} of {of} trained models)" if many < of else ""
+        found.append((float(length), what.format(f"{length:,.0f}") + some))
+    return found
+
+
+def _vertical_line(figure: go.Figure, at: float, text: str, anchor: str) -> None:
+    figure.add_vline(x=at, line={"color": "#888888", "width": 1, "dash": "dot"})
+    figure.add_annotation(
+        x=math.log10(at),
+        y=1,
+        yref="paper",
+        yanchor="bottom",
+        xanchor=anchor,
+        text=text,
+        showarrow=False,
+        font={"size": 12, "color": "#555555"},
+    )
