@@ -101,20 +101,28 @@ def plan(out: Path, seeds: int, full: bool) -> dict[str, Stage]:
 
 
 def run_all(stages: dict[str, Stage]) -> dict[str, str]:
-    """Run the stages, WORKERS at a time; returns those without a result, and why. What needs one of them is skipped."""
+    """Run the stages, WORKERS at a time; returns those without a result, and why. What needs one of them is skipped.
+
+    Of the stages that can start, the one planned first does.
+    """
     order = TopologicalSorter({name: stage.needs for name, stage in stages.items()})
     order.prepare()
     without: dict[str, str] = {}
     pool = ThreadPoolExecutor(WORKERS)
     try:
         running: dict[Future[str], str] = {}
+        ready: list[str] = []
         while order.is_active():
             for name in order.get_ready():
                 if lost := [need for need in stages[name].needs if need in without]:
                     without[name] = f"needs {lost[0]}"
                     order.done(name)
                 else:
-                    running[pool.submit(_run, stages[name])] = name
+                    ready.append(name)
+            ready.sort(key=list(stages).index)
+            while ready and len(running) < WORKERS:
+                name = ready.pop(0)
+                running[pool.submit(_run, stages[name])] = name
             for future in wait(running, return_when=FIRST_COMPLETED).done if running else ():
                 name = running.pop(future)
                 if why := future.result():

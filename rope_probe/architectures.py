@@ -107,7 +107,8 @@ def rotary_layers(model: PreTrainedModel) -> list[Rotary | None]:
         if not architecture.rotates(model.config, layer):
             return None
         prefix = f"{layer_types[layer]}_" if hasattr(embedding, f"{layer_types[layer]}_inv_freq") else ""
-        name = "inv_freq" if exact_length(model) is None else "original_inv_freq"  # the other one remembers long inputs
+        fixed = exact_length(model.config) is None
+        name = "inv_freq" if fixed else "original_inv_freq"  # the other one remembers long inputs
         frequencies = getattr(embedding, prefix + name).detach().to("cpu", torch.float64)
         if not frequencies.isfinite().all():
             raise InputError(f"layer {layer} has rotary frequencies that are not finite; check the model's rope_theta")
@@ -117,14 +118,14 @@ def rotary_layers(model: PreTrainedModel) -> list[Rotary | None]:
     return [rotary(layer) for layer in range(model.config.num_hidden_layers)]
 
 
-def exact_length(model: PreTrainedModel) -> int | None:
-    """Number of positions up to which the model's frequencies do not depend on its input; None where they never do."""
-    parameters = model.config.rope_parameters
+def exact_length(config: PreTrainedConfig) -> int | None:
+    """Number of positions up to which a model's frequencies do not depend on its input; None where they never do."""
+    parameters = config.rope_parameters
     per_type = [parameters] if "rope_type" in parameters else [p for p in parameters.values() if p is not None]
     limits = []
     for rope in per_type:
         if rope["rope_type"] == "dynamic":
-            limits.append(model.config.max_position_embeddings)
+            limits.append(config.max_position_embeddings)
         elif rope["rope_type"] == "longrope":
             limits.append(rope["original_max_position_embeddings"])
     return min(limits, default=None)

@@ -1,6 +1,8 @@
 """Folders that are whole or not there: written under a temporary name, then renamed."""
 
+import glob
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,6 +20,14 @@ def _is_ours(folder: Path, kind: str) -> bool:
     return mark.read_text() == f"{kind}\n" if mark.is_file() else not any(folder.iterdir())
 
 
+def _put_back(out: Path) -> None:
+    """Undo a replacement that was cut short between its two renames."""
+    if not out.exists():
+        for aside in out.parent.glob(f".{glob.escape(out.name)}.old-*"):
+            os.replace(aside, out)
+            return
+
+
 @contextmanager
 def whole_folder(out: str | os.PathLike[str], *, kind: str) -> Iterator[Path]:
     """Yields a temporary folder that becomes `out` when the block ends; when it raises, nothing is left behind.
@@ -27,10 +37,12 @@ def whole_folder(out: str | os.PathLike[str], *, kind: str) -> Iterator[Path]:
     """
     try:
         out = Path(out).resolve()
+        _put_back(out)
         if out.exists() and not _is_ours(out, kind):
             raise InputError(f"{str(out)!r} exists and is no {kind} of rope_probe's, so it is not replaced")
         absent = [parent for parent in out.parents if not parent.exists()]
-        partial, aside = (out.with_name(f".{out.name}.{what}-{os.getpid()}") for what in ("partial", "old"))
+        mine = secrets.token_hex(4)
+        partial, aside = (out.with_name(f".{out.name}.{what}-{mine}") for what in ("partial", "old"))
         partial.mkdir(parents=True)
     except OSError as error:
         raise InputError(f"cannot write to {str(out)!r}: {error.strerror}; choose a writable folder") from error

@@ -138,13 +138,21 @@ def write(
 
     `weights` are the model's state dict, where it is not in the model itself. Raises OSError where there is no room.
     """
-    with _quiet():
-        try:
-            model.save_pretrained(folder, state_dict=None if weights is None else dict(weights))
-        except SafetensorError as error:
-            raise OSError(errno.EIO, f"cannot write the weights, {error}", str(folder)) from error
+    with _quiet(), failing_as_os_error(folder):
+        model.save_pretrained(folder, state_dict=None if weights is None else dict(weights))
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def failing_as_os_error(folder: Path) -> Iterator[None]:
+    """Failures to write, which safetensors and tokenizers tell by classes of their own, as OSError."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(errno.EIO, f"cannot write, {error}", str(folder)) from error
 
 
 def with_rope(model: PreTrainedModel, rope: float | Mapping[str, Any]) -> PreTrainedModel:
@@ -162,13 +170,15 @@ def with_rope(model: PreTrainedModel, rope: float | Mapping[str, Any]) -> PreTra
 def rotary_embedding(model: PreTrainedModel, rope: float | Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
     """The rotary embedding that a model would have with another theta or `rope_parameters`, and these in full.
 
-    Raises InputError for a theta that is not positive and finite, for parameters that transformers does not take, and
-    for a model whose layers do not share one set of them.
+    How many of a head's dimensions rotate stays as it was. Raises InputError for a theta that is not positive and
+    finite, for parameters that transformers does not take, and for a model whose layers do not share one set of them.
     """
     if "rope_type" not in model.config.rope_parameters:
         raise InputError(f"{model.config.model_type} has rope parameters per layer type; set them in its config")
-    given = rope if isinstance(rope, Mapping) else {**model.config.rope_parameters, "rope_theta": rope}
-    parameters = {"rope_type": "default", **given}
+    before = model.config.rope_parameters
+    shape = {"partial_rotary_factor": before["partial_rotary_factor"]} if "partial_rotary_factor" in before else {}
+    given = rope if isinstance(rope, Mapping) else {**before, "rope_theta": rope}
+    parameters = {"rope_type": "default", **shape, **given}
     theta = parameters.get("rope_theta")
     if not isinstance(theta, int | float) or not math.isfinite(theta) or theta <= 0:
         raise InputError(f"rope_theta must be a positive finite number, but it is {theta!r}")
@@ -177,8 +187,9 @@ def rotary_embedding(model: PreTrainedModel, rope: float | Mapping[str, Any]) ->
     old = model.base_model.rotary_emb
     try:
         with _quiet():
+            config.validate()
             return type(old)(config=config).to(old.inv_freq.device), parameters
-    except (KeyError, TypeError, ValueError) as error:
+    except Exception as error:  # each config has its own checks
         raise InputError(f"transformers does not take rope_parameters {parameters}: {error!r}") from error
 
 

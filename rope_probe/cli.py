@@ -1,5 +1,6 @@
 """The command line, `rope-probe`: typed functions, one line on stderr and exit code 2 for bad input."""
 
+import os
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -181,7 +182,7 @@ def distill_command(
     config: Annotated[Path, typer.Argument(help="TOML file; see README.")],
     out: Annotated[Path | None, typer.Option(help="Run directory to write [default: the config's].")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was cut short.")] = False,
-    seed: Annotated[int | None, typer.Option(min=0, help="Seed [default: the config's].")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Seed [default: the config's].")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda [default: the config's, or what is there].")] = None,
     dtype: Annotated[_Dtype | None, typer.Option(help="float32, or bfloat16 for autocast.")] = None,
     attn: Annotated[_Kernel | None, typer.Option(help="Attention kernel [default: the config's].")] = None,
@@ -274,6 +275,12 @@ def _doses(window: int) -> list[float]:
     return [*doses, float(window)]
 
 
+def _refuse(why: str) -> int:
+    if os.environ.get("RANK", "0") == "0":  # of several processes, one tells it
+        print("error:", " ".join(why.split()), file=sys.stderr)
+    return 2
+
+
 def main() -> None:
     """Entry point: exit code 0, or 2 with one line `error: ...` for what the user can put right.
 
@@ -282,12 +289,9 @@ def main() -> None:
     try:
         code = app(standalone_mode=False)
     except (InputError, TyperException) as error:
-        message = error.format_message() if isinstance(error, TyperException) else str(error)
-        print("error:", " ".join(message.split()), file=sys.stderr)
-        code = 2
+        code = _refuse(error.format_message() if isinstance(error, TyperException) else str(error))
     except OSError as error:
-        print(f"error: {error.strerror or error}: {error.filename or 'while reading or writing'}", file=sys.stderr)
-        code = 2
+        code = _refuse(f"{error.strerror or error}: {error.filename or 'while reading or writing'}")
     except KeyboardInterrupt:
         code = 130
     sys.exit(code)

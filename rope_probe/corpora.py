@@ -122,10 +122,10 @@ class KeyValueStream:
 class TextCorpus:
     """Documents of text: one per file of `files`, or one per row of a `datasets` dataset, or the text Python carries.
 
-    `dataset` is a folder or hub id with its `split` and `column`. `tokenizer` is a folder or hub id; None reads bytes.
-    A document begins and ends as its tokenizer has it; one that marks neither gets its end-of-sequence token, if there
-    is one. Documents longer than `longest` tokens are cut into pieces of that length, and what is then shorter than
-    `shortest` is left out.
+    `dataset` is a folder or hub id with its `subset`, `split` and `column`. `tokenizer` is a folder or hub id; None
+    reads bytes. A document begins and ends as its tokenizer has it; one that marks neither gets its end-of-sequence
+    token, if there is one. Documents longer than `longest` tokens are cut into pieces of that length, and what is then
+    shorter than `shortest` is left out. A document longer than the window is read from a random place on.
 
     Raises InputError, when first read, for files, a dataset or a tokenizer that are not there, and where no document is
     long enough.
@@ -133,6 +133,7 @@ class TextCorpus:
 
     files: tuple[str, ...] = ()
     dataset: str | None = None
+    subset: str | None = None
     split: str = "train"
     column: str = "text"
     tokenizer: str | None = None
@@ -164,16 +165,22 @@ class TextCorpus:
     def batch(self, count: int, window: int, *, seed: int, index: int = 0) -> Batch:
         """`count` windows of packed documents, the one that crosses a window's end cut there; see `Corpus.batch`."""
         rng = np.random.default_rng([seed, index])
-        lengths, chosen, sizes = self._lengths, [], []
+        lengths = self._lengths
+        chosen: list[int] = []
+        starts: list[int] = []
+        sizes: list[int] = []
         for _ in range(count):
             room = window
             while room > 0:
                 document = int(rng.integers(len(lengths)))
+                length = int(lengths[document])
                 chosen.append(document)
-                sizes.append(min(room, int(lengths[document])))
+                starts.append(int(rng.integers(length - window + 1)) if length > window else 0)
+                sizes.append(min(room, length))
                 room -= sizes[-1]
         read = self._documents[chosen]["input_ids"]
-        tokens = np.concatenate([document[:size] for document, size in zip(read, sizes, strict=True)])
+        cut = zip(read, starts, sizes, strict=True)
+        tokens = np.concatenate([document[start : start + size] for document, start, size in cut])
         bounds = torch.tensor([0, *np.cumsum(sizes)], dtype=torch.int32)
         return Batch.continuous(torch.from_numpy(tokens.astype(np.int64)).reshape(count, window), bounds)
 
@@ -201,19 +208,18 @@ class TextCorpus:
             try:
                 if (Path(self.dataset) / "state.json").exists():  # written by save_to_disk
                     return datasets.load_from_disk(self.dataset).select_columns(self.column)
-                return datasets.load_dataset(self.dataset, split=self.split).select_columns(self.column)
+                return datasets.load_dataset(self.dataset, self.subset, split=self.split).select_columns(self.column)
             except Exception as error:  # as many classes of errors as there are file formats
                 raise InputError(
                     f"cannot read column {self.column!r} of split {self.split!r} of dataset {self.dataset!r}: {error}"
                 ) from error
-        try:
-            documents = [Path(file).read_text() for file in self.files] or list(embedded_text.documents())
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"cannot read a text file: {error}") from error
+        documents = [_read(file) for file in self.files] or list(embedded_text.documents())
         return datasets.Dataset.from_dict({self.column: documents})
 
     def _pieces(self, rows: dict[str, list[str]]) -> dict[str, list]:
         tokenizer = self.loaded_tokenizer
+        if other := [type(row).__name__ for row in rows[self.column] if not isinstance(row, str)]:
+            raise InputError(f"column {self.column!r} of {self.dataset!r} must hold text, but a row is {other[0]}")
         pieces = []
         for document in tokenizer(rows[self.column], verbose=False)["input_ids"]:
             if document and tokenizer.eos_token_id is not None and self._unmarked(document):
@@ -227,3 +233,10 @@ class TextCorpus:
         tokenizer = self.loaded_tokenizer
         marks = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id}
         return document[0] not in marks and document[-1] not in marks
+
+
+def _read(file: str) -> str:
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read text file {file!r}: {error}") from error

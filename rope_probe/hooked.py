@@ -49,7 +49,7 @@ class HookedCausalLM(HookedRootModule):
         self.original_model = model
         self.attn = attn
         self.rotary = rotary_layers(model)
-        self.exact_length = exact_length(model)
+        self.exact_length = exact_length(model.config)
         self._seams = [attention.Seam(attention.native_kernel(model)) for _ in self.rotary]
         self.hook_embed = HookPoint()
         self.blocks = nn.ModuleList(_Block(seam, sequential, attn) for seam in self._seams)

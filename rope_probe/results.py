@@ -122,7 +122,7 @@ def open_run(
     """
     out = Path(out)
     manifest = _manifest(experiment, config)
-    if out.exists():
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         manifest = _to_go_on(out, manifest, resume)
     else:
         with whole_folder(out, kind="run") as folder:

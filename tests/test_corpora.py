@@ -102,6 +102,15 @@ def test_documents_are_cut_to_the_longest_and_left_out_below_the_shortest(files)
     assert {bytes(b - 3 for b in d[:3]) for d in read(whole.batch(3, 400, seed=0))} <= {b"the", b"zw\xc3"}
 
 
+def test_a_document_longer_than_the_window_is_read_everywhere(tmp_path):
+    (tmp_path / "book").write_text("".join(f"{number:06d}" for number in range(5_000)))
+    book = TextCorpus(files=(str(tmp_path / "book"),))
+    batch = book.batch(64, 600, seed=0)
+    told = [int(book.loaded_tokenizer.decode(window)[6:12]) for window in batch.tokens if True]
+    assert len(set(told)) > 60
+    assert batch.cu_seqlens.diff().tolist() == [600] * 64
+
+
 @pytest.mark.parametrize("kind", ["saved", "parquet"])
 def test_a_dataset_on_disk_reads_as_its_files_do(files, tmp_path, kind):
     rows = datasets.Dataset.from_dict({"words": [Path(file).read_text() for file in files], "more": [1, 2, 3]})

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rope_probe import InputError, KeyValueStream, load_model
-from rope_probe.distillation import Gate, GateError, Head, HiddenMatch, Objective, Phase, train_phase
+from rope_probe.distillation import Gate, GateError, Head, HiddenMatch, Objective, Phase, Training, train_phase
 from rope_probe.distillation.student import by_distance
 from tests import zoo
 
@@ -124,6 +124,16 @@ def test_hidden_states_alone_bring_a_student_to_its_teacher(kind):
     assert history[-1]["hidden"] < 0.85 * apart
     with pytest.raises(InputError, match="distils, so it needs a teacher"):
         train_phase(student, phase, seed=0)
+
+
+def test_only_what_a_hidden_state_depends_on_is_trained():
+    student, teacher = fresh(), load_model(zoo.llama())
+    match = HiddenMatch(sites=("blocks.0.hook_resid_post",))
+    phase = dataclasses.replace(PHASE, steps=2, matrix_lr=None, objective=Objective(0.0, 0.0, hidden=match))
+    training = Training(student, phase, seed=0, teacher=teacher)
+    before = student.original_model.model.layers[1].mlp.up_proj.weight.clone()
+    assert training.advance(measure=True)["grad_norm_q"] > 0
+    assert torch.equal(student.original_model.model.layers[1].mlp.up_proj.weight, before)
 
 
 def of_sites(model, tokens, sites):

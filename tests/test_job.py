@@ -127,7 +127,7 @@ def test_killed_twenty_times_and_resumed_weights_and_log_are_those_of_an_uninter
 def test_a_resumed_run_that_is_complete_is_left_as_it_is(whole):
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
     table = json.loads((whole / "manifest.json").read_text())["config"]
-    assert distill(table, resume=True) == whole
+    assert distill({**table, "out": str(whole)}, resume=True) == whole
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
 
 
@@ -246,11 +246,12 @@ def on_a_full_disk(table, bytes_left):
     cli.main()
 
 
-def test_a_full_disk_is_told_and_what_was_complete_stays(tmp_path, whole):
+@pytest.mark.parametrize("bytes_left", [20_000, 100_000])  # no room for the weights; or for the optimizers' state
+def test_a_full_disk_is_told_and_what_was_complete_stays(tmp_path, whole, bytes_left):
     table = cut_short(tmp_path)
     (tmp_path / "config.toml").write_text(toml(table))
     snapshots = sorted(path.name for path in (tmp_path / "run" / "snapshots").iterdir())
-    child = FORK.Process(target=on_a_full_disk, args=(tmp_path / "config.toml", 20_000))
+    child = FORK.Process(target=on_a_full_disk, args=(tmp_path / "config.toml", bytes_left))
     child.start()
     child.join()
     assert child.exitcode == 2
@@ -307,6 +308,15 @@ def change(table, path, value):
         (("student",), {"model_type": "llama", "hidden": 3}, "no entry 'hidden'"),
         (("student",), "no/such/folder/there", "no folder at"),
         (("seed",), -1, "-1"),
+        (("seed",), 2**63, "9223372036854775808"),
+        (("device",), "nonsense", "nonsense"),
+        (("phases", 0, "weight_decay"), -1.0, "weight_decay of phase 'short' must be 0 or more"),
+        (("phases", 0, "matrix_lr"), 0.0, "matrix_lr of phase 'short' must be above 0"),
+        (("phases", 1, "objective", "ce_weight"), float("nan"), "nan"),
+        (("phases", 1, "objective", "hidden"), {"sites": ["blocks.9.hook_resid_post"]}, "no site 'blocks.9"),
+        (("phases", 0, "gate"), {"window": 16, "distances": [2], "accuracy": 1.0, "every": 0}, "`every`"),
+        (("phases", 0, "gate"), {"window": 16, "distances": [], "accuracy": 1.0, "every": 1}, "a distance"),
+        (("phases", 0, "gate"), {"window": 16, "distances": [3], "accuracy": 1.0, "every": 1}, "must be even"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path, path, value, named):
@@ -327,6 +337,81 @@ def test_rope_parameters_that_transformers_does_not_take_are_refused(tmp_path):
     table["phases"][1]["rope_parameters"] = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
     run = distill(table)
     assert read_run(run)[1]["models"]["long"]["rope_parameters"]["factor"] == 2.0
+
+
+def test_positions_past_which_a_model_changes_are_refused_before_anything_is_written(tmp_path):
+    table = config(tmp_path)
+    del table["phases"][1]["theta"]
+    table["student"]["max_position_embeddings"] = 16
+    table["phases"][1]["rope_parameters"] = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    with pytest.raises(InputError, match="positions up to 31, but the student's rope type changes"):
+        distill(table)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_extended_model_says_how_far_it_reads(tmp_path):
+    table = config(tmp_path)
+    table["student"]["max_position_embeddings"] = 16
+    for phase in table["phases"]:
+        phase["steps"] = 1
+    run = distill(table)
+    reach = [checkpoints.load(run / "checkpoints" / name).config.max_position_embeddings for name in ("short", "long")]
+    assert reach == [16, 32]
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "phi", "glm"])
+def test_other_rope_parameters_leave_how_much_of_a_head_rotates(tmp_path, name):
+    model = checkpoints.with_rope(
+        zoo.model(zoo.CONFIGS[name]()), {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+    )
+    again = checkpoints.load(checkpoints.save(model, tmp_path / "model"))
+    with torch.no_grad():
+        assert torch.equal(model(zoo.tokens()).logits, again(zoo.tokens()).logits)
+
+
+def test_rope_parameters_that_a_model_type_does_not_take_are_refused():
+    with pytest.raises(InputError, match="longrope"):
+        checkpoints.with_rope(
+            zoo.model(zoo.CONFIGS["phi3"]()), {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+        )
+
+
+def test_a_run_is_gone_on_with_wherever_it_lies_and_whatever_it_keeps(tmp_path, whole, monkeypatch):
+    cut_short(tmp_path)
+    shutil.move(tmp_path / "run", tmp_path / "moved")
+    for leftover in ("checkpoints/.short.partial-1", "snapshots/.short-000002"):  # what a SIGKILL leaves behind
+        (tmp_path / "moved" / leftover).mkdir(parents=True, exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    distill(config(tmp_path, out="moved", keep=1), resume=True)
+    ours, theirs = weights(tmp_path / "moved"), weights(whole)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert not [path for path in (tmp_path / "moved").rglob(".*") if path.is_dir()]
+
+
+def test_a_gate_that_was_tried_before_a_resumption_is_remembered(tmp_path):
+    table = config(tmp_path, save_every=8)
+    table["phases"][0]["gate"] = {"window": 16, "distances": [2], "accuracy": 1.0, "every": 8, "trials": 16}
+    table["phases"][0]["steps"] = 15
+    assert in_a_process(table, 12, 0.0) == -signal.SIGKILL
+    assert in_a_process(table) == 0
+    assert in_a_process({**table, "out": str(tmp_path / "whole")}) == 0
+    assert log(tmp_path / "run") == log(tmp_path / "whole")
+    assert "at 2" in log(tmp_path / "run")[-1]["missed_gate"]
+
+
+def test_training_that_leaves_the_numbers_is_stopped(tmp_path):
+    table = config(tmp_path)
+    table["phases"][0]["lr"] = 1e30
+    with pytest.raises(InputError, match="try a lower lr than 1e"):
+        distill(table)
+
+
+def test_what_accelerate_finds_in_the_environment_changes_nothing(tmp_path, whole, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert in_a_process(config(tmp_path)) == 0
+    ours, theirs = weights(tmp_path / "run"), weights(whole)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_a_run_that_is_there_is_neither_overwritten_nor_gone_on_with_differently(tmp_path, whole):

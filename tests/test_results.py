@@ -55,6 +55,16 @@ def test_a_run_that_fails_leaves_nothing_and_keeps_the_old_one(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
+def test_a_replacement_cut_short_between_its_renames_is_undone(tmp_path):
+    with new_run(tmp_path / "run", "old", {}):
+        pass
+    (tmp_path / "run").rename(tmp_path / ".run.old-1234")
+    with pytest.raises(ZeroDivisionError), new_run(tmp_path / "run", "new", {}):
+        raise ZeroDivisionError
+    assert read_run(tmp_path / "run")[1]["experiment"] == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
 def test_a_run_replaces_a_run_and_nothing_else(tmp_path):
     for name in ("first", "second"):
         with new_run(tmp_path / "run", name, {}):

@@ -3,7 +3,7 @@
 import os
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,8 +42,8 @@ class DistillConfig:
         for name in ("log_every", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be 1 or more, but it is {getattr(self, name)}")
-        if self.seed < 0:
-            raise InputError(f"seed must be 0 or more, but it is {self.seed}")
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f"seed must be in 0..2^63-1, but it is {self.seed}")
         if not self.phases:
             raise InputError("a run needs one phase or more")
         names = [phase.name for phase in self.phases]
@@ -54,6 +54,11 @@ class DistillConfig:
             for phase in self.phases:
                 if phase.objective.needs_teacher:
                     raise InputError(f"phase {phase.name!r} distils (kd_weight or hidden), so the run needs a teacher")
+
+
+def recorded(config: DistillConfig) -> dict[str, Any]:
+    """The configuration as a manifest holds it: all that decides what is trained, not where it lies or what is kept."""
+    return {key: value for key, value in asdict(config).items() if key not in ("out", "keep")}
 
 
 def read_config(source: str | os.PathLike[str] | Mapping[str, Any], **changes: Any) -> DistillConfig:

@@ -7,22 +7,23 @@ RUN/metrics.parquet, manifest.json
 """
 
 import os
+import shutil
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
-from dataclasses import asdict
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rope_probe import checkpoints
 from rope_probe.atomic import whole_folder
-from rope_probe.corpora import TextCorpus
+from rope_probe.corpora import KeyValueStream, TextCorpus
 from rope_probe.distillation import snapshots
-from rope_probe.distillation.config import DistillConfig, read_config
+from rope_probe.distillation.config import DistillConfig, read_config, recorded
 from rope_probe.distillation.log import Log
 from rope_probe.distillation.loop import Training
 from rope_probe.distillation.phase import Phase
@@ -31,6 +32,7 @@ from rope_probe.hooked import HookedCausalLM, load_model
 from rope_probe.packing import Batch
 from rope_probe.progress import progress
 from rope_probe.results import Run, describe_model, hash_tokens, is_complete, open_run
+from rope_probe.retrieval import KeyValueTask
 from rope_probe.seeds import derive
 
 LOG, SNAPSHOTS, CHECKPOINTS = "log.jsonl", "snapshots", "checkpoints"
@@ -48,12 +50,18 @@ def distill(config: DistillConfig | str | os.PathLike[str] | Mapping[str, Any], 
     """
     config = config if isinstance(config, DistillConfig) else read_config(config)
     out = Path(config.out)
-    if resume and is_complete(out, asdict(config)):
+    if resume and is_complete(out, recorded(config)):
         return out
     job = _Job(config)
-    main = job.accelerator.is_main_process
-    with open_run(out, "distill", asdict(config), resume=resume) if main else nullcontext() as run:
-        job.accelerator.wait_for_everyone()
+    with ExitStack() as stack:
+        run, refusal = None, None
+        if job.accelerator.is_main_process:
+            try:
+                run = stack.enter_context(open_run(out, "distill", recorded(config), resume=resume))
+            except InputError as error:
+                refusal = str(error)
+        if refusal := broadcast_object_list([refusal])[0]:  # every process ends, not the first one alone
+            raise InputError(refusal)
         job.train(run)
         if run is not None:
             job.describe(run)
@@ -66,7 +74,10 @@ class _Job:
 
     def __init__(self, config: DistillConfig) -> None:
         self.config, self.out = config, Path(config.out)
-        self.accelerator = Accelerator(cpu=config.device == "cpu" or not torch.accelerator.is_available())
+        if config.device is not None:
+            checkpoints.require_device(config.device, torch.float32)
+        cpu = config.device == "cpu" or not torch.accelerator.is_available()
+        self.accelerator = Accelerator(cpu=cpu, mixed_precision="no")  # autocast is the run's own affair
         by_process = config.device in (None, "cpu", "cuda")
         self._device = self.accelerator.device if by_process else torch.device(str(config.device))
         self._names = [phase.name for phase in config.phases]
@@ -113,6 +124,9 @@ class _Job:
         taken = [one for one in snapshots.found(self.out / SNAPSHOTS, self._names) if one.phase == phase.name]
         self.accelerator.wait_for_everyone()
         model = checkpoints.load(taken[-1].folder, dtype=torch.float32) if taken else self._before(phase)
+        if model.config.rope_parameters.get("rope_type") in ("default", "linear"):  # others may read this number
+            longest = max(phase.window, phase.target_window or 0)
+            model.config.max_position_embeddings = max(longest, model.config.max_position_embeddings)
         training = Training(
             load_model(model, attn=config.attn, device=self._device),
             phase,
@@ -126,7 +140,8 @@ class _Job:
             taken[-1].resume(training, rank)
         if log is not None:
             log.rewind(phase.name, training.step)
-            snapshots.prune(self.out / SNAPSHOTS, self._names, config.keep)
+            self._tidy_up()
+        training.gate = Log(self.out / LOG).last_gate(phase.name)
         advance(training.step * phase.batch_tokens)
         tokens, seconds = 0, 0.0
         while training.step < phase.steps and not training.passed:
@@ -140,18 +155,24 @@ class _Job:
                 log.write({"phase": phase.name, **record, "tokens_per_s": tokens / seconds, "time": time.time()})
                 tokens, seconds = 0, 0.0
             training.try_gate()
-            if log is not None and not training.gate.empty and phase.gate and number % phase.gate.every == 0:
+            if log is not None and phase.gate and number % phase.gate.every == 0:
                 measurement = training.gate[["distance", "value", "low", "high"]].to_dict("records")
                 log.write({"phase": phase.name, "step": number, "tokens": record["tokens"], "gate": measurement})
             if number % config.save_every == 0 and number < phase.steps and not training.passed:
                 folder = self.out / SNAPSHOTS / f"{phase.name}-{number:06d}"
                 snapshots.take(training, self.accelerator, folder, self._tokenizer)
                 if log is not None:
-                    snapshots.prune(self.out / SNAPSHOTS, self._names, config.keep)
+                    self._tidy_up()
         if log is not None and phase.gate and not training.passed:
             place = {"phase": phase.name, "step": training.step, "tokens": training.step * phase.batch_tokens}
             log.write({**place, "missed_gate": training.missed})
         self._finish(phase, training)
+
+    def _tidy_up(self) -> None:
+        """Keep the last snapshots, and nothing of checkpoints that were cut short."""
+        snapshots.prune(self.out / SNAPSHOTS, self._names, self.config.keep)
+        for cut_short in (self.out / CHECKPOINTS).glob(".*"):
+            shutil.rmtree(cut_short)
 
     def _finish(self, phase: Phase, training: Training) -> None:
         weights = training.weights()
@@ -164,13 +185,12 @@ class _Job:
     def _checkpoint(self, phase: Phase) -> Path:
         return self.out / CHECKPOINTS / phase.name
 
-    def _before(self, phase: Phase) -> PreTrainedModel:
-        """The student as a phase begins with it."""
+    def _before(self, phase: Phase, model: PreTrainedModel | None = None) -> PreTrainedModel:
+        """The student as a phase begins with it: the phase before's, or `model`, with this one's theta."""
         index = self._names.index(phase.name)
-        if index == 0:
-            model = self._start
-        else:
+        if model is None and index > 0:
             model = checkpoints.load(self._checkpoint(self.config.phases[index - 1]), dtype=torch.float32)
+        model = self._start if model is None else model
         return model if phase.rope is None else checkpoints.with_rope(model, phase.rope)
 
     def _student(self) -> PreTrainedModel:
@@ -202,22 +222,42 @@ class _Job:
         return named[0][1] if named else None
 
     def _check(self, phase: Phase) -> None:
-        if phase.rope is not None:
-            checkpoints.rotary_embedding(self._start, phase.rope)
-        models = {"student": self._start.config}
-        if self._teacher is not None:
-            models["teacher"] = self._teacher.config
-        for role, model in models.items():
-            if phase.data.vocab_size > model.vocab_size:
-                raise InputError(
-                    f"the data of phase {phase.name!r} has {phase.data.vocab_size} token ids, but the {role}'s "
-                    f"vocabulary has {model.vocab_size}"
-                )
+        student = load_model(self._before(phase, self._start), attn=self.config.attn)
+        for role, model in (("student", student), ("teacher", self._teacher)):
+            if model is not None:
+                _check_model(role, model, phase)
+        student.release()
+        match = phase.objective.hidden
+        if match is not None and self._teacher is not None:
+            widths = student.config.hidden_size, self._teacher.config.hidden_size
+            if widths[0] != widths[1]:
+                raise InputError(f"hidden states are {widths[0]} wide in the student, {widths[1]} in the teacher")
+        if phase.gate is not None and isinstance(phase.data, KeyValueStream):
+            for distance in phase.gate.distances:
+                KeyValueTask(phase.data, phase.gate.window).trials(distance, 1, seed=0)
         phase.windows_of_a_part(self.accelerator.num_processes)
         self._first_batch(phase)
 
     def _first_batch(self, phase: Phase) -> Batch:
         return phase.batch(derive(self.config.seed, phase.name), 0)
+
+
+def _check_model(role: str, model: HookedCausalLM, phase: Phase) -> None:
+    """That a model can read what a phase gives it. Raises InputError where it cannot."""
+    if phase.data.vocab_size > model.config.vocab_size:
+        raise InputError(
+            f"the data of phase {phase.name!r} has {phase.data.vocab_size} token ids, but the {role}'s vocabulary has "
+            f"{model.config.vocab_size}"
+        )
+    for site in phase.objective.hidden.sites if phase.objective.hidden else ():
+        if site not in model.hook_dict:
+            raise InputError(f"the {role} has no site {site!r}; ln_final.hook_out is one it has")
+    longest = max(phase.window, phase.target_window or 0)
+    if model.exact_length is not None and longest > model.exact_length:
+        raise InputError(
+            f"phase {phase.name!r} has positions up to {longest - 1}, but the {role}'s rope type changes its "
+            f"frequencies with the input from {model.exact_length} on"
+        )
 
 
 def _require_same(who: str, ours: PreTrainedTokenizerBase, other: str, theirs: PreTrainedTokenizerBase) -> None:

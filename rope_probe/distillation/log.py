@@ -42,6 +42,11 @@ class Log:
         """What a phase's gate asked for and was not reached."""
         return next((line["missed_gate"] for line in self.lines() if "missed_gate" in line), None)
 
+    def last_gate(self, phase: str) -> pd.DataFrame:
+        """What a phase's gate measured last; empty where it was not tried yet."""
+        tries = [line["gate"] for line in self.lines() if "gate" in line and line["phase"] == phase]
+        return pd.DataFrame(tries[-1] if tries else [])
+
     def frame(self) -> pd.DataFrame:
         """The log as a tidy frame: `position` counts tokens trained on, `distance` is the upper end of its bin."""
         rows = []

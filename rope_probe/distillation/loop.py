@@ -7,6 +7,7 @@
 - Weights are float32, under bfloat16 autocast too; others are refused.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
@@ -63,7 +64,7 @@ class Training:
     """One phase of one model under way. `advance` does a step; `state` and `restore` let another process go on.
 
     Raises InputError for a model with another theta than the phase's, weights that are not float32, a teacher that is
-    missing, and a batch that the processes cannot share.
+    missing, and a batch that the processes cannot share; `advance` for a gradient that is not finite.
     """
 
     def __init__(
@@ -88,7 +89,7 @@ class Training:
             raise InputError(f"phase {phase.name!r} distils, so it needs a teacher")
         self.model, self.teacher, self.phase, self.seed = model, teacher, phase, seed
         self.step, self.passed, self.gate = 0, False, pd.DataFrame()
-        self._accelerator = accelerator or Accelerator(cpu=model.device.type == "cpu")
+        self._accelerator = accelerator or Accelerator(cpu=model.device.type == "cpu", mixed_precision="no")
         self._share = phase.windows_of_a_part(self._accelerator.num_processes)
         self._autocast = partial(torch.autocast, model.device.type, torch.bfloat16, enabled=autocast)
         self._optimizers = _optimizers(model.original_model, phase)
@@ -124,13 +125,18 @@ class Training:
             with accelerator.no_sync(self._student) if part is not parts[-1] else nullcontext():
                 with self._autocast():
                     loss, terms = self._student(part, self._taught(part, measure), over, measure)
-                accelerator.backward(loss * accelerator.num_processes)  # gradients are averaged over processes
+                (loss * accelerator.num_processes).backward()  # gradients are averaged over processes
             for name, value in shares(loss, terms, over, part.tokens if measure else None).items():
                 sums[name] = sums.get(name, 0) + value
         norms = self._gradient_norms() if measure else {}
-        norm = accelerator.clip_grad_norm_(self._student.parameters(), phase.clip_norm)
+        norm = _whole(accelerator.clip_grad_norm_(self._student.parameters(), phase.clip_norm)).item()
+        if not math.isfinite(norm):
+            raise InputError(
+                f"the gradient of phase {phase.name!r} is {norm} at step {self.step + 1}, so training cannot go on; "
+                f"try a lower lr than {phase.lr:g}"
+            )
         if measure:
-            norms = {"lr": phase.lr * factor, "grad_norm": _whole(norm).item(), **norms}
+            norms = {"lr": phase.lr * factor, "grad_norm": norm, **norms}
         for optimizer in self._optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -200,6 +206,8 @@ class Training:
         squares: dict[str, float] = dict.fromkeys("qkv", 0.0)
         for layer in range(len(self.model.original_model.base_model.layers)):
             for name, (weight, rows) in query_key_value_rows(self.model.original_model, layer).items():
+                if weight.grad is None:
+                    continue
                 squares[name] += _whole(weight.grad)[rows.to(weight.device)].square().sum().item()
         return {f"grad_norm_{name}": square**0.5 for name, square in squares.items()}
 

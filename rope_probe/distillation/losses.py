@@ -181,8 +181,9 @@ class Objective:
     chunk: int = 256
 
     def __post_init__(self) -> None:
-        nothing = self.ce_weight + self.kd_weight == 0 and self.hidden is None
-        if min(self.ce_weight, self.kd_weight) < 0 or nothing or self.chunk < 1:
+        weights = (self.ce_weight, self.kd_weight)
+        nothing = sum(weights) == 0 and self.hidden is None
+        if not math.isfinite(sum(weights)) or min(weights) < 0 or nothing or self.chunk < 1:
             raise InputError(
                 "an objective needs weights of 0 or more, one of them above it, and a chunk of 1 or more, but they are "
                 f"ce_weight {self.ce_weight}, kd_weight {self.kd_weight}, chunk {self.chunk}"

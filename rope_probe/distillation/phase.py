@@ -42,6 +42,13 @@ class Gate:
     trials: int = 128
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if min(self.every, self.trials) < 1 or not self.distances or not 0 <= self.seed < 2**63:
+            raise InputError(
+                "a gate needs `every` and `trials` of 1 or more, a distance, and a seed in 0..2^63-1, but they are "
+                f"{self.every}, {self.trials}, {self.distances}, {self.seed}"
+            )
+
     def measure(self, model: HookedCausalLM, data: KeyValueStream) -> pd.DataFrame:
         """Accuracy by distance."""
         task = KeyValueTask(data, self.window)
@@ -91,6 +98,10 @@ class Phase:
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise InputError(f"{name} of phase {self.name!r} must be above 0, but it is {value}")
+        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
+            raise InputError(f"weight_decay of phase {self.name!r} must be 0 or more, but it is {self.weight_decay}")
+        if self.matrix_lr is not None and not (math.isfinite(self.matrix_lr) and self.matrix_lr > 0):
+            raise InputError(f"matrix_lr of phase {self.name!r} must be above 0, but it is {self.matrix_lr}")
         if not re.fullmatch(r"\w[\w.-]*", self.name):
             raise InputError(f"a phase's name becomes a folder's: letters, digits, dots, dashes; not {self.name!r}")
         if self.theta is not None and self.rope_parameters is not None:

@@ -1,6 +1,7 @@
 """Training snapshots: a Hugging Face checkpoint, and the state of optimizers and random number generators beside it."""
 
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -64,7 +65,8 @@ def take(training: Training, accelerator: Accelerator, folder: Path, tokenizer: 
         state |= {f"{_RNG}{rank}/{name}": value for rank, one in enumerate(everyone) for name, value in one.items()}
         with whole_folder(folder, kind="checkpoint") as partial:
             checkpoints.write(training.model.original_model, partial, weights=weights, tokenizer=tokenizer)
-            save_file({name: value.contiguous() for name, value in state.items()}, partial / _STATE)
+            with checkpoints.failing_as_os_error(partial):
+                save_file({name: value.contiguous() for name, value in state.items()}, partial / _STATE)
             place = {"phase": training.phase.name, "step": training.step}
             (partial / _PLACE).write_text(json.dumps(place) + "\n")
     accelerator.wait_for_everyone()
@@ -78,8 +80,10 @@ def found(folder: Path, phases: Sequence[str]) -> list[Snapshot]:
 
 def prune(folder: Path, phases: Sequence[str], keep: int) -> None:
     """Remove all but the latest `keep` snapshots, and what writes that were cut short have left."""
-    for old in [*(one.folder for one in found(folder, phases)[:-keep]), *folder.glob(".*")]:
-        shutil.rmtree(old)
+    for old in found(folder, phases)[:-keep]:
+        os.replace(old.folder, old.folder.with_name(f".{old.folder.name}"))  # not to be seen while it is half there
+    for hidden in folder.glob(".*"):
+        shutil.rmtree(hidden)
 
 
 def _read(folder: Path) -> Snapshot:

@@ -89,7 +89,7 @@ def shares(loss: Tensor, terms: Terms, over: tuple[int, int], tokens: Tensor | N
     if terms.divergence is not None:
         sums["kd_nats"] = terms.divergence.sum() / over[1]
         if tokens is not None:
-            sums["kd_nats_by_distance"] = by_distance(terms.divergence, tokens)
+            sums["kd_nats_by_distance"] = by_distance(terms.divergence, tokens).to(loss)
     if terms.hidden is not None:
         sums["hidden"] = terms.hidden.sum() / over[1]
     return sums
