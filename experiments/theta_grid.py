@@ -42,8 +42,8 @@ from rope_probe.seeds import derive
 
 HEAD_DIMS = (16, 32)
 THETAS = (300.0, 2_000.0, 20_000.0, 100_000.0, 1_000_000.0)
-BUDGETS = (60, 150)
-DISTANCES = (64, 128, 256, 512, 1000)
+BUDGETS = (30, 90)
+DISTANCES = (128, 512)
 FAR = 8 * SHORT
 
 

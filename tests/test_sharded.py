@@ -60,7 +60,7 @@ def shards():
 
 
 def test_two_shards_have_the_losses_of_one_process_and_are_resumed_exactly():
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run([*launch, "-m", "tests.test_sharded"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
