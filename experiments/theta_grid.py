@@ -10,7 +10,7 @@ Two formulas from the literature could foresee which cells work, from the long t
 
 Predictions, written before the first run:
 
- 1. Below the bound of 512 tokens (12.6k for head dim 32, 60k for 16) the long theta gives less than 0.5 at 512
+ 1. Below the bound of 512 tokens (12.5k for head dim 32, 56k for 16) the long theta gives less than 0.5 at 512
     tokens, above it 0.5 or more, in at least four cells out of five on the larger budget.
  2. Head dim 32: a constant large theta does as well as phase-wise, within 0.1 (means over the cells with a long theta
     of 20,000 or more, diagonal against above it). Head dim 16: phase-wise is better by more than 0.1.
