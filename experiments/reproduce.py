@@ -24,7 +24,7 @@ from experiments import phase_scaling, propagation, text, theta_grid, toy_checkp
 from rope_probe import rope
 from rope_probe.errors import InputError
 from rope_probe.report import gallery
-from rope_probe.results import is_complete, read_run
+from rope_probe.results import is_complete, read_frames, read_run
 
 WORKERS = 2
 QUICK_ARMS = ("base", "theta_swapped", "ce_phase_wise", "kd_phase_wise", "kd_small_theta", "kd_large_theta")
@@ -148,19 +148,15 @@ def _run(stage: Stage) -> str:
     return read_run(stage.run)[1].get("missed_gate") or ""
 
 
-def _read(runs: Sequence[Path]) -> pd.DataFrame:
-    return pd.concat([read_run(run)[0] for run in runs], ignore_index=True)
-
-
 def _print_checkpoints(runs: Sequence[Path]) -> None:
-    frame = _read(runs)
+    frame = read_frames(runs)
     gates = frame[frame["metric"] == "gate_accuracy"]
     print("\nToy checkpoints: retrieval at the end of each phase, accuracy by distance")
     print(_by_distance(gates, ["model", "seed", "phase"]))
 
 
 def _print_phase_scaling(runs: Sequence[Path]) -> None:
-    frame = _read(runs)
+    frame = read_frames(runs)
     for window, part in frame[frame["metric"] == "accuracy"].groupby("seq_len"):
         print(f"\nPhase scaling: retrieval in a window of {window} tokens after the extension, accuracy by distance")
         print(_by_distance(part, ["model", "seed"]))
@@ -179,7 +175,7 @@ def _print_propagation(runs: Sequence[Path]) -> None:
 
 
 def _print_theta_grid(runs: Sequence[Path]) -> None:
-    frame = _read(runs)
+    frame = read_frames(runs)
     bases = frame[frame["metric"] == "gate_accuracy"].groupby(["model", "arm"])["value"].min().unstack("model")
     print("\nTheta grid: what each base retrieves in its own window, the worst distance; by short theta")
     print(bases.to_string(float_format="{:.2f}".format))
@@ -195,7 +191,7 @@ def _print_theta_grid(runs: Sequence[Path]) -> None:
 
 
 def _print_text(runs: Sequence[Path]) -> None:
-    frame = _read(runs)
+    frame = read_frames(runs)
     print("\nText: prediction (experiments/text.py), and the passkey task on the checkpoint")
     print(text.verdicts(frame).to_string(index=False, float_format="{:.3f}".format))
     print(_by_distance(frame[frame["metric"] == "accuracy"], ["model", "arm"]), "\n")

@@ -34,8 +34,9 @@ from scipy import stats
 from experiments import phase_scaling, toy_checkpoints
 from experiments.toy_checkpoints import LONG, SHORT, SHORT_DOCUMENTS
 from rope_probe import KeyValueTask, checkpoints, load_model, retrieval_accuracy, rope
-from rope_probe.distillation import GateError, Phase, train_phase
+from rope_probe.distillation import Phase, train_phase
 from rope_probe.errors import InputError
+from rope_probe.plots.grid import read_cells
 from rope_probe.progress import progress
 from rope_probe.results import describe_model, hash_tokens, new_run, read_run
 from rope_probe.seeds import derive
@@ -64,18 +65,13 @@ def make_row(
         short = toy_checkpoints.short_phase(short_theta)
         config = toy_checkpoints.architecture({"rope_type": "default", "rope_theta": short_theta}, head_dim)
         base = load_model(checkpoints.build(config, seed=derive(seed, *purpose, "weights")))
-        with progress(f"{out.name} base, tokens", short.steps * short.batch_tokens) as advance:
-            try:
-                history, gate = train_phase(
-                    base, short, seed=derive(seed, *purpose, "short"), on_step=lambda n: advance(short.batch_tokens)
-                )
-                missed = None
-            except GateError as error:
-                history, gate, missed = error.history, error.measured, str(error)
+        history, gate, missed = toy_checkpoints.train_to_gate(
+            base, short, derive(seed, *purpose, "short"), f"{out.name} base"
+        )
         plain = base.release()
         columns = {"model": f"head_dim {head_dim}", "seed": seed}
         run.record(gate.assign(metric="gate_accuracy"), **columns, arm=f"{short_theta:g}", phase="short")
-        run.manifest |= {"missed_gate": missed, "base_tokens": history[-1]["tokens"]}
+        run.manifest |= {"base_missed_gate": missed, "base_tokens": history[-1]["tokens"]}
         run.manifest["models"] = {"base": describe_model(plain)}
         for steps in BUDGETS:
             for long_theta in THETAS:
@@ -121,30 +117,16 @@ def cells(frame: pd.DataFrame) -> pd.DataFrame:
     """Accuracy of each cell at 8 times the document length, beside what the two formulas say of its long theta.
 
     Columns: head_dim, steps, short_theta, long_theta, seed, accuracy, reaches (the long theta is at or above the base
-    bound of that distance), use_short, use_long (spectrum use of each theta in its own window).
+    bound of that distance), use_long (spectrum use of the long theta in its window).
     """
-    far = frame[(frame["phase"] == "extension") & (frame["metric"] == "accuracy") & (frame["distance"] == FAR)]
-    named = far["arm"].str.extract(r"(?P<short>\S+) to (?P<long>\S+), (?P<steps>\d+) steps").astype(float)
-    head_dim = far["model"].str.removeprefix("head_dim ").astype(int)
-
-    def use(thetas: pd.Series, window: int) -> list[float]:
-        return [
-            rope.spectrum_use(rope.inv_freq({"rope_type": "default", "rope_theta": theta}, dim), window)
-            for theta, dim in zip(thetas, head_dim, strict=True)
-        ]
-
-    bounds = {dim: rope.base_bound(dim, FAR) for dim in head_dim.unique()}
-    return pd.DataFrame({
-        "head_dim": head_dim,
-        "steps": named["steps"].astype(int),
-        "short_theta": named["short"],
-        "long_theta": named["long"],
-        "seed": far["seed"],
-        "accuracy": far["value"],
-        "reaches": named["long"] >= head_dim.map(bounds),
-        "use_short": use(named["short"], SHORT),
-        "use_long": use(named["long"], LONG),
-    })  # fmt: skip
+    table = read_cells(frame).query("distance == @FAR").rename(columns={"short": "short_theta", "long": "long_theta"})
+    bounds = {dim: rope.base_bound(dim, FAR) for dim in table["head_dim"].unique()}
+    use = [
+        rope.spectrum_use(rope.inv_freq({"rope_type": "default", "rope_theta": theta}, dim), LONG)
+        for theta, dim in zip(table["long_theta"], table["head_dim"], strict=True)
+    ]
+    told = table[["head_dim", "steps", "short_theta", "long_theta", "seed", "accuracy"]]
+    return told.assign(reaches=table["long_theta"] >= table["head_dim"].map(bounds), use_long=use)
 
 
 def verdicts(frame: pd.DataFrame) -> pd.DataFrame:

@@ -13,12 +13,14 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
+import pandas as pd
 import torch
 import typer
 from transformers import LlamaConfig, PreTrainedModel
 
-from rope_probe import KeyValueStream, checkpoints, load_model
+from rope_probe import HookedCausalLM, KeyValueStream, checkpoints, load_model
 from rope_probe.distillation import Gate, GateError, Objective, Phase, train_phase
+from rope_probe.distillation.loop import Record
 from rope_probe.progress import progress
 from rope_probe.results import Run, describe_model, hash_tokens, new_run, tidy
 from rope_probe.seeds import derive
@@ -120,19 +122,27 @@ def architecture(rope_parameters: dict, head_dim: int = 32) -> LlamaConfig:
     )
 
 
-def _train(run: Run, model: PreTrainedModel, phase: Phase, role: Role, seed: int) -> str | None:
-    """Train through one phase, record it, and say what its gate missed."""
-    hooked, missed = load_model(model), None
-    with progress(f"{phase.name} phase, tokens", phase.steps * phase.batch_tokens) as advance:
+def train_to_gate(
+    model: HookedCausalLM, phase: Phase, seed: int, what: str
+) -> tuple[list[Record], pd.DataFrame, str | None]:
+    """Train by cross-entropy until the gate passes or the cap: losses, the gate's last measurement, what it missed."""
+    with progress(f"{what}, tokens", phase.steps * phase.batch_tokens) as advance:
         try:
             history, gate = train_phase(
-                hooked,
+                model,
                 phase,
-                seed=derive(seed, role, phase.name),
+                seed=seed,
                 on_step=lambda n: advance(phase.batch_tokens, f"CE {n['ce_nats']:.2f} nats"),
             )
         except GateError as error:
-            history, gate, missed = error.history, error.measured, str(error)
+            return error.history, error.measured, str(error)
+    return history, gate, None
+
+
+def _train(run: Run, model: PreTrainedModel, phase: Phase, role: Role, seed: int) -> str | None:
+    """Train through one phase, record it, and say what its gate missed."""
+    hooked = load_model(model)
+    history, gate, missed = train_to_gate(hooked, phase, derive(seed, role, phase.name), f"{phase.name} phase")
     hooked.release()
     losses = [{"position": n["tokens"], "metric": "ce_nats", "value": n["ce_nats"]} for n in history]
     run.record(tidy(losses), model=role, seed=seed, phase=phase.name, seq_len=phase.window)

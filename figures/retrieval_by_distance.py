@@ -5,17 +5,16 @@ python -m figures.retrieval_by_distance figure.html runs/phase_scaling/*
 
 from pathlib import Path
 
-import pandas as pd
 import typer
 
 from rope_probe import plots
 from rope_probe.report import write_figure
-from rope_probe.results import read_run
+from rope_probe.results import read_frames
 
 
 def draw(out: Path, runs: list[Path], window: int = 1024) -> None:
     """Draw the runs together into the page `out`, as probed in windows of `window` tokens."""
-    frame = pd.concat([read_run(run)[0] for run in runs], ignore_index=True)
+    frame = read_frames(runs)
     chosen = frame[(frame["seq_len"] == window) | (frame["metric"] == "document_length")]
     print(write_figure(plots.retrieval_by_distance(chosen, f"window {window}"), out))
 

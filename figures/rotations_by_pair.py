@@ -5,17 +5,16 @@ python -m figures.rotations_by_pair figure.html runs/phase_scaling/*
 
 from pathlib import Path
 
-import pandas as pd
 import typer
 
 from rope_probe import plots
 from rope_probe.report import write_figure
-from rope_probe.results import read_run
+from rope_probe.results import read_frames
 
 
 def draw(out: Path, runs: list[Path]) -> None:
     """Draw the runs together into the page `out`."""
-    frame = pd.concat([read_run(run)[0] for run in runs], ignore_index=True)
+    frame = read_frames(runs)
     print(write_figure(plots.rotations_by_pair(frame), out))
 
 

@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,17 +19,6 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerBase
 from rope_probe import checkpoints, embedded_text
 from rope_probe.errors import InputError
 from rope_probe.packing import Batch
-
-
-class Corpus(Protocol):
-    """Where a phase's windows come from."""
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of token ids in use."""
-
-    def batch(self, count: int, window: int, *, seed: int, index: int = 0) -> Batch:
-        """`count` windows of packed documents, a pure function of (seed, index)."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +152,10 @@ class TextCorpus:
         return len(self.loaded_tokenizer)
 
     def batch(self, count: int, window: int, *, seed: int, index: int = 0) -> Batch:
-        """`count` windows of packed documents, the one that crosses a window's end cut there; see `Corpus.batch`."""
+        """`count` windows of packed documents, a pure function of (seed, index).
+
+        The document that crosses a window's end is cut there.
+        """
         rng = np.random.default_rng([seed, index])
         lengths = self._lengths
         chosen: list[int] = []

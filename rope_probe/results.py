@@ -179,6 +179,11 @@ def read_run(run: str | os.PathLike[str]) -> tuple[pd.DataFrame, dict[str, Any]]
     return frame, manifest
 
 
+def read_frames(runs: Sequence[str | os.PathLike[str]]) -> pd.DataFrame:
+    """Metrics of several complete run directories, one under the other. Raises InputError as `read_run` does."""
+    return pd.concat([read_run(run)[0] for run in runs], ignore_index=True)
+
+
 def is_complete(run: str | os.PathLike[str], config: Mapping[str, Any]) -> bool:
     """Whether `run` is a complete run of just this config, made by this version of rope_probe, so it can be reused."""
     try:

@@ -33,7 +33,7 @@ def theta_grid(frame: pd.DataFrame, label: str = "") -> go.Figure:
     the ticks tell the spectrum use of each theta in its own window, constant theta is outlined, and an asterisk marks
     cells whose base missed its gate. Raises InputError where the frame has no cells, no gates, or none at the distance.
     """
-    cells, gates = _cells(frame), frame[is_gate(frame)]
+    cells, gates = read_cells(frame), frame[is_gate(frame)]
     if cells.empty or gates.empty:
         raise InputError("these results hold no cells of a theta grid with the gates of their bases")
     documents = int(gates["seq_len"].min())
@@ -76,8 +76,11 @@ def theta_grid(frame: pd.DataFrame, label: str = "") -> go.Figure:
     return figure.update_layout(margin={"t": 120})
 
 
-def _cells(frame: pd.DataFrame) -> pd.DataFrame:
-    """Accuracy of each cell and seed by distance, with the numbers that its names hold."""
+def read_cells(frame: pd.DataFrame) -> pd.DataFrame:
+    """Accuracy of each cell and seed by distance, with the numbers that its names hold.
+
+    Columns: model, seed, seq_len, distance, short, long, steps, head_dim, accuracy.
+    """
     rows = frame[is_cell(frame)]
     numbers = rows["arm"].str.extract(_CELL).astype(float).astype({"steps": int})
     head_dim = rows["model"].str.extract(_HEAD_DIM, expand=False).astype(int)
