@@ -192,10 +192,12 @@ def distill_command(
     given = {key: value if key == "seed" else str(value) for key, value in changes.items() if value is not None}
     run = distill(read_config(config, **given), resume=resume)
     missed = read_run(run)[1].get("missed_gate")
-    if PartialState().is_main_process:
+    process = PartialState()
+    if process.is_main_process:
         if missed:
             print(missed, file=sys.stderr)
         print(run)
+    process.destroy_process_group()  # its threads would run into the interpreter's end
     if missed:
         raise typer.Exit(MISSED_GATE)
 

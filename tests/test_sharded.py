@@ -57,6 +57,7 @@ def shards():
     if accelerator.is_main_process:
         print(json.dumps({"losses": losses, "resumed": more}), flush=True)
     accelerator.wait_for_everyone()
+    accelerator.end_training()  # gloo's threads would run into the interpreter's end, and now and then abort there
 
 
 def test_two_shards_have_the_losses_of_one_process_and_are_resumed_exactly():
