@@ -43,7 +43,7 @@ from rope_probe.seeds import derive
 
 HEAD_DIMS = (16, 32)
 THETAS = (300.0, 2_000.0, 20_000.0, 100_000.0, 1_000_000.0)
-BUDGETS = (30, 90)
+BUDGETS = (60, 120)
 DISTANCES = (128, 512)
 FAR = 8 * SHORT
 
