@@ -53,6 +53,20 @@ class Seam:
     hook_pattern: HookPoint = field(default_factory=HookPoint)
 
 
+@dataclass(frozen=True)
+class Tail:
+    """Which part of a window is read, where another run has read the rest: the ends of some documents.
+
+    A segment (start, first, end) is a document from `start` to `end` of which the positions from `first` on are read;
+    the read positions lie end to end in q, k and v. `keys` and `values` are those of the other run, over the whole
+    window; without them every document is read from its start.
+    """
+
+    segments: list[tuple[int, int, int]]
+    keys: Float[Tensor, "1 K T D"] | None = None
+    values: Float[Tensor, "1 K T D"] | None = None
+
+
 def attach(model: PreTrainedModel, kernel: str, seams: Sequence[Seam]) -> None:
     """Route every attention layer of `model` through its seam with this kernel.
 
@@ -105,6 +119,7 @@ def _attend(
     attention_mask: Tensor | None,
     sliding_window: int | None = None,
     document_bounds: list[int] | None = None,
+    tail: "Tail | None" = None,
     **kwargs: Any,
 ) -> tuple[Float[Tensor, "B T H D"], None]:
     seam = module.rope_probe_seam
@@ -114,12 +129,17 @@ def _attend(
     key = seam.hook_rot_k(key.transpose(1, 2)).transpose(1, 2)
     value = seam.hook_v(value.transpose(1, 2)).transpose(1, 2)
     kwargs.pop("position_ids", None)  # flash attention would infer documents from it
-    if kernel.startswith("flash"):
+    if tail is not None:
+        z = _by_segment(_kernel_of(kernel, module, sliding_window, kwargs), query, key, value, tail)
+    elif kernel.startswith("flash"):
         z = _flash(kernel, module, query, key, value, document_bounds, sliding_window, kwargs)
     elif kernel == "eager":
         z = _eager(seam, query, key, value, _full_mask(query, document_bounds, sliding_window), kwargs)
+    elif document_bounds is None:
+        z = _kernel_of(kernel, module, sliding_window, kwargs)(query, key, value)
     else:
-        z = _by_document(_block_kernel(module, sliding_window, kwargs), query, key, value, document_bounds)
+        documents = Tail([(start, start, end) for start, end in pairwise(document_bounds)])
+        z = _by_segment(_kernel_of(kernel, module, sliding_window, kwargs), query, key, value, documents)
     return seam.hook_z(z), None
 
 
@@ -162,24 +182,29 @@ def _flash(
     return z.reshape(batch, length, *z.shape[2:])
 
 
-def _block_kernel(module: Any, sliding_window: int | None, kwargs: dict[str, Any]) -> Kernel:
-    """Causal attention over one document by sdpa, in blocks of queries where a window or a soft cap asks for it."""
-    softcap = kwargs.pop("softcap", None)
+def _kernel_of(name: str, module: Any, sliding_window: int | None, kwargs: dict[str, Any]) -> Kernel:
+    """Causal attention over one document: of its last positions, or all of them, to the whole of it."""
+    softcap = kwargs.get("softcap")
 
-    def run(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        if softcap is not None:
-            return _eager(None, query, key, value, mask, {**kwargs, "softcap": softcap})
+    def eager(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        return _eager(None, query, key, value, mask, kwargs)
+
+    def sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, **kwargs)[0]
 
+    run = sdpa if softcap is None and name != "eager" else eager
+
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        length = query.shape[2]
-        window = None if sliding_window is None or sliding_window >= length else sliding_window
-        if window is None and (softcap is None or length <= QUERY_BLOCK):
+        if name.startswith("flash"):
+            return _flash(name, module, query, key, value, None, sliding_window, kwargs)
+        queries, keys = query.shape[2], key.shape[2]
+        window = None if sliding_window is None or sliding_window >= keys else sliding_window
+        if window is None and queries == keys and (run is sdpa or queries <= QUERY_BLOCK):
             return run(query, key, value, None)
         return torch.cat(
             [
-                run(query[:, :, rows], key[:, :, keys], value[:, :, keys], mask)
-                for rows, keys, mask in _query_blocks(length, window, query.device)
+                run(query[:, :, rows], key[:, :, seen], value[:, :, seen], mask)
+                for rows, seen, mask in _query_blocks(queries, keys, window, query.device)
             ],
             dim=1,
         )
@@ -206,35 +231,40 @@ def _eager(
     return (pattern @ value).transpose(1, 2)
 
 
-def _by_document(
-    attend: Kernel,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bounds: list[int] | None,
-) -> Tensor:
-    """Attention inside each document [start, end); documents of one length run together as a batch."""
-    if bounds is None:
-        return attend(query, key, value)
-    starts_by_length = defaultdict(list)
-    for start, end in pairwise(bounds):
-        starts_by_length[end - start].append(start)
+def _by_segment(attend: Kernel, query: Tensor, key: Tensor, value: Tensor, tail: Tail) -> Tensor:
+    """Attention inside each document; segments of one shape run together as a batch."""
+    alike = defaultdict(list)
+    read = 0
+    for start, first, end in tail.segments:
+        alike[first - start, end - first].append((start, read))
+        read += end - first
     batch, heads, length, _ = query.shape
     z = query.new_empty(batch, length, heads, value.shape[-1])
-    for size, starts in starts_by_length.items():
-        rows = (torch.tensor(starts).unsqueeze(1) + torch.arange(size)).to(query.device)  # [documents, size]
-        stacked = [rearrange(x[:, :, rows], "b h n t d -> (b n) h t d") for x in (query, key, value)]
+    for (before, size), places in alike.items():
+        starts, reads = torch.tensor(places, device=query.device).unsqueeze(-1).unbind(1)
+        rows = reads + torch.arange(size, device=query.device)  # [segments, size]
+        stacked = [_stack(x, rows) for x in (query, key, value)]
+        if before:
+            earlier = starts + torch.arange(before, device=query.device)
+            for i, x in ((1, tail.keys), (2, tail.values)):
+                stacked[i] = torch.cat([_stack(x.expand(batch, -1, -1, -1), earlier), stacked[i]], 2)
         z[:, rows] = rearrange(attend(*stacked), "(b n) t h d -> b n t h d", b=batch)
     return z
 
 
+def _stack(x: Tensor, rows: Tensor) -> Tensor:
+    return rearrange(x[:, :, rows], "b h n t d -> (b n) h t d")
+
+
 def _query_blocks(
-    length: int, sliding_window: int | None, device: torch.device
+    queries: int, keys: int, sliding_window: int | None, device: torch.device
 ) -> Iterator[tuple[slice, slice, Tensor]]:
-    for start in range(0, length, QUERY_BLOCK):
-        end = min(start + QUERY_BLOCK, length)
-        first = 0 if sliding_window is None else max(0, start - sliding_window + 1)
-        yield slice(start, end), slice(first, end), _causal(end - start, end - first, device, sliding_window)
+    before = keys - queries
+    for start in range(0, queries, QUERY_BLOCK):
+        end = min(start + QUERY_BLOCK, queries)
+        first = 0 if sliding_window is None else max(0, before + start - sliding_window + 1)
+        mask = _causal(end - start, before + end - first, device, sliding_window)
+        yield slice(start, end), slice(first, before + end), mask
 
 
 def _causal(queries: int, keys: int, device: torch.device, sliding_window: int | None = None) -> Tensor:

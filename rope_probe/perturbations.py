@@ -13,14 +13,16 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from numbers import Real
 from operator import index
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from rope_probe import rope
 from rope_probe.architectures import Rotary, rotary_layers
@@ -28,9 +30,37 @@ from rope_probe.errors import InputError
 from rope_probe.hooked import HookedCausalLM
 from rope_probe.packing import Window
 
+WHOLE = slice(None)
 Side = Literal["q", "k", "qk"]
 Selection = int | Sequence[int] | None
 Hook = tuple[str, Callable[..., Tensor]]
+Site = tuple[str, int]
+"""A side, "q" or "k", and a layer."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What a perturbation does to rotated q or k of one layer: turn pairs by `angles` (radians), times `scale`."""
+
+    angles: Float[Tensor, "T P"]
+    scale: Float[Tensor, "T P"]
+    heads: list[int] | None
+    layout: rope.Layout
+
+    def __call__(self, x: Float[Tensor, "B n N D"], at: slice | Int[Tensor, " n"] = WHOLE) -> Float[Tensor, "B n N D"]:
+        """`x`, whose positions are those of the window `at` these indices, turned."""
+        angles, scale = (table[at].unsqueeze(1).to(x.device) for table in (self.angles, self.scale))  # [n, 1, P]
+        turned = rope.rotate(x if self.heads is None else x[:, :, self.heads], angles, self.layout, scale)
+        if self.heads is None:
+            return turned
+        changed = x.clone()
+        changed[:, :, self.heads] = turned
+        return changed
+
+    @property
+    def changes(self) -> Bool[Tensor, " T"]:
+        """Where it does anything at all."""
+        return ((self.angles != 0) | (self.scale != 1)).any(1)
 
 
 class Perturbation(ABC):
@@ -76,47 +106,59 @@ class Perturbation(ABC):
         Raises InputError for a layer, head, pair or position that is out of range, for a layer without RoPE that is
         named, and for a bridge without hooks after rotation.
         """
-        hf_model = model.original_model
-        rotary = rotary_layers(hf_model)
+        turns_of = lru_cache(maxsize=1)(lambda length: self.turns(model.original_model, length, window))
+
+        def hook_of(site: Site) -> Hook:
+            side, layer = site
+            return f"blocks.{layer}.attn.hook_rot_{side}", lambda x, hook: turns_of(x.shape[1])[site](x)
+
+        sites = [(side, layer) for layer in self._rotating(model.original_model) for side in self.side]
+        self._check_fires(model, sites)
+        return [hook_of(site) for site in sites]
+
+    def turns(self, model: PreTrainedModel, length: int, window: Window | None = None) -> dict[Site, "Turn"]:
+        """What to do to rotated "q" or "k" of each layer, for windows of `length` positions; errors as `hooks`."""
+        positions = torch.arange(length) if window is None else window.position_ids[0].cpu()
+        tables: dict[tuple, tuple[Tensor, Tensor]] = {}
+
+        def turn(side: str, rotary: Rotary) -> Turn:
+            key = (rotary.inv_freq.numpy().tobytes(), rotary.scaling)
+            if key not in tables:
+                tables[key] = self._tables(rotary, positions.double(), window)
+            return Turn(*tables[key], self._heads(side, model.config), rotary.layout)
+
+        rotating = self._rotating(model)
+        return {(side, layer): turn(side, rotary) for layer, rotary in rotating.items() for side in self.side}
+
+    def _rotating(self, model: PreTrainedModel) -> dict[int, Rotary]:
+        """The layers that are perturbed, and their rotation."""
+        rotary = rotary_layers(model)
         layers = _select("layer", self.layers, len(rotary))
-        if self.layers is not None and (bare := [layer for layer in layers if rotary[layer] is None]):
+        rotating = {layer: one for layer in layers if (one := rotary[layer]) is not None}
+        if self.layers is not None and (bare := [layer for layer in layers if layer not in rotating]):
             raise InputError(f"layer {bare[0]} has no RoPE, so there is no position in it to perturb")
-        self._check_fires(model, layers)
-        turning = [(side, layer, rotary[layer]) for layer in layers for side in self.side]
-        return [self._hook(model, side, layer, one, window) for side, layer, one in turning if one is not None]
+        for one in rotating.values():
+            _select("pair", self.pairs, len(one.inv_freq))
+        for side in self.side:
+            self._heads(side, model.config)
+        return rotating
 
-    def _hook(self, model: Any, side: str, layer: int, rotary: Rotary, window: Window | None) -> Hook:
-        name = f"blocks.{layer}.attn.hook_rot_{side}"
-        heads = self._heads(side, model.original_model.config)
+    def _tables(self, rotary: Rotary, positions: Tensor, window: Window | None) -> tuple[Tensor, Tensor]:
+        """Angles and scale, [T, P] in float64."""
+        where = torch.tensor(_select("position", self.positions, len(positions))).unsqueeze(1)
         pairs = _select("pair", self.pairs, len(rotary.inv_freq))
-        factor = self.scaling(rotary)
+        angles = torch.zeros(len(positions), len(rotary.inv_freq), dtype=torch.float64)
+        scale = torch.ones_like(angles)
+        angles[where, pairs] = self.angles(rotary, positions, window)[where, pairs]
+        scale[where, pairs] = self.scaling(rotary)
+        return angles, scale
 
-        def turn(x: Float[Tensor, "B T N D"], hook: Any) -> Float[Tensor, "B T N D"]:
-            length = x.shape[1]
-            at = torch.arange(length) if window is None else window.position_ids[0].cpu()
-            angles = torch.zeros(length, len(rotary.inv_freq), dtype=torch.float64)
-            everywhere = self.angles(rotary, at.double(), window)
-            where = torch.tensor(_select("position", self.positions, length)).unsqueeze(1)
-            angles[where, pairs] = everywhere[where, pairs]
-            scale = torch.ones_like(angles)
-            scale[where, pairs] = factor
-            target = x if heads is None else x[:, :, heads]
-            turn_by, scale_by = (table.unsqueeze(1).to(x.device) for table in (angles, scale))  # [T, 1, P]
-            turned = rope.rotate(target, turn_by, rotary.layout, scale_by)
-            if heads is None:
-                return turned
-            changed = x.clone()
-            changed[:, :, heads] = turned
-            return changed
-
-        return name, turn
-
-    def _check_fires(self, model: Any, layers: list[int]) -> None:
+    def _check_fires(self, model: Any, sites: list[Site]) -> None:
         """A bridge can have hook points that never fire, and a perturbation there would silently do nothing."""
         if isinstance(model, HookedCausalLM):
             return
         fired = set()
-        names = {f"blocks.{layer}.attn.hook_rot_{side}" for layer in layers for side in self.side}
+        names = {f"blocks.{layer}.attn.hook_rot_{side}" for side, layer in sites}
         reads = [(name, lambda x, hook, name=name: fired.add(name)) for name in names if name in model.hook_dict]
         with torch.no_grad():
             model.run_with_hooks(torch.zeros(1, 2, dtype=torch.long), fwd_hooks=reads)
