@@ -28,7 +28,7 @@ class Architecture:
     where there is one); `resid_mid` the module whose *input* is the residual stream between attention and MLP, None
     where both read the same stream. `fused` names the module that projects to q, k and v at once, where there is one,
     and how their rows lie in it: all of q, then k, then v ("stacked"), or q, k, v of head after head ("by_head").
-    `rotates` says which layers apply RoPE at all.
+    `final_norm` names the module between the last layer and the head. `rotates` says which layers apply RoPE at all.
     """
 
     layout: Layout = "half"
@@ -36,6 +36,7 @@ class Architecture:
     attn_out: str = "self_attn"
     resid_mid: str | None = "post_attention_layernorm"
     mlp_out: str = "mlp"
+    final_norm: str = "norm"
     fused: tuple[str, Literal["stacked", "by_head"]] | None = None
     rotates: LayerRule = field(default=lambda config, layer: True)
 
@@ -57,7 +58,9 @@ _SANDWICH = Architecture(
 def _gpt_neox(config: PreTrainedConfig) -> Architecture:
     resid_mid = None if config.use_parallel_residual else "post_attention_layernorm"
     fused: tuple[str, Literal["by_head"]] = ("query_key_value", "by_head")
-    return Architecture(attn="attention", attn_out="attention", resid_mid=resid_mid, fused=fused)
+    return Architecture(
+        attn="attention", attn_out="attention", resid_mid=resid_mid, final_norm="final_layer_norm", fused=fused
+    )
 
 
 ARCHITECTURES: dict[str, Architecture | Callable[[PreTrainedConfig], Architecture]] = {
@@ -71,7 +74,7 @@ ARCHITECTURES: dict[str, Architecture | Callable[[PreTrainedConfig], Architectur
     "gemma3_text": _SANDWICH,
     "olmo2": Architecture(attn_out="post_attention_layernorm", resid_mid="mlp", mlp_out="post_feedforward_layernorm"),
     "gpt_neox": _gpt_neox,
-    "phi": Architecture(resid_mid=None),
+    "phi": Architecture(resid_mid=None, final_norm="final_layernorm"),
     "glm": Architecture(layout="adjacent"),
     "ernie4_5": Architecture(layout="adjacent"),
     "cohere": Architecture(layout="adjacent", resid_mid=None),

@@ -190,6 +190,7 @@ def _kernel_of(name: str, module: Any, sliding_window: int | None, kwargs: dict[
         return _eager(None, query, key, value, mask, kwargs)
 
     def sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        mask = mask if mask is None else mask[None, None]
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, **kwargs)[0]
 
     run = sdpa if softcap is None and name != "eager" else eager

@@ -164,6 +164,12 @@ class HookedCausalLM(HookedRootModule):
             ).last_hidden_state
         return self.ln_final.hook_out(state)
 
+    def final_norm(self, resid_post: Float[Tensor, "B T M"]) -> Float[Tensor, "B T M"]:
+        """What `hidden` makes of the residual stream after the last layer."""
+        norm = self.original_model.base_model.get_submodule(architecture_of(self.config).final_norm)
+        with self._precision():
+            return self.ln_final.hook_out(norm(resid_post))
+
     @torch.no_grad()
     def greedy(self, prompt: Int[Tensor, " n"], count: int, *, stop: int | None = None) -> Int[Tensor, " written"]:
         """The most likely next token, `count` times over or until it is `stop`, which is left out.

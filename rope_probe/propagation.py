@@ -1,22 +1,14 @@
-"""The trace engine: how a perturbation of position travels through the layers to the logits.
+"""Traces: how a perturbation of position travels through the layers to the logits, as frames of deltas.
 
-- Clean and perturbed passes are rows of one batch; the deltas are reduced to a number per position inside the hooks,
-  where they arise, so no activation outlives its layer. Logits are taken in blocks of positions.
+- Deltas are reduced to a number per position where they arise (`deltas` has the metrics), so no activation outlives its
+  layer; `cone` runs the passes.
 - Every number can carry its float64 control, `value_float64`: the same measurement with all arithmetic in float64.
   What the control brings down, to a thousandth or to float64's own rounding, is rounding; what stays is real.
-
-Metrics, each taken per position and then averaged (a: clean, b: perturbed vector at a site, heads side by side):
-
-    l2               |b - a|
-    rel_l2           |b - a| / |a|
-    cosine_distance  1 - cos(a, b), computed as |a/|a| - b/|b||^2 / 2, which does not cancel
-    kl_nats          KL(softmax a || softmax b), logits only
-    top1_flips       share of positions whose most likely token changes, logits only
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -25,13 +17,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rope_probe import rope
+from rope_probe.cone import LOGITS, logit_block, run_beside
+from rope_probe.deltas import LOGIT_METRICS, VECTOR_METRICS, Deltas, logit_deltas, vector_deltas
 from rope_probe.errors import InputError
 from rope_probe.hooked import HookedCausalLM
 from rope_probe.packing import Window
 from rope_probe.perturbations import Perturbation, Selection
 from rope_probe.results import tidy
 
-LOGITS = "logits"
 LAYER_SITES = ("attn.hook_rot_q", "attn.hook_rot_k", "hook_attn_out", "hook_resid_post")
 ROUNDING_SHARE = 1e-3
 """A delta is rounding where float64 leaves less than this share of it ..."""
@@ -39,8 +32,7 @@ ROUNDING_FLOOR = {"l2": 1e-10, "rel_l2": 1e-10, "cosine_distance": 1e-20, "kl_na
 """... or less than this, the most that float64's own rounding makes of nothing."""
 
 By = Literal["position", "document", "window"]
-Deltas = dict[str, Float[Tensor, " T"]]
-_LOGIT_BLOCK_ELEMENTS = 2**23
+_STATE_ELEMENTS = 2**27
 
 
 def trace(
@@ -50,9 +42,9 @@ def trace(
     *,
     sites: Sequence[str] | None = None,
     masked: bool = False,
-    control: bool | None = None,
+    control: bool | HookedCausalLM | None = None,
     by: By = "document",
-    rows: int = 4,
+    rows: int | None = None,
     progress: Callable[[int], Any] | None = None,
 ) -> pd.DataFrame:
     """Deltas (perturbed minus clean) at every site, for every perturbation; a tidy frame.
@@ -60,52 +52,81 @@ def trace(
     `sites` are hook names, and "logits" (default: rotated q and k, attention output and residual stream of every layer,
     and the logits). `masked` keeps attention inside documents. `by` says what a row is averaged over: each position,
     each document, or the whole window. `control` measures everything again in float64 beside it; by default where
-    `masked`, the setting in which much of what is seen is rounding; it needs a float64 copy of the model in memory.
-    `rows` perturbations share one batch with their clean pass. `progress` is called with the perturbations just done.
+    `masked`, the setting in which much of what is seen is rounding. It needs a float64 copy of the model in memory: give
+    `model.double()` itself where several traces share one.
+    `rows` perturbations share one clean pass (default: as many as half a gigabyte of float32 states holds). `progress` is
+    called with the layers just done, `len(model.blocks)` per perturbation, and as many again for the control.
 
-    Equals two plain forward passes to rounding. Raises InputError for an unknown site, a perturbation that does not fit
-    the model (see `Perturbation.hooks`), and activations that are not finite.
+    Equals two plain forward passes to rounding, at the cost of each perturbation's causal cone (see `cone`). Raises
+    InputError for an unknown site, a perturbation that does not fit the model (see `Perturbation.hooks`), and activations
+    that are not finite.
     """
     perturbations = [perturbations] if isinstance(perturbations, Perturbation) else list(perturbations)
     sites = _known(model, default_sites(model) if sites is None else sites)
-    measured = list(_measure(model, window, perturbations, sites, masked, rows, progress))
-    for deltas in measured:
-        _check_finite(model, deltas)
-    frame = tidy(
-        [
-            {
-                **_columns(perturbation, model),
-                "seq_len": len(window),
-                "layer": _layer(site),
-                "site": site,
-                "metric": metric,
-                "document": document,
-                "position": position,
-                "value": value,
-            }
-            for perturbation, deltas in zip(perturbations, measured, strict=True)
-            for (site, metric), values in deltas.items()
-            for document, position, value in _average(values, window, by)
-        ]
-    )
+    if by not in get_args(By):
+        raise InputError(f"by must be 'position', 'document' or 'window', but it is {by!r}")
+    rows = rows or max(1, _STATE_ELEMENTS // (len(window) * model.config.hidden_size))
+    means = _Means(window, sites, by, len(perturbations))
+    for first in range(0, len(perturbations), rows):
+        group = perturbations[first : first + rows]
+        run_beside(
+            model,
+            window,
+            group,
+            sites,
+            partial(means.add, first),
+            masked=masked,
+            progress=None if progress is None else lambda layers, size=len(group): progress(layers * size),
+        )
+    for values in means.values():
+        _check_finite(model, dict(zip(means.keys, values, strict=True)))
+    frame = means.frame([_columns(perturbation, model) for perturbation in perturbations])
     if control is None:
         control = masked
     if control:
         frame["value_float64"] = frame["value"]
         if model.dtype != torch.float64:
-            twin = trace(
-                model.double(),
-                window,
-                perturbations,
-                sites=sites,
-                masked=masked,
-                control=False,
-                by=by,
-                rows=rows,
-                progress=progress,
+            twin = control if isinstance(control, HookedCausalLM) else model.double()
+            checked = trace(
+                twin, window, perturbations, sites=sites, masked=masked, control=False, by=by, progress=progress
             )
-            frame["value_float64"] = twin["value"]
+            frame["value_float64"] = checked["value"]
     return frame
+
+
+class _Means:
+    """Deltas of each perturbation, averaged as they come in; what never comes in is zero."""
+
+    def __init__(self, window: Window, sites: Sequence[str], by: By, count: int) -> None:
+        of_site = {site: LOGIT_METRICS if site == LOGITS else VECTOR_METRICS for site in sites}
+        self.keys = [(site, metric) for site, metrics in of_site.items() for metric in metrics]
+        at, documents = torch.arange(len(window)), window.document_of
+        self.lines = {
+            "position": pd.DataFrame({"document": documents.numpy(), "position": at.numpy()}),
+            "document": pd.DataFrame({"document": range(window.documents)}),
+            "window": pd.DataFrame(index=[0]),
+        }[by]
+        self.line_of = {"position": at, "document": documents, "window": torch.zeros_like(at)}[by]
+        self.sums = torch.zeros(count, len(self.keys), len(self.lines), dtype=torch.float64)
+
+    def add(self, first: int, index: int, site: str, at: Tensor, clean: Tensor, perturbed: Tensor) -> None:
+        """Take in a site of perturbation `first` + `index`, at the positions `at`."""
+        measured = (logit_deltas if site == LOGITS else vector_deltas)(clean, perturbed)
+        for metric, values in measured.items():
+            key = self.keys.index((site, metric))
+            self.sums[first + index, key].index_add_(0, self.line_of[at], values.double().cpu())
+
+    def values(self) -> Float[Tensor, "perturbations keys lines"]:
+        """The means."""
+        return self.sums / self.line_of.bincount()
+
+    def frame(self, columns: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+        """A row per perturbation (`columns` of each), site and metric, and position, document or window."""
+        keys = pd.DataFrame(self.keys, columns=["site", "metric"])
+        told = [pd.DataFrame(columns), keys.assign(layer=keys["site"].map(_layer)), self.lines]
+        rows = np.indices(self.sums.shape).reshape(3, -1)
+        parts = [part.iloc[at].reset_index(drop=True) for part, at in zip(told, rows, strict=True)]
+        return tidy(pd.concat(parts, axis=1).assign(seq_len=len(self.line_of), value=self.values().flatten().numpy()))
 
 
 def copy_deltas(
@@ -147,7 +168,7 @@ def copy_deltas(
         with model.hooks(fwd_hooks=[(site, read) for site in sites]):
             hidden = model.hidden(window, masked=masked)[0].view(window.documents, length, -1)
         blocks: list[list[Deltas]] = [[] for _ in later]
-        for block in hidden[reference:].split(_logit_block(model, len(later) + 1), dim=1):
+        for block in hidden[reference:].split(logit_block(model, len(later) + 1), dim=1):
             first, *others = model.unembed(block)
             for of_copy, logits in zip(blocks, others, strict=True):
                 of_copy.append(logit_deltas(first, logits))
@@ -202,97 +223,8 @@ def default_sites(model: HookedCausalLM) -> list[str]:
     return [f"blocks.{layer}.{site}" for layer in range(len(model.blocks)) for site in LAYER_SITES] + [LOGITS]
 
 
-def vector_deltas(clean: Float[Tensor, "T *shape"], perturbed: Float[Tensor, "T *shape"]) -> Deltas:
-    """l2, rel_l2 and cosine_distance between two vectors at each position."""
-    precise = torch.promote_types(clean.dtype, torch.float32)
-    a, b = clean.flatten(1).to(precise), perturbed.flatten(1).to(precise)
-    l2, a_norm, b_norm = (b - a).norm(dim=1), a.norm(dim=1), b.norm(dim=1)
-    tiny = torch.finfo(precise).tiny
-    unit_delta = a / a_norm.clamp_min(tiny).unsqueeze(1) - b / b_norm.clamp_min(tiny).unsqueeze(1)
-    return {"l2": l2, "rel_l2": l2 / a_norm.clamp_min(tiny), "cosine_distance": unit_delta.square().sum(1) / 2}
-
-
-def logit_deltas(clean: Float[Tensor, "T V"], perturbed: Float[Tensor, "T V"]) -> Deltas:
-    """The metrics of `vector_deltas`, and kl_nats and top1_flips.
-
-    KL is summed in float64 as p (e^d - 1 - d), d = log q - log p: the same number, of terms that are never negative, so
-    that it holds its digits down to the square of the rounding of the logits, where -p d would cancel.
-    """
-    p, q = clean.double().log_softmax(-1), perturbed.double().log_softmax(-1)
-    d = q - p
-    excess = torch.where(d.abs() < 1e-3, d.square() * (1 / 2 + d / 6 + d.square() / 24), d.expm1() - d)
-    return {
-        **vector_deltas(clean, perturbed),
-        "kl_nats": (p.exp() * excess).sum(-1),
-        "top1_flips": (clean.argmax(-1) != perturbed.argmax(-1)).double(),
-    }
-
-
-def _measure(
-    model: HookedCausalLM,
-    window: Window,
-    perturbations: list[Perturbation],
-    sites: Sequence[str],
-    masked: bool,
-    rows: int,
-    progress: Callable[[int], Any] | None,
-) -> Iterator[dict[tuple[str, str], Float[Tensor, " T"]]]:
-    """Per perturbation, the deltas by (site, metric) at each position."""
-    hooked_sites = [site for site in sites if site != LOGITS]
-    hooks = [perturbation.hooks(model, window) for perturbation in perturbations]
-    for start in range(0, len(perturbations), rows):
-        group = hooks[start : start + rows]
-        found: list[dict[tuple[str, str], Tensor]] = [{} for _ in group]
-
-        def read(x: Tensor, hook: Any, found: list = found) -> None:
-            for row, deltas in enumerate(found, start=1):
-                for metric, values in vector_deltas(x[0], x[row]).items():
-                    deltas[hook.name, metric] = values.cpu()
-
-        injections = [
-            (name, partial(_on_row, turn, row)) for row, fwd in enumerate(group, start=1) for name, turn in fwd
-        ]
-        with torch.no_grad(), model.hooks(fwd_hooks=[*injections, *((site, read) for site in hooked_sites)]):
-            hidden = model.hidden(window, masked=masked, rows=1 + len(group))
-            if LOGITS in sites:
-                blocks: list[list[Deltas]] = [[] for _ in group]
-                for block in hidden.split(_logit_block(model, 1 + len(group)), dim=1):
-                    logits = model.unembed(block)
-                    for deltas, perturbed in zip(blocks, logits[1:], strict=True):
-                        deltas.append(logit_deltas(logits[0], perturbed))
-                for row, of_row in zip(found, blocks, strict=True):
-                    row.update({(LOGITS, metric): values.cpu() for metric, values in _concatenate(of_row).items()})
-        yield from found
-        if progress is not None:
-            progress(len(group))
-
-
-def _on_row(turn: Callable[..., Tensor], row: int, x: Tensor, hook: Any) -> Tensor:
-    x[row : row + 1] = turn(x[row : row + 1], hook=hook)  # in place: q and k of this row are read by no one else yet
-    return x
-
-
-def _logit_block(model: HookedCausalLM, rows: int) -> int:
-    return max(1, _LOGIT_BLOCK_ELEMENTS // (rows * model.config.vocab_size))
-
-
 def _concatenate(blocks: list[Deltas]) -> Deltas:
     return {metric: torch.cat([block[metric] for block in blocks]) for metric in blocks[0]}
-
-
-def _average(values: Tensor, window: Window, by: By) -> Iterator[tuple[int | None, int | None, float]]:
-    """(document, position, value) for each row of the frame."""
-    values = values.double()
-    if by == "position":
-        yield from zip(window.document_of.tolist(), range(len(window)), values.tolist(), strict=True)
-    elif by == "document":
-        sums = torch.zeros(window.documents, dtype=torch.float64).index_add(0, window.document_of, values)
-        for document, mean in enumerate((sums / window.cu_seqlens.diff()).tolist()):
-            yield document, None, mean
-    elif by == "window":
-        yield None, None, values.mean().item()
-    else:
-        raise InputError(f"by must be 'position', 'document' or 'window', but it is {by!r}")
 
 
 def _columns(perturbation: Perturbation, model: HookedCausalLM) -> dict[str, Any]:

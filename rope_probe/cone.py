@@ -1,0 +1,244 @@
+"""Many perturbed passes beside one clean pass, and no more of each than its causal cone.
+
+- A perturbation changes nothing below the first layer it turns, nor before the first position it turns (of each
+  document, where documents are masked from each other). There the clean pass stands for the perturbed one.
+- The clean pass is an ordinary forward. After each of its layers, the same layer runs on the perturbed states: those of
+  perturbations that begin there start from the clean layer's input, and at positions before the cone attention reads
+  the clean pass's keys and values. So one layer's activations are held at a time, whatever the depth.
+- Perturbations with one set of positions share calls, as rows of a batch.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from rope_probe.attention import Tail
+from rope_probe.hooked import HookedCausalLM
+from rope_probe.packing import Window
+from rope_probe.perturbations import Perturbation, Site, Turn
+
+LOGITS = "logits"
+CALL_TOKENS = 2**13
+"""Most tokens that perturbations share a call with."""
+LOGIT_ELEMENTS = {"cpu": 2**22, "cuda": 2**27}
+"""Most logits that are held at a time."""
+
+Read = Callable[[int, str, Int[Tensor, " n"], Float[Tensor, "n *shape"], Float[Tensor, "n *shape"]], None]
+
+
+@dataclass(frozen=True)
+class Cone:
+    """Where a perturbation can change anything: from `layer` on, in `segments` (start, first, end) of documents.
+
+    A segment is a document from `start` to `end` of which the positions from `first` on can change.
+    """
+
+    layer: int
+    segments: tuple[tuple[int, int, int], ...]
+
+    @property
+    def at(self) -> Int[Tensor, " n"]:
+        """Its positions, as indices into the window."""
+        return torch.cat([torch.arange(0), *(torch.arange(first, end) for _, first, end in self.segments)])
+
+
+def cone_of(turns: dict[Site, Turn], window: Window, masked: bool) -> Cone | None:
+    """The causal cone of a perturbation; None where it turns nothing by any angle."""
+    tables = {id(turn.angles): turn.changes for turn in turns.values()}
+    layers = [layer for (_, layer), turn in turns.items() if tables[id(turn.angles)].any()]
+    if not layers:
+        return None
+    changes = torch.stack(list(tables.values())).any(0)
+    documents = pairwise(window.cu_seqlens.tolist()) if masked else [(0, len(window))]
+    firsts = [(start, changes[start:end].nonzero(), end) for start, end in documents]
+    return Cone(min(layers), tuple((start, start + int(at[0]), end) for start, at, end in firsts if len(at)))
+
+
+def run_beside(
+    model: HookedCausalLM,
+    window: Window,
+    perturbations: Sequence[Perturbation],
+    sites: Sequence[str],
+    read: Read,
+    *,
+    masked: bool = False,
+    progress: Callable[[int], Any] | None = None,
+) -> None:
+    """One clean pass and a perturbed one per perturbation: `read(i, site, at, clean, perturbed)` gets what they differ in.
+
+    `i` counts the perturbations, `at` are positions as indices into the window, and the activations are those of `site`
+    there, alive only while it reads them. What it is not told of is the same in both passes. Logits come in blocks of
+    positions. `progress` is called with the layers just done, `len(model.blocks)` in all.
+
+    Hooks of the user's own hold in every pass; they see whole windows, so cones then have all positions.
+    """
+    with torch.no_grad(), _Passes(model, window, perturbations, sites, read, masked, progress) as passes:
+        hidden = model.hidden(window, masked=masked)
+        passes.finish(hidden)
+
+
+@dataclass
+class _Pass:
+    index: int
+    turns: dict[Site, Turn]
+    cone: Cone
+    state: Float[Tensor, "n M"] | None = None
+
+
+class _Passes(ExitStack):
+    """The hooks that run perturbed passes beside the clean one, layer by layer."""
+
+    def __init__(
+        self,
+        model: HookedCausalLM,
+        window: Window,
+        perturbations: Sequence[Perturbation],
+        sites: Sequence[str],
+        read: Read,
+        masked: bool,
+        progress: Callable[[int], Any] | None,
+    ) -> None:
+        super().__init__()
+        self.model, self.sites, self.read, self.progress = model, sites, read, progress
+        self.length = len(window)
+        whole = any(point.has_hooks() for point in model.hook_dict.values())
+        self.passes = []
+        for index, perturbation in enumerate(perturbations):
+            turns = perturbation.turns(model.original_model, len(window), window)
+            cone = cone_of(turns, window, masked)
+            if cone is not None:
+                self.passes.append(_Pass(index, turns, _widened(cone, window, masked) if whole else cone))
+        self.running: list[_Pass] = []
+        self.at: Tensor = torch.arange(0)
+        self.clean: dict[str, Tensor] = {}
+
+    def __enter__(self) -> "_Passes":
+        super().__enter__()
+        layers = self.model.original_model.base_model.layers
+        hooks: list[tuple[str, Callable]] = []
+        for layer, module in enumerate(layers):
+            kept = partial(self._keep_input, layer)
+            handles = (
+                module.register_forward_pre_hook(kept, with_kwargs=True, prepend=True),
+                module.register_forward_hook(partial(self._run_layer, layer), with_kwargs=True),
+            )
+            for handle in handles:
+                self.callback(handle.remove)
+            hooks += [(f"blocks.{layer}.attn.hook_rot_{side}", partial(self._turn, (side, layer))) for side in "qk"]
+            hooks += [(f"blocks.{layer}.attn.{name}", self._keep) for name in ("hook_rot_k", "hook_v")]
+        hooks += [(site, self._visit) for site in self.sites if site != LOGITS]
+        self.enter_context(self.model.hooks(fwd_hooks=hooks))
+        return self
+
+    def _keep_input(self, layer: int, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if not self.running:
+            self.clean["input"] = args[0] if args else kwargs["hidden_states"]
+
+    def _turn(self, site: Site, x: Tensor, hook: Any) -> Tensor:
+        for row, one in enumerate(self.running):
+            if site in one.turns:
+                x[row : row + 1] = one.turns[site](x[row : row + 1], self.at)  # in place: no one else reads it yet
+        return x
+
+    def _keep(self, x: Tensor, hook: Any) -> None:
+        if not self.running:
+            self.clean[hook.name] = x
+
+    def _visit(self, x: Tensor, hook: Any) -> None:
+        if not self.running:
+            self.clean[hook.name] = x
+            return
+        clean = self.clean[hook.name][0]
+        clean = clean if len(self.at) == self.length else clean[self.at.to(clean.device)]
+        for one, perturbed in zip(self.running, x, strict=True):
+            self.read(one.index, hook.name, self.at, clean, perturbed)
+
+    def _run_layer(self, layer: int, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        if self.running:
+            return
+        for group in self._groups(layer):
+            self.running, self.at = group, group[0].cone.at
+            start = self.clean["input"][0]
+            for one in group:
+                if one.cone.layer == layer:
+                    one.state = start if len(self.at) == self.length else start[self.at.to(start.device)]
+            states = torch.stack([one.state for one in group])
+            for one in group:
+                one.state = None
+            told = self._narrow(layer, kwargs)
+            try:
+                after = module(states, *args[1:], **told) if args else module(**{**told, "hidden_states": states})
+            finally:
+                self.running = []
+            for one, state in zip(group, after[0] if isinstance(after, tuple) else after, strict=True):
+                one.state = state
+        self.clean.clear()
+        if self.progress is not None:
+            self.progress(1)
+
+    def _groups(self, layer: int) -> Iterator[list[_Pass]]:
+        """The passes that run at this layer, those of one set of positions together."""
+        alike = defaultdict(list)
+        for one in self.passes:
+            if one.cone.layer <= layer:
+                alike[one.cone.segments].append(one)
+        for passes in alike.values():
+            size = max(1, CALL_TOKENS // len(passes[0].cone.at))
+            yield from (passes[i : i + size] for i in range(0, len(passes), size))
+
+    def _narrow(self, layer: int, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """What the clean layer was told of its positions, for the positions of the running passes alone."""
+        if len(self.at) == self.length:
+            return kwargs
+        keys, values = (
+            self.clean[f"blocks.{layer}.attn.{name}"].transpose(1, 2) for name in ("hook_rot_k", "hook_v")
+        )
+        narrow = {**kwargs, "document_bounds": None}
+        narrow["tail"] = Tail(list(self.running[0].cone.segments), keys, values)
+        if kwargs.get("position_ids") is not None:
+            narrow["position_ids"] = kwargs["position_ids"][:, self.at.to(kwargs["position_ids"].device)]
+        cos_and_sin = kwargs["position_embeddings"]
+        narrow["position_embeddings"] = tuple(x[:, self.at.to(x.device)] for x in cos_and_sin)
+        return narrow
+
+    def finish(self, hidden: Float[Tensor, "1 T M"]) -> None:
+        """After the clean pass: the perturbed final states, and the logits of all."""
+        for one in self.passes:
+            self.running, self.at = [one], one.cone.at
+            one.state = self.model.final_norm(one.state.unsqueeze(0))[0]
+        self.running = []
+        if LOGITS not in self.sites:
+            return
+        size = logit_block(self.model)
+        positions = [one.cone.at for one in self.passes]
+        for start in range(0, self.length, size):
+            end = min(start + size, self.length)
+            bounds = [torch.searchsorted(at, torch.tensor([start, end])).tolist() for at in positions]
+            if all(low == high for low, high in bounds):
+                continue
+            clean = self.model.unembed(hidden[:, start:end])[0]
+            for one, at, (low, high) in zip(self.passes, positions, bounds, strict=True):
+                if low < high:
+                    logits = self.model.unembed(one.state[low:high].unsqueeze(0))[0]
+                    where = at[low:high]
+                    mine = clean if high - low == end - start else clean[(where - start).to(clean.device)]
+                    self.read(one.index, LOGITS, where, mine, logits)
+
+
+def logit_block(model: HookedCausalLM, rows: int = 1) -> int:
+    """Number of positions at which the logits of `rows` passes may be held at a time."""
+    elements = LOGIT_ELEMENTS.get(model.device.type, LOGIT_ELEMENTS["cpu"])
+    return max(1, elements // (rows * model.config.vocab_size))
+
+
+def _widened(cone: Cone, window: Window, masked: bool) -> Cone:
+    bounds = window.cu_seqlens.tolist() if masked else [0, len(window)]
+    return Cone(cone.layer, tuple((start, start, end) for start, end in pairwise(bounds)))

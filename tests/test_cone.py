@@ -1,0 +1,78 @@
+import pytest
+import torch
+
+from rope_probe import DocumentOffset, PositionShift, ThetaSwap, load_model, pack, trace
+from rope_probe.cone import Cone, cone_of
+from tests import zoo
+
+WINDOW = pack([zoo.tokens(1, n, seed=n)[0] for n in (10, 13, 7)], 30)
+
+
+def cone(perturbation, masked=False):
+    return cone_of(perturbation.turns(zoo.llama(num_hidden_layers=4), 30, WINDOW), WINDOW, masked)
+
+
+@pytest.mark.parametrize(
+    ("perturbation", "unmasked", "masked"),
+    [
+        (PositionShift("q", 1.0), Cone(0, ((0, 0, 30),)), Cone(0, ((0, 0, 10), (10, 10, 23), (23, 23, 30)))),
+        (PositionShift("k", 1.0, layers=[3, 2], positions=[12, 8]), Cone(2, ((0, 8, 30),)),
+         Cone(2, ((0, 8, 10), (10, 12, 23)))),
+        (DocumentOffset(1, 5.0), Cone(0, ((0, 10, 30),)), Cone(0, ((10, 10, 23),))),
+        (ThetaSwap("k", 300.0, layers=1, positions=range(4)), Cone(1, ((0, 1, 30),)), Cone(1, ((0, 1, 10),))),
+        (PositionShift("q", 0.0), None, None),
+    ],
+)  # fmt: skip
+def test_the_cone_begins_where_something_turns(perturbation, unmasked, masked):
+    assert cone(perturbation) == unmasked
+    assert cone(perturbation, masked=True) == masked
+
+
+def positions_run(perturbations, **options):
+    """How many positions each layer's MLP reads in a trace."""
+    model, read = load_model(zoo.llama(num_hidden_layers=4)), [0] * 4
+    for layer, module in enumerate(model.original_model.model.layers):
+        module.mlp.register_forward_pre_hook(
+            lambda module, args, layer=layer: read.__setitem__(layer, read[layer] + args[0].shape[:2].numel())
+        )
+    trace(model, WINDOW, perturbations, **options)
+    return read
+
+
+def test_layers_below_and_positions_before_a_perturbation_run_once():
+    assert positions_run([PositionShift("q", 1.0, layers=2)]) == [30, 30, 60, 60]
+    assert positions_run([PositionShift("q", 1.0, layers=layer) for layer in range(4)]) == [60, 90, 120, 150]
+    assert positions_run([PositionShift("k", 1.0, layers=1, positions=[27])]) == [30, 33, 33, 33]
+    assert positions_run([DocumentOffset(1, 4.0)], masked=True, control=False) == [43, 43, 43, 43]
+    assert positions_run([PositionShift("qk", 0.0)]) == [30, 30, 30, 30]
+
+
+def test_perturbations_of_one_set_of_positions_share_calls(monkeypatch):
+    monkeypatch.setattr("rope_probe.cone.CALL_TOKENS", 90)
+    model, calls = load_model(zoo.llama()), []
+    model.original_model.model.layers[1].mlp.register_forward_pre_hook(
+        lambda module, args: calls.append(list(args[0].shape[:2]))
+    )
+    late = PositionShift("q", 1.0, positions=[20])
+    trace(model, WINDOW, [*(PositionShift("q", float(n)) for n in range(1, 5)), late])
+    assert calls == [[1, 30], [3, 30], [1, 30], [1, 10]]
+
+
+def test_no_hook_is_left_behind_even_after_an_error():
+    model = load_model(zoo.llama())
+    before = model(WINDOW)
+
+    def stop(layers):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        trace(model, WINDOW, PositionShift("q", 1.0), progress=stop)
+    torch.testing.assert_close(model(WINDOW), before, rtol=0, atol=0)
+    assert not any(point.has_hooks() for point in model.hook_dict.values())
+    assert all(len(m._forward_hooks) == 1 for m in model.original_model.model.layers)
+
+
+def test_progress_counts_the_layers_of_every_pass():
+    model, told = load_model(zoo.llama()), []
+    trace(model, WINDOW, [PositionShift("q", float(n)) for n in range(5)], rows=2, control=True, progress=told.append)
+    assert sum(told) == 2 * 5 * 2
