@@ -133,7 +133,8 @@ class _Passes(ExitStack):
             for handle in handles:
                 self.callback(handle.remove)
             hooks += [(f"blocks.{layer}.attn.hook_rot_{side}", partial(self._turn, (side, layer))) for side in "qk"]
-            hooks += [(f"blocks.{layer}.attn.{name}", self._keep) for name in ("hook_rot_k", "hook_v")]
+            if any(len(one.cone.at) < self.length for one in self.passes):
+                hooks += [(f"blocks.{layer}.attn.{name}", self._keep) for name in ("hook_rot_k", "hook_v")]
         hooks += [(site, self._visit) for site in self.sites if site != LOGITS]
         self.enter_context(self.model.hooks(fwd_hooks=hooks))
         return self

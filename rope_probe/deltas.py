@@ -7,6 +7,7 @@
     top1_flips       share of positions whose most likely token changes, logits only
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -47,28 +48,36 @@ def _by_block(measure: Callable[[Tensor, Tensor], Deltas], clean: Tensor, pertur
 
 
 def _vector_deltas(a: Tensor, b: Tensor) -> Deltas:
+    return _of_difference(a, b, b - a)
+
+
+def _of_difference(a: Tensor, b: Tensor, d: Tensor) -> Deltas:
     tiny = torch.finfo(a.dtype).tiny
-    a_norm, b_norm = a.norm(dim=1).clamp_min(tiny), b.norm(dim=1).clamp_min(tiny)
-    l2 = (b - a).norm(dim=1)
-    unit_delta = (a / a_norm.unsqueeze(1)).sub_(b / b_norm.unsqueeze(1))
-    return {"l2": l2, "rel_l2": l2 / a_norm, "cosine_distance": unit_delta.square().sum(1) / 2}
+    a_norm, b_norm = a.norm(dim=1).clamp_min_(tiny), b.norm(dim=1).clamp_min_(tiny)
+    l2 = d.norm(dim=1)
+    apart = (b * (a_norm / b_norm).unsqueeze(1)).sub_(a).norm(dim=1) / a_norm
+    return {"l2": l2, "rel_l2": l2 / a_norm, "cosine_distance": apart.square() / 2}
 
 
 def _logit_deltas(a: Tensor, b: Tensor) -> Deltas:
-    p = a.softmax(-1)
     d = b - a
+    deltas = _of_difference(a, b, d)
+    top1 = a.argmax(-1, keepdim=True)
+    deltas["top1_flips"] = (b.gather(-1, top1)[:, 0] < b.amax(-1)).to(a.dtype)
+    p = a.softmax(-1)
     d -= (p * d).sum(-1, keepdim=True)
-    return {
-        **_vector_deltas(a, b),
-        "kl_nats": (p * _exp_less_line(d)).sum(-1).log1p(),
-        "top1_flips": (a.argmax(-1) != b.argmax(-1)).to(a.dtype),
-    }
+    deltas["kl_nats"] = p.mul_(_exp_less_line(d)).sum(-1).log1p()
+    return deltas
 
 
 def _exp_less_line(d: Tensor) -> Tensor:
-    """e^d - 1 - d."""
-    series = d / 8 + 1
-    for n in (7, 6, 5, 4, 3):
-        series = series.mul_(d).div_(n).add_(1)
-    series = series.mul_(d).mul_(d).div_(2)
-    return torch.where(d.abs() < _SERIES_BELOW, series, d.expm1() - d)
+    """e^d - 1 - d; by its series where all of d is small, as there the difference would cancel."""
+    low, high = d.aminmax()
+    return _series(d) if -_SERIES_BELOW < low and high < _SERIES_BELOW else d.expm1().sub_(d)
+
+
+def _series(d: Tensor) -> Tensor:
+    total = d * (1 / math.factorial(8)) + 1 / math.factorial(7)
+    for n in (6, 5, 4, 3, 2):
+        total.mul_(d).add_(1 / math.factorial(n))
+    return total.mul_(d).mul_(d)
