@@ -93,7 +93,7 @@ def packed_documents(seed: int) -> Window:
 
 def _sweep(model: HookedCausalLM, window: Window, masked: bool, what: str) -> pd.DataFrame:
     shifts = [PositionShift(side, dose) for side in ("q", "k", "qk") for dose in DOSES]
-    with progress(f"shifts, {what}", 2 * len(shifts)) as advance:
+    with progress(f"shifts, {what}, layers", 2 * len(shifts) * len(model.blocks)) as advance:
         return trace(model, window, shifts, masked=masked, control=True, progress=advance)
 
 

@@ -140,6 +140,13 @@ def attention_modules(model: PreTrainedModel) -> list[Any]:
     return [layer.get_submodule(name) for layer in model.base_model.layers]
 
 
+def projections(model: PreTrainedModel, layer: int) -> list[Any]:
+    """The modules that project to q, k and v of a layer: three of them, or the fused one."""
+    attention, fused = attention_modules(model)[layer], architecture_of(model.config).fused
+    names = ("q_proj", "k_proj", "v_proj") if fused is None else fused[:1]
+    return [attention.get_submodule(name) for name in names]
+
+
 class Rows(NamedTuple):
     """Some rows of a weight matrix."""
 
@@ -149,12 +156,13 @@ class Rows(NamedTuple):
 
 def query_key_value_rows(model: PreTrainedModel, layer: int) -> dict[str, Rows]:
     """Where W_Q, W_K and W_V of a layer are: for "q", "k", "v", a weight [out, M] and the rows of it, head by head."""
-    config, attention = model.config, attention_modules(model)[layer]
+    config = model.config
     fused = architecture_of(config).fused
+    modules = projections(model, layer)
     if fused is None:
-        weights = {name: getattr(attention, f"{name}_proj").weight for name in "qkv"}
+        weights = dict(zip("qkv", (module.weight for module in modules), strict=True))
         return {name: Rows(weight, torch.arange(len(weight))) for name, weight in weights.items()}
-    weight = attention.get_submodule(fused[0]).weight
+    weight = modules[0].weight
     rows = torch.arange(len(weight))
     queries = config.num_attention_heads
     groups = queries if fused[1] == "by_head" else config.num_key_value_heads

@@ -58,13 +58,12 @@ class Tail:
     """Which part of a window is read, where another run has read the rest: the ends of some documents.
 
     A segment (start, first, end) is a document from `start` to `end` of which the positions from `first` on are read;
-    the read positions lie end to end in q, k and v. `keys` and `values` are those of the other run, over the whole
+    the read positions lie end to end in q, k and v. `earlier` are the keys and values of the other run, over the whole
     window; without them every document is read from its start.
     """
 
-    segments: list[tuple[int, int, int]]
-    keys: Float[Tensor, "1 K T D"] | None = None
-    values: Float[Tensor, "1 K T D"] | None = None
+    segments: Sequence[tuple[int, int, int]]
+    earlier: tuple[Float[Tensor, "1 K T D"], ...] = ()
 
 
 def attach(model: PreTrainedModel, kernel: str, seams: Sequence[Seam]) -> None:
@@ -246,9 +245,9 @@ def _by_segment(attend: Kernel, query: Tensor, key: Tensor, value: Tensor, tail:
         rows = reads + torch.arange(size, device=query.device)  # [segments, size]
         stacked = [_stack(x, rows) for x in (query, key, value)]
         if before:
-            earlier = starts + torch.arange(before, device=query.device)
-            for i, x in ((1, tail.keys), (2, tail.values)):
-                stacked[i] = torch.cat([_stack(x.expand(batch, -1, -1, -1), earlier), stacked[i]], 2)
+            skipped = starts + torch.arange(before, device=query.device)
+            for i, x in enumerate(tail.earlier, start=1):
+                stacked[i] = torch.cat([_stack(x.expand(batch, -1, -1, -1), skipped), stacked[i]], 2)
         z[:, rows] = rearrange(attend(*stacked), "(b n) t h d -> b n t h d", b=batch)
     return z
 

@@ -105,7 +105,7 @@ def trace(
             for amount in shift or _doses(len(read))
         ]
         passes = len(perturbations) * (2 if control and hooked.dtype != torch.float64 else 1)
-        with progress("perturbations", passes) as advance:
+        with progress("layers of perturbed passes", passes * len(hooked.blocks)) as advance:
             frame = trace_deltas(hooked, read, perturbations, masked=masked, control=control, progress=advance)
         run.record(frame, model=model, seed=seed)
         run.manifest |= {

@@ -3,8 +3,8 @@
 - A perturbation changes nothing below the first layer it turns, nor before the first position it turns (of each
   document, where documents are masked from each other). There the clean pass stands for the perturbed one.
 - The clean pass is an ordinary forward. After each of its layers, the same layer runs on the perturbed states: those of
-  perturbations that begin there start from the clean layer's input, and at positions before the cone attention reads
-  the clean pass's keys and values. So one layer's activations are held at a time, whatever the depth.
+  perturbations that begin there start from the clean layer's input and its q, k and v, and at positions before the cone
+  attention reads the clean pass's keys and values. So one layer's activations are held at a time, whatever the depth.
 - Perturbations with one set of positions share calls, as rows of a batch.
 """
 
@@ -20,18 +20,22 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from rope_probe.architectures import projections
 from rope_probe.attention import Tail
-from rope_probe.hooked import HookedCausalLM
+from rope_probe.hooked import HookedCausalLM, returning
 from rope_probe.packing import Window
 from rope_probe.perturbations import Perturbation, Site, Turn
 
 LOGITS = "logits"
+NOTHING = torch.empty(0)
 CALL_TOKENS = 2**13
 """Most tokens that perturbations share a call with."""
-LOGIT_ELEMENTS = {"cpu": 2**22, "cuda": 2**27}
-"""Most logits that are held at a time."""
+LOGIT_ELEMENTS = {"cpu": 2**23, "cuda": 2**27}
+"""Most logits that are held at a time ..."""
+LOGIT_ROWS = 8
+"""... and of how many perturbations."""
 
-Read = Callable[[int, str, Int[Tensor, " n"], Float[Tensor, "n *shape"], Float[Tensor, "n *shape"]], None]
+Read = Callable[[list[int], str, Int[Tensor, " n"], Float[Tensor, "n *shape"], Float[Tensor, "rows n *shape"]], None]
 
 
 @dataclass(frozen=True)
@@ -72,11 +76,12 @@ def run_beside(
     masked: bool = False,
     progress: Callable[[int], Any] | None = None,
 ) -> None:
-    """One clean pass and a perturbed one per perturbation: `read(i, site, at, clean, perturbed)` gets what they differ in.
+    """One clean pass and a perturbed one per perturbation: `read(which, site, at, clean, perturbed)` gets what differs.
 
-    `i` counts the perturbations, `at` are positions as indices into the window, and the activations are those of `site`
-    there, alive only while it reads them. What it is not told of is the same in both passes. Logits come in blocks of
-    positions. `progress` is called with the layers just done, `len(model.blocks)` in all.
+    `which` are indices into `perturbations`, one per row of `perturbed`; `at` are positions as indices into the window;
+    the activations are those of `site` there, alive only while it reads them. What it is not told of is the same in
+    both passes. Logits come in blocks of positions. `progress` is called after each layer, with the number of
+    perturbations.
 
     Hooks of the user's own hold in every pass; they see whole windows, so cones then have all positions.
     """
@@ -90,7 +95,7 @@ class _Pass:
     index: int
     turns: dict[Site, Turn]
     cone: Cone
-    state: Float[Tensor, "n M"] | None = None
+    state: Float[Tensor, "n M"] = NOTHING
 
 
 class _Passes(ExitStack):
@@ -108,7 +113,7 @@ class _Passes(ExitStack):
     ) -> None:
         super().__init__()
         self.model, self.sites, self.read, self.progress = model, sites, read, progress
-        self.length = len(window)
+        self.length, self.count = len(window), len(perturbations)
         whole = any(point.has_hooks() for point in model.hook_dict.values())
         self.passes = []
         for index, perturbation in enumerate(perturbations):
@@ -119,6 +124,7 @@ class _Passes(ExitStack):
         self.running: list[_Pass] = []
         self.at: Tensor = torch.arange(0)
         self.clean: dict[str, Tensor] = {}
+        self.projected: dict[nn.Module, Tensor] = {}
 
     def __enter__(self) -> "_Passes":
         super().__enter__()
@@ -133,6 +139,9 @@ class _Passes(ExitStack):
             for handle in handles:
                 self.callback(handle.remove)
             hooks += [(f"blocks.{layer}.attn.hook_rot_{side}", partial(self._turn, (side, layer))) for side in "qk"]
+            if any(one.cone.layer == layer for one in self.passes):
+                for projection in projections(self.model.original_model, layer):
+                    self.callback(projection.register_forward_hook(self._keep_projected).remove)
             if any(len(one.cone.at) < self.length for one in self.passes):
                 hooks += [(f"blocks.{layer}.attn.{name}", self._keep) for name in ("hook_rot_k", "hook_v")]
         hooks += [(site, self._visit) for site in self.sites if site != LOGITS]
@@ -153,85 +162,93 @@ class _Passes(ExitStack):
         if not self.running:
             self.clean[hook.name] = x
 
+    def _keep_projected(self, module: nn.Module, args: tuple, output: Tensor) -> None:
+        if not self.running:
+            self.projected[module] = output
+
     def _visit(self, x: Tensor, hook: Any) -> None:
         if not self.running:
             self.clean[hook.name] = x
             return
-        clean = self.clean[hook.name][0]
-        clean = clean if len(self.at) == self.length else clean[self.at.to(clean.device)]
-        for one, perturbed in zip(self.running, x, strict=True):
-            self.read(one.index, hook.name, self.at, clean, perturbed)
+        clean = self._taken_at(self.clean[hook.name])[0]
+        self.read([one.index for one in self.running], hook.name, self.at, clean, x)
 
     def _run_layer(self, layer: int, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         if self.running:
             return
-        for group in self._groups(layer):
+        for group in self._groups(layer, CALL_TOKENS):
             self.running, self.at = group, group[0].cone.at
-            start = self.clean["input"][0]
-            for one in group:
-                if one.cone.layer == layer:
-                    one.state = start if len(self.at) == self.length else start[self.at.to(start.device)]
-            states = torch.stack([one.state for one in group])
-            for one in group:
-                one.state = None
             told = self._narrow(layer, kwargs)
-            try:
-                after = module(states, *args[1:], **told) if args else module(**{**told, "hidden_states": states})
-            finally:
-                self.running = []
+            with ExitStack() as begun:
+                if group[0].cone.layer == layer:
+                    states = self._taken_at(self.clean["input"]).expand(len(group), -1, -1)
+                    for projection, output in self.projected.items():
+                        begun.enter_context(returning(projection, self._taken_at(output).expand(len(group), -1, -1)))
+                else:
+                    states = torch.stack([one.state for one in group])
+                    for one in group:
+                        one.state = NOTHING
+                try:
+                    after = module(states, *args[1:], **told) if args else module(**{**told, "hidden_states": states})
+                finally:
+                    self.running = []
             for one, state in zip(group, after[0] if isinstance(after, tuple) else after, strict=True):
                 one.state = state
         self.clean.clear()
+        self.projected.clear()
         if self.progress is not None:
-            self.progress(1)
+            self.progress(self.count)
 
-    def _groups(self, layer: int) -> Iterator[list[_Pass]]:
-        """The passes that run at this layer, those of one set of positions together."""
+    def _taken_at(self, x: Float[Tensor, "1 T *shape"]) -> Float[Tensor, "1 n *shape"]:
+        """A tensor of the clean pass at the positions of the running ones."""
+        return x if len(self.at) == self.length else x[:, self.at.to(x.device)]
+
+    def _groups(self, layer: int, tokens: int) -> Iterator[list[_Pass]]:
+        """The passes that run at this layer: those of one set of positions together, and those that begin apart."""
         alike = defaultdict(list)
         for one in self.passes:
             if one.cone.layer <= layer:
-                alike[one.cone.segments].append(one)
+                alike[one.cone.segments, one.cone.layer == layer].append(one)
         for passes in alike.values():
-            size = max(1, CALL_TOKENS // len(passes[0].cone.at))
+            size = max(1, tokens // len(passes[0].cone.at))
             yield from (passes[i : i + size] for i in range(0, len(passes), size))
 
     def _narrow(self, layer: int, kwargs: dict[str, Any]) -> dict[str, Any]:
         """What the clean layer was told of its positions, for the positions of the running passes alone."""
         if len(self.at) == self.length:
             return kwargs
-        keys, values = (
-            self.clean[f"blocks.{layer}.attn.{name}"].transpose(1, 2) for name in ("hook_rot_k", "hook_v")
-        )
+        earlier = (self.clean[f"blocks.{layer}.attn.{name}"].transpose(1, 2) for name in ("hook_rot_k", "hook_v"))
         narrow = {**kwargs, "document_bounds": None}
-        narrow["tail"] = Tail(list(self.running[0].cone.segments), keys, values)
+        narrow["tail"] = Tail(self.running[0].cone.segments, tuple(earlier))
         if kwargs.get("position_ids") is not None:
-            narrow["position_ids"] = kwargs["position_ids"][:, self.at.to(kwargs["position_ids"].device)]
-        cos_and_sin = kwargs["position_embeddings"]
-        narrow["position_embeddings"] = tuple(x[:, self.at.to(x.device)] for x in cos_and_sin)
+            narrow["position_ids"] = self._taken_at(kwargs["position_ids"])
+        narrow["position_embeddings"] = tuple(self._taken_at(x) for x in kwargs["position_embeddings"])
         return narrow
 
     def finish(self, hidden: Float[Tensor, "1 T M"]) -> None:
         """After the clean pass: the perturbed final states, and the logits of all."""
-        for one in self.passes:
-            self.running, self.at = [one], one.cone.at
-            one.state = self.model.final_norm(one.state.unsqueeze(0))[0]
+        for group in self._groups(len(self.model.blocks), CALL_TOKENS):
+            self.running, self.at = group, group[0].cone.at
+            states = torch.stack([one.state for one in group])
+            for one, state in zip(group, self.model.final_norm(states), strict=True):
+                one.state = state
         self.running = []
         if LOGITS not in self.sites:
             return
-        size = logit_block(self.model)
-        positions = [one.cone.at for one in self.passes]
+        groups = list(self._groups(len(self.model.blocks), LOGIT_ROWS * self.length))
+        size = logit_block(self.model, 1 + max(map(len, groups), default=0))
         for start in range(0, self.length, size):
             end = min(start + size, self.length)
-            bounds = [torch.searchsorted(at, torch.tensor([start, end])).tolist() for at in positions]
-            if all(low == high for low, high in bounds):
-                continue
-            clean = self.model.unembed(hidden[:, start:end])[0]
-            for one, at, (low, high) in zip(self.passes, positions, bounds, strict=True):
-                if low < high:
-                    logits = self.model.unembed(one.state[low:high].unsqueeze(0))[0]
-                    where = at[low:high]
-                    mine = clean if high - low == end - start else clean[(where - start).to(clean.device)]
-                    self.read(one.index, LOGITS, where, mine, logits)
+            clean = None
+            for group in groups:
+                at = group[0].cone.at
+                low, high = torch.searchsorted(at, torch.tensor([start, end])).tolist()
+                if low == high:
+                    continue
+                clean = self.model.unembed(hidden[:, start:end])[0] if clean is None else clean
+                logits = self.model.unembed(torch.stack([one.state[low:high] for one in group]))
+                mine = clean if high - low == end - start else clean[(at[low:high] - start).to(clean.device)]
+                self.read([one.index for one in group], LOGITS, at[low:high], mine, logits)
 
 
 def logit_block(model: HookedCausalLM, rows: int = 1) -> int:

@@ -198,13 +198,13 @@ class HookedCausalLM(HookedRootModule):
     def unembed(self, hidden: Float[Tensor, "B T M"]) -> Float[Tensor, "B T V"]:
         """Logits of final hidden states, by the model's own head: bias, soft cap and logit scale included."""
         state = MoeModelOutputWithPast(last_hidden_state=hidden)
-        with self._precision(), _returning(self.original_model.base_model, state):
+        with self._precision(), returning(self.original_model.base_model, state):
             return self.original_model(inputs_embeds=hidden, use_cache=False).logits
 
     def after_projection(self, projected: Float[Tensor, "B T V"]) -> Float[Tensor, "B T V"]:
         """What the model's head does after its projection: soft cap and logit scale; nothing on most models."""
         projection = self.original_model.get_output_embeddings()
-        with _returning(projection, projected):
+        with returning(projection, projected):
             return self.unembed(projected.new_empty(*projected.shape[:2], projection.in_features))
 
     def _precision(self) -> Any:
@@ -262,7 +262,7 @@ def _on_output(hook_point: HookPoint, module: nn.Module, args: tuple, output: An
 
 
 @contextmanager
-def _returning(module: nn.Module, output: Any) -> Iterator[None]:
+def returning(module: nn.Module, output: Any) -> Iterator[None]:
     """Within it, `module` returns `output` whatever it is given; so a causal LM's forward is what comes after it."""
     before = {
         name: value for name, value in module.__dict__.items() if name == "forward"

@@ -52,14 +52,14 @@ def trace(
     `sites` are hook names, and "logits" (default: rotated q and k, attention output and residual stream of every layer,
     and the logits). `masked` keeps attention inside documents. `by` says what a row is averaged over: each position,
     each document, or the whole window. `control` measures everything again in float64 beside it; by default where
-    `masked`, the setting in which much of what is seen is rounding. It needs a float64 copy of the model in memory: give
-    `model.double()` itself where several traces share one.
-    `rows` perturbations share one clean pass (default: as many as half a gigabyte of float32 states holds). `progress` is
-    called with the layers just done, `len(model.blocks)` per perturbation, and as many again for the control.
+    `masked`, the setting in which much of what is seen is rounding. It needs a float64 copy of the model in memory:
+    give `model.double()` itself where several traces share one.
+    `rows` perturbations share one clean pass (default: as many as half a gigabyte of float32 states holds). `progress`
+    is called with the layers just done, `len(model.blocks)` per perturbation, and as many again for the control.
 
     Equals two plain forward passes to rounding, at the cost of each perturbation's causal cone (see `cone`). Raises
-    InputError for an unknown site, a perturbation that does not fit the model (see `Perturbation.hooks`), and activations
-    that are not finite.
+    InputError for an unknown site, a perturbation that does not fit the model (see `Perturbation.hooks`), and
+    activations that are not finite.
     """
     perturbations = [perturbations] if isinstance(perturbations, Perturbation) else list(perturbations)
     sites = _known(model, default_sites(model) if sites is None else sites)
@@ -69,15 +69,8 @@ def trace(
     means = _Means(window, sites, by, len(perturbations))
     for first in range(0, len(perturbations), rows):
         group = perturbations[first : first + rows]
-        run_beside(
-            model,
-            window,
-            group,
-            sites,
-            partial(means.add, first),
-            masked=masked,
-            progress=None if progress is None else lambda layers, size=len(group): progress(layers * size),
-        )
+        add = partial(means.add, first)
+        run_beside(model, window, group, sites, add, masked=masked, progress=progress)
     for values in means.values():
         _check_finite(model, dict(zip(means.keys, values, strict=True)))
     frame = means.frame([_columns(perturbation, model) for perturbation in perturbations])
@@ -109,12 +102,13 @@ class _Means:
         self.line_of = {"position": at, "document": documents, "window": torch.zeros_like(at)}[by]
         self.sums = torch.zeros(count, len(self.keys), len(self.lines), dtype=torch.float64)
 
-    def add(self, first: int, index: int, site: str, at: Tensor, clean: Tensor, perturbed: Tensor) -> None:
-        """Take in a site of perturbation `first` + `index`, at the positions `at`."""
+    def add(self, first: int, which: list[int], site: str, at: Tensor, clean: Tensor, perturbed: Tensor) -> None:
+        """Take in a site of the perturbations `which`, counted from `first`, at the positions `at`."""
         measured = (logit_deltas if site == LOGITS else vector_deltas)(clean, perturbed)
         for metric, values in measured.items():
             key = self.keys.index((site, metric))
-            self.sums[first + index, key].index_add_(0, self.line_of[at], values.double().cpu())
+            for index, of_one in zip(which, values.double().cpu(), strict=True):
+                self.sums[first + index, key].index_add_(0, self.line_of[at], of_one)
 
     def values(self) -> Float[Tensor, "perturbations keys lines"]:
         """The means."""

@@ -1,14 +1,14 @@
 import pytest
 import torch
 
-from rope_probe import DocumentOffset, PositionShift, ThetaSwap, load_model, pack, trace
+from rope_probe import DocumentOffset, PositionShift, ThetaSwap, cone, load_model, pack, trace
 from rope_probe.cone import Cone, cone_of
 from tests import zoo
 
 WINDOW = pack([zoo.tokens(1, n, seed=n)[0] for n in (10, 13, 7)], 30)
 
 
-def cone(perturbation, masked=False):
+def cone_in_window(perturbation, masked=False):
     return cone_of(perturbation.turns(zoo.llama(num_hidden_layers=4), 30, WINDOW), WINDOW, masked)
 
 
@@ -24,8 +24,8 @@ def cone(perturbation, masked=False):
     ],
 )  # fmt: skip
 def test_the_cone_begins_where_something_turns(perturbation, unmasked, masked):
-    assert cone(perturbation) == unmasked
-    assert cone(perturbation, masked=True) == masked
+    assert cone_in_window(perturbation) == unmasked
+    assert cone_in_window(perturbation, masked=True) == masked
 
 
 def positions_run(perturbations, **options):
@@ -48,7 +48,7 @@ def test_layers_below_and_positions_before_a_perturbation_run_once():
 
 
 def test_perturbations_of_one_set_of_positions_share_calls(monkeypatch):
-    monkeypatch.setattr("rope_probe.cone.CALL_TOKENS", 90)
+    monkeypatch.setattr(cone, "CALL_TOKENS", 90)
     model, calls = load_model(zoo.llama()), []
     model.original_model.model.layers[1].mlp.register_forward_pre_hook(
         lambda module, args: calls.append(list(args[0].shape[:2]))
