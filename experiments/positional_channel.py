@@ -1,0 +1,302 @@
+"""Is it position in the teacher's logits that distils? Students of teachers whose channel of position is cut.
+
+The base (theta 300, window 64) is extended as the arm `kd_phase_wise` of `phase_scaling` is, from teachers that differ:
+
+    scrubbed       logits averaged over random orders of the documents, each at a random offset: where a document stands
+                   says nothing any more (what stands in later documents leaks in, which the student cannot follow)
+    fast_pairs     rotary pairs frozen at position 0 on both sides but those that turn within a document (64 tokens)
+    middle_pairs   ... but those of wavelengths up to the window (1,024)
+    slow_pairs     ... but those slower than the window
+    nope           a teacher of the kind the study used, in small: a layer with RoPE, then one without it whose queries
+                   are scaled by position as Llama 4 scales them, log(1 + floor((p + 1) / 64)) / 10 + 1
+    nope_masked    the same with documents masked from each other: unlike a RoPE teacher's, its logits still depend on
+                   where a document stands, but on nothing in the others
+
+Beside them stand the arms `kd_phase_wise` (the teacher as it is), `kd_teacher_masked` and `kd_disjoint_keys`.
+
+Predictions, written before the first run, for accuracy at 512 tokens, 8 times the document length:
+
+ 1. The scrubbed teacher still transfers retrieval, 0.90 or more: what transfers is that keys match across documents,
+ not where they stand.
+ 2. Masked, the NoPE teacher transfers nothing, 0.10 or less, though position does reach its logits: the channel alone
+    does not carry the skill. Unmasked it transfers it, 0.90 or more.
+ 3. A teacher that keeps the fast pairs alone loses its own retrieval (0.50 or less), as the head that finds the token
+    after a match needs them but so does the slow match; one that keeps the slow pairs alone loses it too, for want of
+    a neighbour to find. None of the three bands transfers more than the teacher itself still has, within 0.10.
+ 4. In short: retrieval transfers where, and only where, the teacher's logits at a position depend on what other
+    documents hold; whether they depend on position does not matter.
+
+    python -m experiments.positional_channel teacher 0 runs/nope_teacher-0
+    python -m experiments.positional_channel scrubbed 0 runs/positional_channel/scrubbed-0 --checkpoints runs
+"""
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import pandas as pd
+import torch
+import typer
+from jaxtyping import Float
+from torch import Tensor
+from transformers import SmolLM3Config
+
+from experiments import phase_scaling, toy_checkpoints
+from experiments.toy_checkpoints import LARGE_THETA, LONG, MISSED_GATE, SHORT
+from rope_probe import HookedCausalLM, PairFreeze, checkpoints, copy_deltas, load_model, repeated_window, rope
+from rope_probe.distillation import train_phase
+from rope_probe.errors import InputError
+from rope_probe.packing import Batch
+from rope_probe.progress import progress
+from rope_probe.results import describe_model, hash_tokens, new_run, read_run, tidy
+from rope_probe.retrieval import student_interval
+from rope_probe.seeds import derive
+
+ORDERS = 4
+TEMPERATURE = 0.1
+BANDS = {"fast_pairs": (0, SHORT), "middle_pairs": (SHORT, LONG), "slow_pairs": (LONG, float("inf"))}
+CHANNELS = ("scrubbed", *BANDS, "nope", "nope_masked")
+BESIDE = ("kd_phase_wise", "kd_teacher_masked", "kd_disjoint_keys")
+FAR = phase_scaling.FAR
+
+Hook = tuple[str, Callable[..., Any]]
+
+
+def run(
+    what: str,
+    seed: int,
+    out: Path,
+    checkpoints_in: Annotated[Path, typer.Option("--checkpoints", help="Folder of the toy checkpoints.")] = Path(
+        "runs"
+    ),
+) -> None:
+    """Train the NoPE teacher ("teacher"), or a student of one channel, into the run directory `out`."""
+    torch.set_num_threads(1)
+    if what == "teacher":
+        _train_teacher(seed, out)
+    elif what in CHANNELS:
+        _distil(what, seed, out, checkpoints_in)
+    else:
+        raise InputError(f"channel {what!r} is unknown; known are {', '.join(('teacher', *CHANNELS))}")
+
+
+class Scrubbed(HookedCausalLM):
+    """A teacher that says, of each position, the mean of its logits over random orders and offsets of the documents.
+
+    The head is linear, so the mean is taken of final hidden states.
+    """
+
+    def hidden(self, tokens: Any, *, masked: bool = False, rows: int = 1) -> Float[Tensor, "B T M"]:
+        """As `HookedCausalLM.hidden`, for batches of documents of one length."""
+        if not isinstance(tokens, Batch):
+            return super().hidden(tokens, masked=masked, rows=rows)
+        windows = tokens.tokens.view(len(tokens.tokens), -1, SHORT)
+        generator = torch.Generator().manual_seed(int(windows.sum()))
+        total = torch.zeros(())
+        for _ in range(ORDERS):
+            order = torch.rand(windows.shape[:2], generator=generator).argsort(1)
+            shuffled = windows.gather(1, order.unsqueeze(-1).expand_as(windows)).flatten(1)
+            offset = int(torch.randint(LONG, (1,), generator=generator))
+            batch = Batch(shuffled, tokens.cu_seqlens, tokens.position_ids + offset)
+            states = super().hidden(batch, masked=masked).unflatten(1, windows.shape[1:])
+            back = order.argsort(1)[..., None, None].expand_as(states)
+            total = total.to(states) + states.gather(1, back).flatten(1, 2)
+        return total / ORDERS
+
+
+def kept_pairs(band: str, inv_freq: Float[Tensor, " P"]) -> list[int]:
+    """The rotary pairs of a band, by wavelength."""
+    low, high = BANDS[band]
+    return [pair for pair, length in enumerate(rope.wavelengths(inv_freq).tolist()) if low < length <= high]
+
+
+def teacher_of(channel: str, seed: int, checkpoints_in: Path) -> HookedCausalLM:
+    """The teacher of a channel, with the hooks that make it so."""
+    folder = checkpoints_in / f"{_source(channel)}-{seed}" / "checkpoint"
+    if channel == "scrubbed":
+        return Scrubbed(checkpoints.load(folder))
+    teacher = load_model(folder)
+    if channel in BANDS:
+        inv_freq = teacher.rotary[0].inv_freq  # type: ignore[union-attr]
+        frozen = set(range(len(inv_freq))) - set(kept_pairs(channel, inv_freq))
+        hooks: list[Hook] = PairFreeze("qk", sorted(frozen)).hooks(teacher)
+    else:
+        hooks = temperature_hooks(teacher)
+    for name, hook in hooks:
+        teacher.add_hook(name, hook)
+    return teacher
+
+
+def temperature_hooks(model: HookedCausalLM) -> list[Hook]:
+    """Queries of the layers without RoPE scaled by position, as Llama 4 scales them, with 64 for its 8,192."""
+
+    def scale(q: Float[Tensor, "B T H D"], hook: Any) -> Float[Tensor, "B T H D"]:
+        position = torch.arange(q.shape[1]) % LONG  # masked windows come end to end
+        factor = 1 + TEMPERATURE * ((position + 1) / SHORT).floor().log1p()
+        return q * factor[:, None, None].to(q)
+
+    return [(f"blocks.{i}.attn.hook_rot_q", scale) for i, rotary in enumerate(model.rotary) if rotary is None]
+
+
+def _train_teacher(seed: int, out: Path) -> None:
+    missed = None
+    with new_run(out, "positional_channel", teacher_config(seed)) as made:
+        phases = toy_checkpoints.PHASES["teacher"]
+        plain = checkpoints.build(_nope_architecture(), seed=derive(seed, "nope_teacher", "weights"))
+        model = load_model(plain)
+        for name, hook in temperature_hooks(model):
+            model.add_hook(name, hook)
+        for phase in phases:
+            history, gate, missed = toy_checkpoints.train_to_gate(
+                model, phase, derive(seed, "nope_teacher", phase.name), f"nope teacher {seed}, {phase.name}"
+            )
+            losses = [{"position": n["tokens"], "metric": "ce_nats", "value": n["ce_nats"]} for n in history]
+            made.record(tidy(losses), model="nope_teacher", seed=seed, phase=phase.name, seq_len=phase.window)
+            made.record(gate.assign(metric="gate_accuracy"), model="nope_teacher", seed=seed, phase=phase.name)
+            print(gate[["distance", "value", "low", "high"]].to_string(index=False), file=sys.stderr)
+            if missed:
+                print(missed, file=sys.stderr)
+                break
+        made.record(_place_in_logits(model, seed), model="nope_teacher", seed=seed)
+        checkpoints.save(model.release(), made.folder / "checkpoint")
+        made.manifest |= {
+            "models": {"nope_teacher": describe_model(model.original_model)},
+            "missed_gate": missed,
+            "attention_kernel": "sdpa",
+            "mask": "none",
+            "positions": "continuous",
+        }
+    if missed:
+        raise typer.Exit(MISSED_GATE)
+
+
+def _place_in_logits(model: HookedCausalLM, seed: int) -> pd.DataFrame:
+    """How far the logits of masked copies of one document lie apart: what the teacher's own place does to them."""
+    document = toy_checkpoints.SHORT_DOCUMENTS.documents(1, seed=seed)[0]
+    frame = copy_deltas(model, repeated_window(document, LONG // SHORT), masked=True, control=False)
+    return frame[frame["site"] == "logits"].assign(arm="repeated document, masked")
+
+
+def _nope_architecture() -> SmolLM3Config:
+    theta = toy_checkpoints.PHASES["teacher"][0].theta
+    llama = toy_checkpoints.architecture({"rope_type": "default", "rope_theta": theta})
+    shared = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+              "num_key_value_heads", "max_position_embeddings", "tie_word_embeddings", "rope_parameters",
+              "bos_token_id", "eos_token_id")  # fmt: skip
+    rotates = [1] * (llama.num_hidden_layers - 1) + [0]
+    return SmolLM3Config(
+        **{name: getattr(llama, name) for name in shared}, no_rope_layers=rotates, pad_token_id=None, use_cache=False
+    )
+
+
+def _distil(channel: str, seed: int, out: Path, checkpoints_in: Path) -> None:
+    with new_run(out, "positional_channel", config_of(channel, seed, checkpoints_in)) as made:
+        teacher = teacher_of(channel, seed, checkpoints_in)
+        if channel != "scrubbed":
+            made.record(phase_scaling.measure(teacher, seed), model="teacher", arm=channel, seed=seed)
+        base = checkpoints.load(checkpoints_in / f"base-{seed}" / "checkpoint")
+        student = load_model(checkpoints.with_rope(base, LARGE_THETA))
+        phase = phase_of(channel)
+        with progress(f"{channel} {seed}, tokens", phase.steps * phase.batch_tokens) as advance:
+            train_phase(
+                student,
+                phase,
+                seed=derive(seed, "extension"),
+                teacher=teacher,
+                on_step=lambda n: advance(phase.batch_tokens, f"loss {n['loss']:.2f}"),
+            )
+        measured = phase_scaling.measure(student, seed)
+        made.record(measured, model=channel, arm=channel, seed=seed, phase="extension")
+        checkpoints.save(student.release(), made.folder / "checkpoint")
+        made.manifest |= {
+            "models": {channel: describe_model(student.original_model)},
+            "attention_kernel": "sdpa",
+            "mask": "teacher" if phase.teacher_masked else "none",
+            "positions": "continuous",
+            "tokens_sha256": hash_tokens(phase.batch(derive(seed, "extension"), 0).tokens),
+        }
+    accuracy = measured[(measured["metric"] == "accuracy") & (measured["seq_len"] == LONG)]
+    print(channel, seed, dict(zip(accuracy["distance"], accuracy["value"].round(2), strict=True)), file=sys.stderr)
+
+
+def phase_of(channel: str) -> Any:
+    """The extension of a channel: that of the arm `kd_phase_wise`, its data, order and budget."""
+    arm = phase_scaling.ARMS["kd_phase_wise"]
+    return phase_scaling.phase_of(dataclasses.replace(arm, teacher_masked=channel == "nope_masked"))
+
+
+def needs(channel: str) -> tuple[str, ...]:
+    """The checkpoints a channel starts from: base and teacher."""
+    return ("base", _source(channel))
+
+
+def _source(channel: str) -> str:
+    return "nope_teacher" if channel.startswith("nope") else "teacher"
+
+
+def teacher_config(seed: int) -> dict:
+    """The whole configuration of the NoPE teacher."""
+    phases = toy_checkpoints.PHASES["teacher"]
+    return {
+        "role": "nope_teacher",
+        "seed": seed,
+        "architecture": _nope_architecture().to_diff_dict(),
+        "temperature": TEMPERATURE,
+        "phases": [dataclasses.asdict(phase) for phase in phases],
+    }
+
+
+def config_of(channel: str, seed: int, checkpoints_in: Path) -> dict:
+    """The whole configuration of a channel, as its manifest holds it: the checkpoints by their weights."""
+    sources = [checkpoints_in / f"{role}-{seed}" for role in needs(channel)]
+    weights = [model["weights_sha256"] for run in sources for model in read_run(run)[1]["models"].values()]
+    return {
+        "channel": channel,
+        "seed": seed,
+        "phase": dataclasses.asdict(phase_of(channel)),
+        "orders": ORDERS,
+        "bands": {band: [str(edge) for edge in edges] for band, edges in BANDS.items()},
+        "temperature": TEMPERATURE,
+        "weights_sha256": weights,
+        "probe": {"trials": phase_scaling.TRIALS, "distances": phase_scaling.DISTANCES},
+    }
+
+
+def verdicts(frame: pd.DataFrame) -> pd.DataFrame:
+    """The predictions for the channels that were run: mean accuracy at 512 tokens over seeds, and whether it held.
+
+    Intervals are Student's over seeds; with one seed, Wilson's over trials.
+    """
+    far = frame[(frame["metric"] == "accuracy") & (frame["seq_len"] == LONG) & (frame["distance"] == FAR)]
+    students = dict(list(far[far["model"] != "teacher"].groupby("model")))
+    teachers = dict(list(far[far["model"] == "teacher"].groupby("arm")))
+    rows = []
+
+    def judge(prediction: int | None, what: str, part: pd.DataFrame | None, sign: str = "", bound: float = 0.0) -> None:
+        if part is None:
+            return
+        low, high = student_interval(part["value"]) if len(part) > 1 else (part["low"].item(), part["high"].item())
+        mean = part["value"].mean()
+        held = {"": "", ">=": "yes" if mean >= bound else "no", "<=": "yes" if mean <= bound else "no"}[sign]
+        told = f"{what} {sign} {bound:.2f}" if sign else what
+        rows.append((prediction, told, len(part), mean, low, high, held))
+
+    for arm in BESIDE:
+        judge(None, f"student of {arm}", students.get(arm))
+    judge(1, "student of scrubbed", students.get("scrubbed"), ">=", 0.9)
+    judge(2, "student of nope_masked", students.get("nope_masked"), "<=", 0.1)
+    judge(2, "student of nope", students.get("nope"), ">=", 0.9)
+    for band in filter(students.__contains__, BANDS):
+        own = teachers[band]
+        judge(3, f"teacher with {band} alone", own, *(() if band == "middle_pairs" else ("<=", 0.5)))
+        judge(3, f"student of {band}", students[band], "<=", own["value"].mean() + 0.1)
+    return pd.DataFrame(rows, columns=["prediction", "what", "seeds", "mean", "low", "high", "held"])
+
+
+if __name__ == "__main__":
+    try:
+        typer.run(run)
+    except InputError as error:
+        sys.exit(f"error: {error}")
