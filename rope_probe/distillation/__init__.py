@@ -5,6 +5,7 @@ from rope_probe.distillation.job import distill
 from rope_probe.distillation.loop import Training, train_phase
 from rope_probe.distillation.losses import Divergence, Head, HiddenMatch, Objective
 from rope_probe.distillation.phase import Gate, GateError, Phase
+from rope_probe.distillation.signal import distillation_signal
 
 __all__ = [
     "DistillConfig",
@@ -17,6 +18,7 @@ __all__ = [
     "Phase",
     "Training",
     "distill",
+    "distillation_signal",
     "read_config",
     "train_phase",
 ]

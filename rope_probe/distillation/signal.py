@@ -1,0 +1,110 @@
+"""What part of a distillation's signal a perturbation of the teacher takes away: in its loss and in its gradients."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rope_probe.architectures import query_key_value_rows
+from rope_probe.distillation.student import by_distance
+from rope_probe.hooked import HookedCausalLM
+from rope_probe.packing import Window
+from rope_probe.perturbations import Perturbation
+from rope_probe.results import tidy
+
+_BLOCK = 256
+Gradients = dict[tuple[int, str], Tensor]
+
+
+def distillation_signal(
+    teacher: HookedCausalLM,
+    student: HookedCausalLM,
+    window: Window,
+    perturbations: Perturbation | Iterable[Perturbation],
+    *,
+    masked: bool = False,
+) -> pd.DataFrame:
+    """How much of what a student is taught on a window hangs on what a perturbation takes from the teacher.
+
+    With p the teacher's next-token distribution, p' that of the perturbed teacher and s the student's, rows are
+
+    - `signal_kl_nats`, KL(p || p'), and `loss_kl_nats`, KL(p || s): means over the window, and by how many tokens ago a
+      position's token last occurred (`distance`, the upper end of a bin that doubles; 0 for a first occurrence);
+    - by layer, at the sites `blocks.{i}.attn.W_Q|W_K|W_V` of the student: `loss_gradient`, the Frobenius norm of the
+      gradient of the mean of KL(p || s); `signal_gradient`, that of what the perturbation takes from it, the gradient
+      of KL(p || s) less that of KL(p' || s); and `gradient_cosine` between the two.
+
+    `masked` keeps the teacher's attention inside documents. Vocabularies of different size are cut to the shared part.
+    Only final hidden states are held over the whole window, logits block by block.
+    """
+    perturbations = [perturbations] if isinstance(perturbations, Perturbation) else list(perturbations)
+    with torch.no_grad():
+        clean = teacher.hidden(window, masked=masked)
+        perturbed = []
+        for perturbation in perturbations:
+            with teacher.hooks(fwd_hooks=perturbation.hooks(teacher, window)):
+                perturbed.append(teacher.hidden(window, masked=masked))
+    with torch.enable_grad():
+        learned = student.hidden(window)
+    parts = [_pull(teacher, student, learned.detach(), clean, other) for other in [None, *perturbed]]
+    loss_kl, of_loss = parts[0]
+    loss = _gradients(student, learned, of_loss)
+    rows = list(_by_distance("loss_kl_nats", loss_kl, window, {}))
+    for perturbation, (kl, pull) in zip(perturbations, parts[1:], strict=True):
+        told = {"perturbation": str(perturbation), "side": perturbation.side}
+        told["delta_tokens"] = perturbation.delta_tokens  # type: ignore[assignment]
+        rows += _by_distance("signal_kl_nats", kl, window, told)
+        for key, taken in _gradients(student, learned, pull).items():
+            layer, matrix = key
+            at = {**told, "layer": layer, "site": f"blocks.{layer}.attn.W_{matrix.upper()}"}
+            cosine = (taken * loss[key]).sum() / (taken.norm() * loss[key].norm())
+            for metric, value in (
+                ("signal_gradient", taken.norm()),
+                ("loss_gradient", loss[key].norm()),
+                ("gradient_cosine", cosine),
+            ):
+                rows.append({**at, "metric": metric, "value": value.item()})
+    return tidy(rows).assign(seq_len=len(window))
+
+
+def _pull(
+    teacher: HookedCausalLM, student: HookedCausalLM, learned: Tensor, clean: Tensor, perturbed: Tensor | None
+) -> tuple[Float[Tensor, " T"], Float[Tensor, "1 T M"]]:
+    """Per position, KL(p || p'), and the gradient that p' takes from the student's states; with s for p' without one."""
+    divergence, gradients = [], []
+    shared = min(teacher.config.vocab_size, student.config.vocab_size)
+    others = [None] * clean.shape[1] if perturbed is None else perturbed.split(_BLOCK, 1)
+    for block, h, other in zip(learned.split(_BLOCK, 1), clean.split(_BLOCK, 1), others, strict=False):
+        block.requires_grad_()
+        with torch.enable_grad():
+            logs = student.unembed(block)[..., :shared].log_softmax(-1)
+        with torch.no_grad():
+            p = teacher.unembed(h)[..., :shared].log_softmax(-1)
+            q = logs if other is None else teacher.unembed(other)[..., :shared].log_softmax(-1)
+            divergence.append((p.exp() * (p - q)).sum(-1)[0])
+            weight = p.exp() if other is None else p.exp() - q.exp()
+        gradients.append(torch.autograd.grad(logs, block, -weight / learned.shape[1])[0])
+    return torch.cat(divergence).detach(), torch.cat(gradients, 1)
+
+
+def _gradients(student: HookedCausalLM, learned: Tensor, pull: Tensor) -> Gradients:
+    model = student.original_model
+    rows = {
+        (layer, name): part
+        for layer in range(len(student.blocks))
+        for name, part in query_key_value_rows(model, layer).items()
+    }
+    weights = list({id(part.weight): part.weight for part in rows.values()}.values())
+    found = torch.autograd.grad(learned, weights, pull, retain_graph=True)
+    of_weight = {id(weight): gradient for weight, gradient in zip(weights, found, strict=True)}
+    return {key: of_weight[id(part.weight)][part.rows] for key, part in rows.items()}
+
+
+def _by_distance(metric: str, values: Tensor, window: Window, told: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield {**told, "metric": metric, "value": values.mean().item()}
+    for k, (total, count) in enumerate(by_distance(values, window.tokens).T.tolist()):
+        if count:
+            yield {**told, "metric": metric, "distance": 2 ** (k - 1) if k else 0, "value": total / count}

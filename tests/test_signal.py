@@ -1,0 +1,79 @@
+import pytest
+import torch
+
+from rope_probe import DocumentOffset, PositionShift, load_model, pack
+from rope_probe.distillation import distillation_signal
+from rope_probe.distillation import signal as module
+from tests import zoo
+
+WINDOW = pack([zoo.tokens(1, n, seed=n)[0] for n in (10, 13, 7)], 30)
+
+
+def models(vocabulary=64, name="llama"):
+    teacher = load_model(zoo.llama(vocab_size=vocabulary).double())
+    return teacher, load_model(zoo.model(zoo.CONFIGS[name](), scale=0.2, seed=1).double())
+
+
+def value(frame, **where):
+    for column, wanted in where.items():
+        frame = frame[frame[column].isna() if wanted is None else frame[column] == wanted]
+    return frame["value"].item()
+
+
+def kl(p, q):
+    p, q = (x[0, :, :64].log_softmax(-1) for x in (p, q))
+    return (p.exp() * (p - q)).sum(-1)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("vocabulary", [64, 70])
+def test_numbers_are_those_of_whole_logits(masked, vocabulary, monkeypatch):
+    monkeypatch.setattr(module, "_BLOCK", 7)
+    teacher, student = models(vocabulary)
+    shifts = [PositionShift("q", 3.0), DocumentOffset(1, 4.0, "k")]
+    frame = distillation_signal(teacher, student, WINDOW, shifts, masked=masked)
+    clean, other = teacher(WINDOW, masked=masked).detach(), {}
+    for shift in shifts:
+        with torch.no_grad():
+            other[shift] = teacher.run_with_hooks(WINDOW, masked=masked, fwd_hooks=shift.hooks(teacher, WINDOW))
+    attention = student.original_model.model.layers[1].self_attn
+
+    def gradient_to_keys(target):
+        loss = kl(target, student(WINDOW)).mean()
+        return torch.autograd.grad(loss, attention.k_proj.weight)[0]
+
+    loss = gradient_to_keys(clean)
+    assert value(frame, metric="loss_kl_nats", distance=None) == pytest.approx(kl(clean, student(WINDOW)).mean().item())
+    for shift in shifts:
+        of_shift = frame[frame["perturbation"] == str(shift)]
+        signal = kl(clean, other[shift])
+        assert value(of_shift, metric="signal_kl_nats", distance=None) == pytest.approx(signal.mean().item(), rel=1e-9)
+        taken = loss - gradient_to_keys(other[shift])
+        at = {"site": "blocks.1.attn.W_K"}
+        assert value(of_shift, metric="signal_gradient", **at) == pytest.approx(taken.norm().item(), rel=1e-9)
+        assert value(of_shift, metric="loss_gradient", **at) == pytest.approx(loss.norm().item(), rel=1e-9)
+        cosine = torch.cosine_similarity(taken.flatten(), loss.flatten(), dim=0).item()
+        assert value(of_shift, metric="gradient_cosine", **at) == pytest.approx(cosine, rel=1e-9)
+
+
+def test_bins_by_distance_average_to_the_whole():
+    tokens = torch.tensor([5, 6, 5, 7, 6, 5, 8, 9, 7, 5])
+    frame = distillation_signal(*models(), pack([tokens], 10), PositionShift("q", 3.0))
+    signal = frame[frame["metric"] == "signal_kl_nats"].set_index("distance")["value"]
+    counts = {0: 5, 2: 1, 4: 3, 8: 1}
+    assert set(signal.index.dropna()) == set(counts)
+    whole = sum(count * signal[distance] for distance, count in counts.items()) / 10
+    assert whole == pytest.approx(signal[signal.index.isna()].item())
+
+
+def test_a_fused_projection_is_told_apart():
+    frame = distillation_signal(*models(name="phi3"), WINDOW, PositionShift("q", 3.0))
+    gradients = frame[frame["metric"] == "signal_gradient"].set_index("site")["value"]
+    assert len(gradients) == 6
+    assert gradients.nunique() == 6
+
+
+def test_a_shift_of_both_sides_takes_nothing():
+    frame = distillation_signal(*models(), WINDOW, PositionShift("qk", 3.0))
+    taken = frame[frame["metric"].isin(["signal_kl_nats", "signal_gradient"])]
+    assert (taken["value"].abs() < 1e-12).all()
