@@ -1,10 +1,15 @@
 """Propagation: a perturbation of position in q or k travels through the layers to the logits, on the toy checkpoints.
 
-Two measurements on each model, each with its float64 control beside it:
-copies, each copy of a document in a repeated window against the first, and shifts of q, k or both by 1/4 token to the
-whole window, on packed documents.
+On each model, with the float64 control beside every number:
 
-Predictions, written before the first run:
+- copies, each copy of a document in a repeated window against the first; and what is left of their differences with
+  documents masked, with the first token of the window replaced, and with every softmax over the same number of keys
+  (the same weights behind a sliding window of 128 keys, copies from beyond its edge on);
+- shifts of q, k or both by 1/4 token to the whole window, on packed documents, masked and not;
+- shifts of q or k by 16 tokens in one layer, one head of a layer, one pair; jitter of every position; other thetas;
+- on the students, what a shift of the teacher's q takes from the loss and the gradients that distil it into them.
+
+Predictions, written before the first run (7 to 12 before the first run of what they are about):
 
  1. One token repeated: every value vector is the same, so attention returns it whatever the weights are, and position
     reaches neither the residual stream nor the logits (float64 below 1e-10), though rotated q and k differ.
@@ -16,44 +21,90 @@ Predictions, written before the first run:
  5. The logit KL of a shift of q by a quarter token is smaller than that of a shift by 16 tokens.
  6. Delta size, teacher against base: the teacher uses position over a longer range, so the KL of its largest shift is
     the larger one of the two.
+ 7. With softmaxes over the same number of keys nothing is left between copies (float64 below 1e-10): in an unmasked
+    window of copies the growing denominator is the whole channel.
+ 8. The first token is not the channel: replacing it changes the copies' rel_l2 at the logits by less than a factor 2.
+ 9. A shift of q by 16 in layer 0 alone, where the neighbour is found, does at least half of the KL of all layers'.
+10. The pair whose shift by 16 has the largest logit KL, in the teacher, turns within a document (wavelength <= 64).
+11. At the start of the extension, a shift of the teacher's q by 16 takes a signal of at least half the student's loss
+    (KL against KL), and more of it at tokens last seen more than 64 tokens ago than at ones never seen.
+12. What it takes from the gradient is a larger part of it in W_Q and W_K than in W_V.
 
-    python -m experiments.propagation runs/propagation-0 runs/teacher-0 runs/base-0
+    python -m experiments.propagation runs/propagation-0 runs/teacher-0 runs/base-0 runs/phase_scaling/kd_phase_wise-0
 """
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import pandas as pd
+import torch
 import typer
+from transformers import MistralConfig, MistralForCausalLM
 
 from experiments.toy_checkpoints import SHORT, SHORT_DOCUMENTS
-from rope_probe import HookedCausalLM, PositionShift, Window, copy_deltas, load_model, pack, repeated_window, trace
+from rope_probe import (
+    HookedCausalLM,
+    PositionJitter,
+    PositionShift,
+    ThetaSwap,
+    Window,
+    copy_deltas,
+    load_model,
+    pack,
+    repeated_window,
+    trace,
+)
+from rope_probe.distillation import distillation_signal
+from rope_probe.perturbations import Perturbation, Side
 from rope_probe.progress import progress
 from rope_probe.results import describe_model, hash_tokens, new_run, read_run
 
 WINDOW = 1024
 DOSES = [2.0**k for k in range(-2, 11)]
+DOSE = 16.0
+REACH = 2 * SHORT
 FLOOR = 1e-10
+FIXED = "repeated document, same number of keys"
+SIGNALS = [PositionShift("q", dose) for dose in (0.25, 1.0, WINDOW, DOSE)]
 
 
 def measure(out: Path, checkpoints: list[Path]) -> None:
-    """Trace every checkpoint (run directories of experiments.toy_checkpoints) and write the run directory `out`."""
+    """Trace every checkpoint into the run directory `out`.
+
+    `checkpoints` are run directories of experiments.toy_checkpoints and of experiments.phase_scaling, these after the
+    teacher of their seed.
+    """
+    torch.set_num_threads(1)
+    teachers: dict[int, HookedCausalLM] = {}
     with new_run(out, "propagation", config_of(checkpoints)) as run:
         run.manifest["models"] = {}
         for checkpoint in checkpoints:
             made = read_run(checkpoint)[1]["config"]
-            role, seed = made["role"], made["seed"]
+            name, seed = made.get("role") or made["arm"], made["seed"]
             model = load_model(checkpoint / "checkpoint")
-            run.manifest["models"][f"{role}-{seed}"] = describe_model(model.original_model)
+            twin = model.double()
             for arm in copy_arms(seed):
-                frame = copy_deltas(model, arm.window, reference=arm.reference, masked=arm.masked, control=True)
-                run.record(frame, model=role, seed=seed, arm=arm.name)
+                frame = copy_deltas(model, arm.window, reference=arm.reference, masked=arm.masked, control=twin)
+                run.record(frame, model=name, seed=seed, arm=arm.name)
+            run.record(_copies_of_fixed_denominator(model, seed), model=name, seed=seed, arm=FIXED)
             window = packed_documents(seed)
-            run.manifest["models"][f"{role}-{seed}"]["tokens_sha256"] = hash_tokens(window.tokens)
             for masked in (False, True):
-                frame = _sweep(model, window, masked, f"{role} {seed}")
-                run.record(frame, model=role, seed=seed, arm=f"packed documents{', masked' if masked else ''}")
-            model.release()
+                told = f"{name} {seed}{', masked' if masked else ''}"
+                frame = _traced(model, twin, window, shifts(), masked, f"shifts, {told}")
+                run.record(frame, model=name, seed=seed, arm=f"packed documents{', masked' if masked else ''}")
+            for kind, perturbations in narrow(model).items():
+                frame = _traced(model, twin, window, perturbations, False, f"{kind}, {name} {seed}")
+                run.record(frame, model=name, seed=seed, arm=kind)
+            if "arm" in made and seed in teachers:
+                run.record(
+                    distillation_signal(teachers[seed], model, window, SIGNALS), model=name, seed=seed, arm="signal"
+                )
+            plain = model.release()
+            run.manifest["models"][f"{name}-{seed}"] = describe_model(plain)
+            run.manifest["models"][f"{name}-{seed}"]["tokens_sha256"] = hash_tokens(window.tokens)
+            if name == "teacher":
+                teachers[seed] = load_model(plain)
         run.manifest |= {"attention_kernel": "sdpa", "mask": "as the arm says, else none", "positions": "continuous"}
         run.manifest["verdicts"] = verdicts(pd.concat(run.frames)).to_dict("records")
 
@@ -61,7 +112,8 @@ def measure(out: Path, checkpoints: list[Path]) -> None:
 def config_of(checkpoints: list[Path]) -> dict:
     """The whole configuration, as the manifest holds it: the checkpoints by their weights."""
     weights = [model["weights_sha256"] for run in checkpoints for model in read_run(run)[1]["models"].values()]
-    return {"window": WINDOW, "document": SHORT, "doses": DOSES, "weights_sha256": weights}
+    told = {"window": WINDOW, "document": SHORT, "doses": DOSES, "one_dose": DOSE, "sliding_window": REACH}
+    return {**told, "signals": list(map(str, SIGNALS)), "weights_sha256": weights}
 
 
 class CopyArm(NamedTuple):
@@ -78,12 +130,30 @@ def copy_arms(seed: int) -> list[CopyArm]:
     document = SHORT_DOCUMENTS.documents(1, seed=seed)[0]
     token, other = int(document[0]), int(document[1])
     repeated = repeated_window(document, WINDOW // SHORT)
+    tokens = repeated.tokens.clone()
+    tokens[0, 0] = other
+    replaced = Window(tokens, repeated.cu_seqlens, repeated.position_ids)
     return [
         CopyArm("repeated token", repeated_window(token, SHORT)),
         CopyArm("repeated token after another", pack([[other], *[[token]] * SHORT], SHORT + 1), reference=1),
         CopyArm("repeated document", repeated),
         CopyArm("repeated document, masked", repeated, masked=True),
+        CopyArm("repeated document, second copy on", repeated, reference=1),
+        CopyArm("repeated document, first token replaced", replaced, reference=1),
     ]
+
+
+def _copies_of_fixed_denominator(model: HookedCausalLM, seed: int) -> pd.DataFrame:
+    """Copies under the same weights, every query seeing REACH keys; from beyond where the window's edge still shows."""
+    config = model.config
+    reference = 1 + len(model.blocks) * REACH // SHORT
+    plain = MistralForCausalLM(
+        MistralConfig(**{**config.to_dict(), "model_type": "mistral", "architectures": None, "sliding_window": REACH})
+    )
+    plain.load_state_dict(model.original_model.state_dict())
+    sliding = load_model(plain)
+    document = SHORT_DOCUMENTS.documents(1, seed=seed)[0]
+    return copy_deltas(sliding, repeated_window(document, WINDOW // SHORT), reference=reference, control=True)
 
 
 def packed_documents(seed: int) -> Window:
@@ -91,10 +161,40 @@ def packed_documents(seed: int) -> Window:
     return pack(list(SHORT_DOCUMENTS.documents(WINDOW // SHORT, seed=seed, index=1)), WINDOW)
 
 
-def _sweep(model: HookedCausalLM, window: Window, masked: bool, what: str) -> pd.DataFrame:
-    shifts = [PositionShift(side, dose) for side in ("q", "k", "qk") for dose in DOSES]
-    with progress(f"shifts, {what}, layers", 2 * len(shifts) * len(model.blocks)) as advance:
-        return trace(model, window, shifts, masked=masked, control=True, progress=advance)
+def shifts() -> list[PositionShift]:
+    """Shifts of q, k and both, by 1/4 token to the window."""
+    return [PositionShift(side, dose) for side in get_args(Side) for dose in DOSES]
+
+
+def narrow(model: HookedCausalLM) -> dict[str, list[Perturbation]]:
+    """By kind: one layer, one head, one pair; jitter; other thetas."""
+    layers, heads = range(len(model.blocks)), range(model.config.num_attention_heads)
+    pairs = range(model.config.head_dim // 2)
+    theta = model.config.rope_parameters["rope_theta"]
+    return {
+        "one layer": [PositionShift(side, DOSE, layers=layer) for side in ("q", "k") for layer in layers],
+        "one head": [
+            PositionShift(side, DOSE, layers=layer, heads=head)
+            for side in ("q", "k")
+            for layer in layers
+            for head in heads
+        ],
+        "one pair": [PositionShift(side, DOSE, pairs=pair) for side in ("q", "k") for pair in pairs],
+        "jitter": [PositionJitter("qk", dose) for dose in DOSES[:7]],
+        "other theta": [ThetaSwap("qk", theta * factor) for factor in (0.25, 0.5, 2.0, 4.0)],
+    }
+
+
+def _traced(
+    model: HookedCausalLM,
+    twin: HookedCausalLM,
+    window: Window,
+    perturbations: Sequence[Perturbation],
+    masked: bool,
+    what: str,
+) -> pd.DataFrame:
+    with progress(f"{what}, layers", 2 * len(perturbations) * len(model.blocks)) as advance:
+        return trace(model, window, perturbations, masked=masked, control=twin, progress=advance)
 
 
 def verdicts(frame: pd.DataFrame) -> pd.DataFrame:
@@ -139,6 +239,33 @@ def verdicts(frame: pd.DataFrame) -> pd.DataFrame:
             mine["q", 0.25] / mine["q", 16.0],
             mine["q", 0.25] < mine["q", 16.0],
         )
+        fixed = frame[(frame["arm"] == FIXED) & (frame["site"] == "logits") & (frame["metric"] == "rel_l2")]
+        figure = fixed[(fixed["model"] == model) & (fixed["seed"] == seed)]["value_float64"].max()
+        judge(7, "logits rel_l2 between copies, same number of keys", model, seed, figure, figure < FLOOR)
+        figure = (
+            rel["repeated document, first token replaced", model, seed]
+            / rel["repeated document, second copy on", model, seed]
+        )
+        judge(8, "logits rel_l2, first token replaced over not", model, seed, figure, 0.5 < figure < 2)
+        of_layer, of_pair = (
+            kl[(kl["arm"] == arm) & (kl["model"] == model) & (kl["seed"] == seed)] for arm in ("one layer", "one pair")
+        )
+        first = of_layer[(of_layer["side"] == "q") & (of_layer["inject_layer"] == 0)]["value_float64"].mean()
+        figure = first / mine["q", DOSE]
+        judge(9, "logit KL of q by 16, layer 0 over all layers", model, seed, figure, figure >= 0.5)
+        if model == "teacher":
+            by_length = of_pair[of_pair["side"] == "q"].groupby("wavelength")["value_float64"].mean()
+            judge(
+                10,
+                "wavelength of the pair with the largest logit KL",
+                model,
+                seed,
+                by_length.idxmax(),
+                by_length.idxmax() <= SHORT,
+            )
+        taught = frame[(frame["arm"] == "signal") & (frame["model"] == model) & (frame["seed"] == seed)]
+        if model == "theta_swapped" and len(taught):
+            rows += _signal_verdicts(taught, model, seed)
     for seed in sorted(frame["seed"].unique()):
         if {("teacher", seed), ("base", seed)} <= set(frame.groupby(["model", "seed"]).groups):
             ratio = (
@@ -147,6 +274,26 @@ def verdicts(frame: pd.DataFrame) -> pd.DataFrame:
             )
             judge(6, f"logit KL of q by {DOSES[-1]:g}, teacher over base", "both", seed, ratio, ratio > 1)
     return pd.DataFrame(rows)
+
+
+def _signal_verdicts(taught: pd.DataFrame, model: str, seed: int) -> list[dict]:
+    shifted = taught[(taught["perturbation"] == str(SIGNALS[-1]))]
+    signal = shifted[shifted["metric"] == "signal_kl_nats"].set_index("distance")["value"]
+    loss = taught[(taught["metric"] == "loss_kl_nats") & taught["distance"].isna()]["value"].item()
+    share = signal[signal.index.isna()].item() / loss
+    beyond = signal[signal.index > SHORT].mean() / signal[0]
+    size = shifted.pivot_table(values="value", index="site", columns="metric")
+    part = (size["signal_gradient"] / size["loss_gradient"]).groupby(lambda site: site[-1]).mean()
+    told = (
+        (11, "signal of q by 16 over the loss", share, share >= 0.5),
+        (11, "signal at tokens last seen beyond 64, over new ones", beyond, beyond > 1),
+        (12, "signal's part of the gradient, W_Q over W_V", part["Q"] / part["V"], part["Q"] > part["V"]),
+        (12, "signal's part of the gradient, W_K over W_V", part["K"] / part["V"], part["K"] > part["V"]),
+    )
+    return [
+        {"prediction": number, "what": what, "model": model, "seed": seed, "float64": figure, "held": bool(held)}
+        for number, what, figure, held in told
+    ]
 
 
 if __name__ == "__main__":

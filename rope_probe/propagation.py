@@ -79,7 +79,7 @@ def trace(
     if control:
         frame["value_float64"] = frame["value"]
         if model.dtype != torch.float64:
-            twin = control if isinstance(control, HookedCausalLM) else model.double()
+            twin = _float64(model, control)
             checked = trace(
                 twin, window, perturbations, sites=sites, masked=masked, control=False, by=by, progress=progress
             )
@@ -124,7 +124,12 @@ class _Means:
 
 
 def copy_deltas(
-    model: HookedCausalLM, window: Window, *, reference: int = 0, masked: bool = False, control: bool | None = None
+    model: HookedCausalLM,
+    window: Window,
+    *,
+    reference: int = 0,
+    masked: bool = False,
+    control: bool | HookedCausalLM | None = None,
 ) -> pd.DataFrame:
     """Copies of a repeated document against the first copy, at every layer: what position alone does to one content.
 
@@ -186,9 +191,15 @@ def copy_deltas(
         ]
     )
     if masked if control is None else control:
-        twin = model if model.dtype == torch.float64 else model.double()
+        twin = _float64(model, control)
         frame["value_float64"] = copy_deltas(twin, window, reference=reference, masked=masked, control=False)["value"]
     return frame
+
+
+def _float64(model: HookedCausalLM, control: bool | HookedCausalLM | None) -> HookedCausalLM:
+    if isinstance(control, HookedCausalLM):
+        return control
+    return model if model.dtype == torch.float64 else model.double()
 
 
 def attribute(frame: pd.DataFrame) -> pd.DataFrame:

@@ -73,7 +73,7 @@ def distillation_signal(
 def _pull(
     teacher: HookedCausalLM, student: HookedCausalLM, learned: Tensor, clean: Tensor, perturbed: Tensor | None
 ) -> tuple[Float[Tensor, " T"], Float[Tensor, "1 T M"]]:
-    """Per position, KL(p || p'), and the gradient that p' takes from the student's states; with s for p' without one."""
+    """Per position, KL(p || p'), and the gradient that p' takes from the student's states; of s where there is none."""
     divergence, gradients = [], []
     shared = min(teacher.config.vocab_size, student.config.vocab_size)
     others = [None] * clean.shape[1] if perturbed is None else perturbed.split(_BLOCK, 1)
