@@ -195,7 +195,7 @@ def _distil(channel: str, seed: int, out: Path, checkpoints_in: Path) -> None:
     with new_run(out, "positional_channel", config_of(channel, seed, checkpoints_in)) as made:
         teacher = teacher_of(channel, seed, checkpoints_in)
         if channel != "scrubbed":
-            made.record(phase_scaling.measure(teacher, seed), model="teacher", arm=channel, seed=seed)
+            made.record(phase_scaling.measure(teacher, seed), model=f"teacher, {channel}", arm=channel, seed=seed)
         base = checkpoints.load(checkpoints_in / f"base-{seed}" / "checkpoint")
         student = load_model(checkpoints.with_rope(base, LARGE_THETA))
         phase = phase_of(channel)
@@ -270,8 +270,7 @@ def verdicts(frame: pd.DataFrame) -> pd.DataFrame:
     Intervals are Student's over seeds; with one seed, Wilson's over trials.
     """
     far = frame[(frame["metric"] == "accuracy") & (frame["seq_len"] == LONG) & (frame["distance"] == FAR)]
-    students = dict(list(far[far["model"] != "teacher"].groupby("model")))
-    teachers = dict(list(far[far["model"] == "teacher"].groupby("arm")))
+    measured = dict(list(far.groupby("model")))
     rows = []
 
     def judge(prediction: int | None, what: str, part: pd.DataFrame | None, sign: str = "", bound: float = 0.0) -> None:
@@ -284,14 +283,14 @@ def verdicts(frame: pd.DataFrame) -> pd.DataFrame:
         rows.append((prediction, told, len(part), mean, low, high, held))
 
     for arm in BESIDE:
-        judge(None, f"student of {arm}", students.get(arm))
-    judge(1, "student of scrubbed", students.get("scrubbed"), ">=", 0.9)
-    judge(2, "student of nope_masked", students.get("nope_masked"), "<=", 0.1)
-    judge(2, "student of nope", students.get("nope"), ">=", 0.9)
-    for band in filter(students.__contains__, BANDS):
-        own = teachers[band]
+        judge(None, f"student of {arm}", measured.get(arm))
+    judge(1, "student of scrubbed", measured.get("scrubbed"), ">=", 0.9)
+    judge(2, "student of nope_masked", measured.get("nope_masked"), "<=", 0.1)
+    judge(2, "student of nope", measured.get("nope"), ">=", 0.9)
+    for band in filter(measured.__contains__, BANDS):
+        own = measured[f"teacher, {band}"]
         judge(3, f"teacher with {band} alone", own, *(() if band == "middle_pairs" else ("<=", 0.5)))
-        judge(3, f"student of {band}", students[band], "<=", own["value"].mean() + 0.1)
+        judge(3, f"student of {band}", measured[band], "<=", own["value"].mean() + 0.1)
     return pd.DataFrame(rows, columns=["prediction", "what", "seeds", "mean", "low", "high", "held"])
 
 

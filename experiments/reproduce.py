@@ -20,7 +20,7 @@ from typing import Annotated
 import pandas as pd
 import typer
 
-from experiments import phase_scaling, propagation, text, theta_grid, toy_checkpoints
+from experiments import phase_scaling, positional_channel, propagation, text, theta_grid, toy_checkpoints
 from rope_probe import rope
 from rope_probe.errors import InputError
 from rope_probe.report import gallery
@@ -28,8 +28,9 @@ from rope_probe.results import is_complete, read_frames, read_run
 
 WORKERS = 2
 QUICK_ARMS = ("base", "theta_swapped", "ce_phase_wise", "kd_phase_wise", "kd_small_theta", "kd_large_theta")
+QUICK_CHANNELS = ("scrubbed",)
 BASE_SEEDS = 5
-SCRIPTS = ("toy_checkpoints", "phase_scaling", "theta_grid", "propagation", "text")
+SCRIPTS = ("toy_checkpoints", "phase_scaling", "positional_channel", "theta_grid", "propagation", "text")
 
 
 @dataclass(frozen=True)
@@ -54,10 +55,13 @@ def main(
         script: [stage.run for name, stage in stages.items() if stage.command[0] == script and name not in without]
         for script in SCRIPTS
     }
-    printers = (_print_checkpoints, _print_phase_scaling, _print_theta_grid, _print_propagation, _print_text)
-    for script, print_tables in zip(SCRIPTS, printers, strict=True):
-        if runs[script]:
-            print_tables(runs[script])
+    _print_checkpoints(runs["toy_checkpoints"])
+    _print_phase_scaling(runs["phase_scaling"])
+    _print_positional_channel(runs["positional_channel"], runs["phase_scaling"])
+    if runs["theta_grid"]:
+        _print_theta_grid(runs["theta_grid"])
+    _print_propagation(runs["propagation"])
+    _print_text(runs["text"])
     for name, why in without.items():
         print(f"without a result: {name}: {why}")
     print(gallery([run for script in SCRIPTS for run in runs[script]], out / "gallery"))
@@ -83,6 +87,16 @@ def plan(out: Path, seeds: int, full: bool) -> dict[str, Stage]:
             needs = tuple(f"{role}-{seed}" for role in phase_scaling.needs(arm))
             config = partial(phase_scaling.config_of, arm, seed, out)
             stages[f"extension {run.name}"] = Stage(command, run, config, needs)
+        if full:
+            run = out / f"nope_teacher-{seed}"
+            config = partial(positional_channel.teacher_config, seed)
+            stages[run.name] = Stage(("positional_channel", "teacher", str(seed), str(run)), run, config)
+        for channel in positional_channel.CHANNELS if full else QUICK_CHANNELS:
+            run = out / "positional_channel" / f"{channel}-{seed}"
+            command = ("positional_channel", channel, str(seed), str(run), "--checkpoints", str(out))
+            needs = tuple(f"{role}-{seed}" for role in positional_channel.needs(channel))
+            config = partial(positional_channel.config_of, channel, seed, out)
+            stages[f"channel {run.name}"] = Stage(command, run, config, needs)
     if full:
         for seed in range(seeds, BASE_SEEDS):
             for role in ("base", "base_large_theta"):
@@ -93,10 +107,13 @@ def plan(out: Path, seeds: int, full: bool) -> dict[str, Stage]:
             of_row = partial(theta_grid.config_of, head_dim, theta, 0, out)
             stages[f"grid {run.name}"] = Stage(row, run, of_row, ("teacher-0",))
     stages["text"] = Stage(("text", str(out / "text")), out / "text", text.config_of)
-    traced = tuple(f"{role}-{seed}" for seed in range(seeds) for role in ("teacher", "base"))
-    runs = [stages[name].run for name in traced]
-    trace = ("propagation", str(out / "propagation"), *map(str, runs))
-    stages["propagation"] = Stage(trace, out / "propagation", partial(propagation.config_of, runs), traced)
+    for seed in range(seeds):
+        arms = [f"extension {arm}-{seed}" for arm in (phase_scaling.ARMS if full else QUICK_ARMS) if arm != "base"]
+        traced = (f"teacher-{seed}", f"base-{seed}", *arms)
+        runs = [stages[name].run for name in traced]
+        run = out / f"propagation-{seed}"
+        config = partial(propagation.config_of, runs)
+        stages[run.name] = Stage(("propagation", str(run), *map(str, runs)), run, config, traced)
     return stages
 
 
@@ -164,14 +181,28 @@ def _print_phase_scaling(runs: Sequence[Path]) -> None:
     print(phase_scaling.verdicts(frame).to_string(index=False, float_format="{:.3f}".format))
 
 
+def _print_positional_channel(runs: Sequence[Path], beside: Sequence[Path]) -> None:
+    frame = read_frames([*runs, *beside])
+    ours = frame["experiment"] == "positional_channel"
+    accuracy = frame[ours & (frame["metric"] == "accuracy") & (frame["seq_len"] == toy_checkpoints.LONG)]
+    print("\nPositional channel: retrieval by students of teachers whose channel is cut, accuracy by distance")
+    print(_by_distance(accuracy, ["model", "seed"]))
+    print(
+        "\nPositional channel: predictions (experiments/positional_channel.py), accuracy at 8 times the document length"
+    )
+    print(positional_channel.verdicts(frame).to_string(index=False, float_format="{:.3f}".format))
+
+
 def _print_propagation(runs: Sequence[Path]) -> None:
-    frame, manifest = read_run(runs[0])
-    logits = frame[(frame["site"] == "logits") & (frame["metric"] == "kl_nats") & (frame["perturbation"] != "Copy")]
-    table = logits.groupby(["model", "seed", "arm", "side", "delta_tokens"])[["value", "value_float64"]].mean()
+    frame = read_frames(runs)
+    logits = frame[(frame["site"] == "logits") & (frame["metric"] == "kl_nats")]
+    shifts = logits[logits["arm"].str.startswith("packed documents")]
+    table = shifts.groupby(["model", "seed", "arm", "side", "delta_tokens"])[["value", "value_float64"]].mean()
     print("\nPropagation: logit KL in nats by tokens shifted, in float32 and in float64, mean over documents")
     print(table.unstack("side").to_string(float_format="{:.2e}".format))
     print("\nPropagation: predictions (experiments/propagation.py) and what the float64 control says")
-    print(pd.DataFrame(manifest["verdicts"]).to_string(index=False, float_format="{:.2e}".format), "\n")
+    verdicts = pd.concat([pd.DataFrame(read_run(run)[1]["verdicts"]) for run in runs])
+    print(verdicts.to_string(index=False, float_format="{:.2e}".format), "\n")
 
 
 def _print_theta_grid(runs: Sequence[Path]) -> None:
