@@ -6,11 +6,13 @@ from dataclasses import dataclass
 import pandas as pd
 import plotly.graph_objects as go
 
-from rope_probe.plots import geometry, grid, propagation, retrieval, training
+from rope_probe.plots import geometry, grid, propagation, retrieval, sensitivity, signal, training
 from rope_probe.plots.geometry import rotations_by_pair
 from rope_probe.plots.grid import theta_grid
 from rope_probe.plots.propagation import copy_heatmap, dose_response, restriction
 from rope_probe.plots.retrieval import retrieval_by_distance
+from rope_probe.plots.sensitivity import injected_by_read, sensitivity_by_pair
+from rope_probe.plots.signal import signal_of_distillation
 from rope_probe.plots.training import loss_curves
 
 __all__ = [
@@ -18,10 +20,13 @@ __all__ = [
     "Drawing",
     "copy_heatmap",
     "dose_response",
+    "injected_by_read",
     "loss_curves",
     "restriction",
     "retrieval_by_distance",
     "rotations_by_pair",
+    "sensitivity_by_pair",
+    "signal_of_distillation",
     "theta_grid",
 ]
 
@@ -78,4 +83,7 @@ DRAWINGS = (
         dose_response,
         lambda rows: [rows["model"], rows["arm"], restriction(rows)],
     ),
+    Drawing("injected_by_read", sensitivity.is_of_layer, injected_by_read, lambda rows: [rows["model"]]),
+    Drawing("sensitivity_by_pair", sensitivity.is_of_pair, sensitivity_by_pair, lambda rows: [rows["model"]]),
+    Drawing("signal_of_distillation", signal.is_signal, signal_of_distillation),
 )

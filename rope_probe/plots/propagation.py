@@ -33,9 +33,17 @@ def is_copy(frame: pd.DataFrame) -> pd.Series:
     return (frame["perturbation"] == "Copy").fillna(False) & (frame["metric"] == "rel_l2")
 
 
+def is_shift(frame: pd.DataFrame) -> pd.Series:
+    """Rows of position shifts."""
+    return frame["perturbation"].str.startswith("PositionShift").fillna(False)
+
+
 def is_dose(frame: pd.DataFrame) -> pd.Series:
-    """Rows that `dose_response` draws."""
-    return frame["perturbation"].str.startswith("PositionShift").fillna(False) & (frame["metric"] == "kl_nats")
+    """Rows that `dose_response` draws: shifts of several sizes, or not restricted to a part of the model."""
+    rows = is_shift(frame) & (frame["metric"] == "kl_nats")
+    alike = [frame["run_id"], frame["model"], frame["arm"], restriction(frame)]
+    doses = frame["delta_tokens"].where(rows).groupby(alike, dropna=False).transform("nunique")
+    return rows & ((doses > 1) | frame[["inject_layer", "head", "pair"]].isna().all(axis=1))
 
 
 def restriction(frame: pd.DataFrame) -> pd.Series:
@@ -100,7 +108,7 @@ def copy_heatmap(frame: pd.DataFrame, label: str = "") -> go.Figure:
     figure.update_yaxes(showgrid=False, zeroline=False)
     figure.update_xaxes(showgrid=False, zeroline=False)
     figure.update_xaxes(title="copy of the document", row=len(panels), col=1)
-    note = f"each cell: mean over the document's positions, against the first copy; {_sample(rows)}"
+    note = f"each cell: mean over the document's positions, against the first copy; {sample(rows)}"
     if rows["value_float64"].notna().any():
         note += "; grey: rounding, gone in float64"
     title = "How copies of one document differ, by layer"
@@ -176,10 +184,11 @@ def dose_response(frame: pd.DataFrame, label: str = "") -> go.Figure:
         dtick=2,
         range=[np.log10(_LOWEST_KL), highest + 0.5],
     )
-    note = f"lines: mean over documents, bands: smallest to largest document; {_sample(rows)}"
+    note = f"lines: mean over documents, bands: smallest to largest document; {sample(rows)}"
     return styled(figure, "How a shift of position changes the output", label, note, height=540)
 
 
-def _sample(rows: pd.DataFrame) -> str:
+def sample(rows: pd.DataFrame) -> str:
+    """Window, number of documents and seeds, as a caption tells them."""
     told = f"window {listed(rows['seq_len'])} tokens, {rows['document'].nunique()} documents"
     return f"{told}, seeds {seeds}" if (seeds := listed(rows["seed"])) else told

@@ -1,0 +1,22 @@
+"""Logit KL of shifting one rotary pair, against its wavelength.
+
+python -m figures.sensitivity_by_pair runs/propagation-0 figure.html --model teacher
+"""
+
+from pathlib import Path
+
+import typer
+
+from rope_probe import plots
+from rope_probe.report import write_figure
+from rope_probe.results import read_run
+
+
+def draw(run: Path, out: Path, model: str = "teacher") -> None:
+    """Draw one model of a propagation run into the page `out`."""
+    frame, _ = read_run(run)
+    print(write_figure(plots.sensitivity_by_pair(frame[frame["model"] == model], model), out))
+
+
+if __name__ == "__main__":
+    typer.run(draw)
