@@ -28,12 +28,15 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from itertools import starmap
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 JOBS = ("one", "layers", "tail", "doses")
 OTHERS = ("bridge", *(["nnsight"] if importlib.util.find_spec("nnsight") else []))
@@ -124,7 +127,12 @@ def by_bridge(model: LlamaForCausalLM) -> Work:
     from rope_probe.deltas import logit_deltas, vector_deltas
     from rope_probe.propagation import LAYER_SITES
 
-    bridge = TransformerBridge.boot_transformers("llama", hf_model=model, tokenizer=None, device="cpu")
+    model.config.architectures = [type(model).__name__]
+    words = Tokenizer(WordLevel({str(i): i for i in range(4)}, unk_token="0"))  # never asked, but it wants one
+    with tempfile.TemporaryDirectory() as folder:
+        PreTrainedTokenizerFast(tokenizer_object=words, bos_token="1", eos_token="2").save_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        bridge = TransformerBridge.boot_transformers("local/model", hf_model=model, tokenizer=tokenizer, device="cpu")
 
     def work(tokens: torch.Tensor) -> object:
         def wanted(name: str) -> bool:

@@ -185,7 +185,7 @@ class _Passes(ExitStack):
                     for projection, output in self.projected.items():
                         begun.enter_context(returning(projection, self._taken_at(output).expand(len(group), -1, -1)))
                 else:
-                    states = torch.stack([one.state for one in group])
+                    states = _stacked([one.state for one in group])
                     for one in group:
                         one.state = NOTHING
                 try:
@@ -229,8 +229,8 @@ class _Passes(ExitStack):
         """After the clean pass: the perturbed final states, and the logits of all."""
         for group in self._groups(len(self.model.blocks), CALL_TOKENS):
             self.running, self.at = group, group[0].cone.at
-            states = torch.stack([one.state for one in group])
-            for one, state in zip(group, self.model.final_norm(states), strict=True):
+            states = self.model.final_norm(_stacked([one.state for one in group]))
+            for one, state in zip(group, states, strict=True):
                 one.state = state
         self.running = []
         if LOGITS not in self.sites:
@@ -246,7 +246,7 @@ class _Passes(ExitStack):
                 if low == high:
                     continue
                 clean = self.model.unembed(hidden[:, start:end])[0] if clean is None else clean
-                logits = self.model.unembed(torch.stack([one.state[low:high] for one in group]))
+                logits = self.model.unembed(_stacked([one.state[low:high] for one in group]))
                 mine = clean if high - low == end - start else clean[(at[low:high] - start).to(clean.device)]
                 self.read([one.index for one in group], LOGITS, at[low:high], mine, logits)
 
@@ -255,6 +255,10 @@ def logit_block(model: HookedCausalLM, rows: int = 1) -> int:
     """Number of positions at which the logits of `rows` passes may be held at a time."""
     elements = LOGIT_ELEMENTS.get(model.device.type, LOGIT_ELEMENTS["cpu"])
     return max(1, elements // (rows * model.config.vocab_size))
+
+
+def _stacked(rows: list[Tensor]) -> Tensor:
+    return torch.stack(rows) if len(rows) > 1 else rows[0].unsqueeze(0)
 
 
 def _widened(cone: Cone, window: Window, masked: bool) -> Cone:

@@ -7,6 +7,7 @@ import pytest
 from experiments import phase_scaling
 from experiments.theta_grid import cell_name, cells
 from rope_probe import InputError, PositionShift, copy_deltas, load_model, plots, repeated_window, rope, trace
+from rope_probe.distillation import distillation_signal
 from rope_probe.report import gallery, write_figure
 from rope_probe.results import new_run, read_run, tidy
 from tests import zoo
@@ -338,3 +339,61 @@ def test_accuracy_after_several_phases_is_drawn_phase_by_phase(tmp_path):
     assert found == [
         "1-retrieval-by-distance-short--window-64", "2-retrieval-by-distance-long--window-64", "3-loss-curves"
     ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def narrow():
+    model = load_model(zoo.llama())
+    window = repeated_window(zoo.tokens(1, 10)[0], 4)
+    shifts = [
+        PositionShift(side, 4.0, **where)
+        for side in ("q", "k")
+        for where in (*({"layers": i} for i in (0, 1)), {"layers": 1, "heads": 0}, *({"pairs": p} for p in range(4)))
+    ]
+    return trace(model, window, shifts, control=True).assign(model="tiny", seed=0)
+
+
+def test_sensitivity_by_pair_shows_the_numbers_of_the_frame(narrow):
+    figure = plots.sensitivity_by_pair(narrow)
+    lines = {line.name: line for line in figure.data}
+    rows = narrow[(narrow["metric"] == "kl_nats") & (narrow["side"] == "k") & narrow["pair"].notna()]
+    expected = rows.groupby("wavelength")["value"].mean()
+    np.testing.assert_allclose(lines["keys only"].x, expected.index)
+    np.testing.assert_allclose(lines["keys only"].y, expected)
+    assert list(lines["queries only"].customdata) == [0, 1, 2, 3]
+    floor = next(line for name, line in lines.items() if name.startswith("noise floor"))
+    assert (np.asarray(floor.y) < expected.to_numpy()).all()
+
+
+def test_injected_by_read_shows_the_numbers_of_the_frame(narrow):
+    figure = plots.injected_by_read(narrow)
+    panel = figure.data[0]
+    assert list(panel.y) == ["layer 0", "layer 1", "layer 1, head 0"]
+    assert list(panel.x) == ["after layer 0", "after layer 1", "logits"]
+    table = np.asarray(panel.customdata, dtype=float)
+    assert np.isnan(table[1:, 0]).all()
+    rows = narrow[(narrow["side"] == "q") & (narrow["inject_layer"] == 1) & narrow["head"].notna()]
+    value = rows[(rows["site"] == "logits") & (rows["metric"] == "rel_l2")]["value"].mean()
+    assert table[2, 2] == pytest.approx(value)
+
+
+def test_single_shifts_of_parts_are_no_dose_response(narrow):
+    with pytest.raises(InputError, match="PositionShift"):
+        plots.dose_response(narrow)
+
+
+def test_the_signal_shows_the_numbers_of_the_frame():
+    teacher, student = load_model(zoo.llama()), load_model(zoo.model(zoo.CONFIGS["llama"](), seed=1))
+    window = repeated_window(zoo.tokens(1, 10)[0], 4)
+    shifts = [PositionShift("q", 0.1), PositionShift("q", 4.0)]
+    frame = distillation_signal(teacher, student, window, shifts).assign(model="tiny", seed=0)
+    figure = plots.signal_of_distillation(frame)
+    assert str(shifts[1]) in figure.layout.annotations[-1].text.replace("<br>", " ")
+    lines = {line.name: line for line in figure.data}
+    loss = frame[(frame["metric"] == "loss_kl_nats") & frame["distance"].notna()].set_index("distance")["value"]
+    np.testing.assert_allclose(lines["loss of tiny"].y, loss)
+    at = (frame["perturbation"] == str(shifts[1])) & (frame["site"] == "blocks.1.attn.W_K")
+    of_keys = frame[at].set_index("metric")["value"]
+    marks = dict(zip(lines["tiny"].x, lines["tiny"].y, strict=True))
+    assert list(marks) == [f"{i}, W_{matrix}" for i in (0, 1) for matrix in "QKV"]
+    assert marks["1, W_K"] == pytest.approx(of_keys["signal_gradient"] / of_keys["loss_gradient"])

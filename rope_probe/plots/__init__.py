@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import pandas as pd
 import plotly.graph_objects as go
 
-from rope_probe.plots import geometry, grid, propagation, retrieval, sensitivity, signal, training
+from rope_probe.plots import cost, geometry, grid, propagation, retrieval, sensitivity, signal, training
+from rope_probe.plots.cost import trace_cost
 from rope_probe.plots.geometry import rotations_by_pair
 from rope_probe.plots.grid import theta_grid
 from rope_probe.plots.propagation import copy_heatmap, dose_response, restriction
@@ -28,6 +29,7 @@ __all__ = [
     "sensitivity_by_pair",
     "signal_of_distillation",
     "theta_grid",
+    "trace_cost",
 ]
 
 
@@ -86,4 +88,5 @@ DRAWINGS = (
     Drawing("injected_by_read", sensitivity.is_of_layer, injected_by_read, lambda rows: [rows["model"]]),
     Drawing("sensitivity_by_pair", sensitivity.is_of_pair, sensitivity_by_pair, lambda rows: [rows["model"]]),
     Drawing("signal_of_distillation", signal.is_signal, signal_of_distillation),
+    Drawing("trace_cost", cost.is_cost, trace_cost),
 )

@@ -62,10 +62,13 @@ def theta_grid(frame: pd.DataFrame, label: str = "") -> go.Figure:
     ticks = {"tickvals": [0, 0.25, 0.5, 0.75, 1], "title": {"text": "accuracy", "side": "right"}}
     figure.update_layout(coloraxis={"colorscale": "Viridis", "cmin": 0, "cmax": 1, "colorbar": ticks})
     cell = cells.groupby(["head_dim", "steps", "short", "long"])["accuracy"]
+    seeds = f"seed {listed(cells['seed'])}"
+    if cells["seed"].nunique() > 1:
+        apart = (cell.max() - cell.min()).max()
+        seeds = f"mean over seeds {listed(cells['seed'])}, which are apart by {apart:.2f} at most"
     note = (
         f"each cell: accuracy at {distance} tokens, {FAR} times the documents of {documents}, in windows of "
-        f"{listed(cells['seq_len'])}; mean over seeds {listed(cells['seed'])}, which are apart by "
-        f"{(cell.max() - cell.min()).max():.2f} at most; outlined: constant theta; "
+        f"{listed(cells['seq_len'])}; {seeds}; outlined: constant theta; "
         f"dashed: the base bound of {distance} tokens, reached to its right; "
         f"use: pairs that complete a turn in the window of the phase"
     )

@@ -1,0 +1,81 @@
+"""What a trace costs against window, depth and number of perturbations, and how well FLOPs foresee it.
+
+Models of Llama's shape (float32, random weights) with `layers` layers trace `perturbations` shifts of q in the first
+layer, read at the default sites, on windows of T tokens. Times are the least of some repeats, in one process, the sizes in
+a random order. The fit is seconds = a x FLOPs of the projections, MLPs and head + b x FLOPs of attention + c x positions
+read, one of each per pass, and a constant; none of them negative, the squares of relative errors summed.
+
+    python benchmarks/trace_cost.py runs/trace_cost && python -m figures.trace_cost runs/trace_cost figure.html
+"""
+
+import argparse
+import itertools
+import random
+import time
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import pandas as pd
+import torch
+import typer
+from scipy.optimize import nnls
+from trace import build  # type: ignore[attr-defined]  # the script beside this one
+
+from rope_probe import PositionShift, load_model, pack, trace
+from rope_probe.results import new_run
+
+WINDOWS, LAYERS, COUNTS = (512, 1024, 2048, 4096), (2, 4, 8), (1, 4, 8)
+SHAPE = {"width": 256, "heads": 4, "vocabulary": 2048}
+
+
+def main(out: Path, repeats: Annotated[int, typer.Option(min=1)] = 3) -> None:
+    """Measure, fit and print; the run directory `out` holds what the figure draws."""
+    with new_run(out, "trace_cost", {"windows": WINDOWS, "layers": LAYERS, "perturbations": COUNTS, **SHAPE}) as run:
+        frame = measured(repeats)
+        work = np.array([terms(*size) for size in frame[["seq_len", "layers", "count"]].itertuples(index=False)])
+        seconds = frame["seconds"].to_numpy()
+        scale = work.max(axis=0)
+        fit, _ = nnls(work / scale / seconds[:, None], np.ones(len(frame)))
+        fitted = work / scale @ fit
+        off = np.abs(fitted / seconds - 1)
+        arm = [f"{row.layers} layers, {row.count} perturbations" for row in frame.itertuples()]
+        for metric, values in (("seconds", seconds), ("seconds_fitted", fitted)):
+            run.record(pd.DataFrame({"arm": arm, "seq_len": frame["seq_len"], "metric": metric, "value": values}))
+        run.manifest["fit"] = dict(zip(("linear", "attention", "read", "constant"), (fit / scale).tolist(), strict=True))
+    rates = {name: f"{2e-9 / x:.1f} G multiply-adds/s" for name, x in list(run.manifest["fit"].items())[:2] if x}
+    print(f"{rates}, {run.manifest['fit']['read'] * 1e6:.2f} us a position read")
+    print(f"{len(frame)} sizes, {torch.get_num_threads()} threads: off by {np.median(off):.1%} (median), {off.max():.1%} at most")
+    print(out)
+
+
+def measured(repeats: int) -> pd.DataFrame:
+    """Seconds of each size."""
+    rows = []
+    sizes = list(itertools.product(WINDOWS, LAYERS, COUNTS))
+    for window, layers, count in random.Random(0).sample(sizes, len(sizes)):
+        options = argparse.Namespace(positions=window, layers=layers, **SHAPE)
+        model = load_model(build(options))
+        tokens = torch.randint(SHAPE["vocabulary"], (window,), generator=torch.Generator().manual_seed(0))
+        shifts = [PositionShift("q", float(dose), layers=0) for dose in range(1, count + 1)]
+        seconds = []
+        for _ in range(repeats):
+            started = time.perf_counter()
+            trace(model, pack([tokens], window), shifts, by="window")
+            seconds.append(time.perf_counter() - started)
+        rows.append({"seq_len": window, "layers": layers, "count": count, "seconds": min(seconds)})
+    return pd.DataFrame(rows)
+
+
+def terms(window: int, layers: int, count: int) -> list[float]:
+    """FLOPs of everything linear, and of attention; positions read; 1."""
+    width, passes = SHAPE["width"], 1 + count
+    projections = 2 * window * 4 * width * width
+    mlp = 2 * window * 3 * width * (width * 8 // 3)
+    linear = passes * (layers * (projections + mlp) + 2 * window * width * SHAPE["vocabulary"]) - count * projections * 3 // 4
+    attention = passes * layers * 4 * width * window * (window + 1) // 2
+    return [linear, attention, count * layers * window, 1.0]
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,42 @@
+"""What a trace costs, measured and fitted."""
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from rope_probe.errors import InputError
+from rope_probe.plots.style import BESIDE, line_style, styled
+
+
+def is_cost(frame: pd.DataFrame) -> pd.Series:
+    """Rows that `trace_cost` draws."""
+    return frame["metric"].isin(["seconds", "seconds_fitted"])
+
+
+def trace_cost(frame: pd.DataFrame, label: str = "") -> go.Figure:
+    """Seconds against the window (points), and their fit (lines), for each depth and number of perturbations.
+
+    Raises InputError where the frame has no costs.
+    """
+    rows = frame[is_cost(frame)]
+    if rows.empty:
+        raise InputError("these results hold no costs; make them with benchmarks/trace_cost.py")
+    figure = go.Figure()
+    table = rows.pivot_table(index=["arm", "seq_len"], columns="metric", values="value").reset_index()
+    order = sorted(table["arm"].unique(), key=lambda arm: [int(word) for word in arm.split() if word.isdigit()])
+    for i, arm in enumerate(order):
+        part = table[table["arm"] == arm].sort_values("seq_len")
+        colour, dash, symbol = line_style(i)
+        shared = {"x": part["seq_len"], "legendgroup": arm}
+        marks = {"color": colour, "symbol": symbol, "size": 9}
+        figure.add_trace(go.Scatter(y=part["seconds"], name=arm, mode="markers", marker=marks, **shared))
+        line = {"color": colour, "dash": dash}
+        fit = go.Scatter(y=part["seconds_fitted"], mode="lines", line=line, showlegend=False, hoverinfo="skip", **shared)
+        figure.add_trace(fit)
+    figure.update_xaxes(type="log", title="window, tokens", tickvals=sorted(table["seq_len"].unique()))
+    figure.update_yaxes(type="log", title="seconds", dtick=1)
+    off = (table["seconds_fitted"] / table["seconds"] - 1).abs()
+    note = (
+        f"points: measured; lines: fitted to FLOPs and positions read, n = {len(table)}, off by {off.median():.0%} "
+        f"(median), {off.max():.0%} at most"
+    )
+    return styled(figure, "What a trace costs", label, note, height=560).update_layout(legend=BESIDE)
