@@ -1,9 +1,9 @@
 """What a trace costs against window, depth and number of perturbations, and how well FLOPs foresee it.
 
-Models of Llama's shape (float32, random weights) with `layers` layers trace `perturbations` shifts of q in the first
-layer, read at the default sites, on windows of T tokens. Times are the least of some repeats, in one process, the sizes in
-a random order. The fit is seconds = a x FLOPs of the projections, MLPs and head + b x FLOPs of attention + c x positions
-read, one of each per pass, and a constant; none of them negative, the squares of relative errors summed.
+Models of Llama's shape (float32, random weights) of several depths trace shifts of q in the first layer, read at the
+default sites. Times are the least of some repeats, in one process, the sizes in a random order. The fit is a rate for the
+FLOPs of projections, MLPs and head, one for those of attention, a price for a position read, and a constant; none of them
+negative, least squares of the relative errors.
 
     python benchmarks/trace_cost.py runs/trace_cost && python -m figures.trace_cost runs/trace_cost figure.html
 """
@@ -13,6 +13,7 @@ import itertools
 import random
 import time
 from pathlib import Path
+from trace import build  # type: ignore[attr-defined]  # the script beside this one
 from typing import Annotated
 
 import numpy as np
@@ -20,7 +21,6 @@ import pandas as pd
 import torch
 import typer
 from scipy.optimize import nnls
-from trace import build  # type: ignore[attr-defined]  # the script beside this one
 
 from rope_probe import PositionShift, load_model, pack, trace
 from rope_probe.results import new_run
@@ -42,10 +42,12 @@ def main(out: Path, repeats: Annotated[int, typer.Option(min=1)] = 3) -> None:
         arm = [f"{row.layers} layers, {row.count} perturbations" for row in frame.itertuples()]
         for metric, values in (("seconds", seconds), ("seconds_fitted", fitted)):
             run.record(pd.DataFrame({"arm": arm, "seq_len": frame["seq_len"], "metric": metric, "value": values}))
-        run.manifest["fit"] = dict(zip(("linear", "attention", "read", "constant"), (fit / scale).tolist(), strict=True))
-    rates = {name: f"{2e-9 / x:.1f} G multiply-adds/s" for name, x in list(run.manifest["fit"].items())[:2] if x}
-    print(f"{rates}, {run.manifest['fit']['read'] * 1e6:.2f} us a position read")
-    print(f"{len(frame)} sizes, {torch.get_num_threads()} threads: off by {np.median(off):.1%} (median), {off.max():.1%} at most")
+        rates = run.manifest["fit"] = dict(zip(("linear", "attention", "read", "constant"), fit / scale, strict=True))
+    print({name: f"{1e-9 / rates[name]:.0f} GFLOP/s" for name in ("linear", "attention") if rates[name]})
+    print(f"{rates['read'] * 1e6:.2f} us a position read, {rates['constant'] * 1e3:.1f} ms a trace")
+    print(
+        f"{len(frame)} sizes, {torch.get_num_threads()} threads: off by {np.median(off):.1%}, {off.max():.1%} at most"
+    )
     print(out)
 
 
@@ -72,7 +74,10 @@ def terms(window: int, layers: int, count: int) -> list[float]:
     width, passes = SHAPE["width"], 1 + count
     projections = 2 * window * 4 * width * width
     mlp = 2 * window * 3 * width * (width * 8 // 3)
-    linear = passes * (layers * (projections + mlp) + 2 * window * width * SHAPE["vocabulary"]) - count * projections * 3 // 4
+    linear = (
+        passes * (layers * (projections + mlp) + 2 * window * width * SHAPE["vocabulary"])
+        - count * projections * 3 // 4
+    )
     attention = passes * layers * 4 * width * window * (window + 1) // 2
     return [linear, attention, count * layers * window, 1.0]
 

@@ -1,7 +1,7 @@
 """A long trace on one accelerator: the shape of Llama 3.2 1B with random weights, 131,072 tokens, bfloat16.
 
-One shift of q in the first layer, read at every layer and at the logits, against two plain forwards of transformers that
-read nothing (with their logits, 34 GB each at the default size). Time and peak memory of both are written to
+One shift of q in the first layer, read at every layer and at the logits, against two plain forwards of transformers
+that read nothing (with their logits, 34 GB each at the default size). Time and peak memory of both are written to
 `benchmarks/results/`, with the machine's name; the machine needs one CUDA device of 80 GB or more. Smaller sizes run
 anywhere, and are printed only:
 

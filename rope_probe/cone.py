@@ -31,7 +31,9 @@ NOTHING = torch.empty(0)
 CALL_TOKENS = 2**13
 """Most tokens that perturbations share a call with."""
 LOGIT_ELEMENTS = {"cpu": 2**23, "cuda": 2**27}
-"""Most logits that are held at a time ..."""
+"""Most logits that are held at a time, ..."""
+LOGIT_TOKENS = 256
+"""... but no fewer than those of so many tokens, or the head's weights are read too often; ..."""
 LOGIT_ROWS = 8
 """... and of how many perturbations."""
 
@@ -254,7 +256,7 @@ class _Passes(ExitStack):
 def logit_block(model: HookedCausalLM, rows: int = 1) -> int:
     """Number of positions at which the logits of `rows` passes may be held at a time."""
     elements = LOGIT_ELEMENTS.get(model.device.type, LOGIT_ELEMENTS["cpu"])
-    return max(1, elements // (rows * model.config.vocab_size))
+    return max(1, LOGIT_TOKENS // rows, elements // (rows * model.config.vocab_size))
 
 
 def _stacked(rows: list[Tensor]) -> Tensor:

@@ -15,7 +15,9 @@ def batch():
 
 
 def toy(seed=0):
-    config = zoo.hf.LlamaConfig(**{**zoo.SIZES, "vocab_size": 512, "max_position_embeddings": 4 * LONG})
+    config = zoo.hf.LlamaConfig(
+        **{**zoo.SIZES, "vocab_size": SHORT_DOCUMENTS.vocab_size, "max_position_embeddings": 4 * LONG}
+    )
     return checkpoints.build(config, seed=seed).double()
 
 

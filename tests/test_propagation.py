@@ -142,6 +142,7 @@ def test_logits_in_blocks_are_the_same(monkeypatch):
     model = load_model(zoo.llama().double())
     whole = trace(model, packed(), PERTURBATIONS, control=False)
     monkeypatch.setitem(cone.LOGIT_ELEMENTS, "cpu", 64 * 7 * 7)
+    monkeypatch.setattr(cone, "LOGIT_TOKENS", 1)
     blocks = trace(model, packed(), PERTURBATIONS, control=False)
     np.testing.assert_allclose(whole["value"], blocks["value"], rtol=0, atol=1e-12)
 
@@ -149,6 +150,7 @@ def test_logits_in_blocks_are_the_same(monkeypatch):
 def test_no_more_logits_than_a_block_are_ever_held(monkeypatch):
     model = load_model(zoo.llama())
     monkeypatch.setitem(cone.LOGIT_ELEMENTS, "cpu", 64 * 3 * 4)
+    monkeypatch.setattr(cone, "LOGIT_TOKENS", 1)
     sizes = []
     unembed = model.unembed
     monkeypatch.setattr(model, "unembed", lambda hidden: sizes.append(hidden[..., 0].numel()) or unembed(hidden))

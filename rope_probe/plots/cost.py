@@ -30,7 +30,9 @@ def trace_cost(frame: pd.DataFrame, label: str = "") -> go.Figure:
         marks = {"color": colour, "symbol": symbol, "size": 9}
         figure.add_trace(go.Scatter(y=part["seconds"], name=arm, mode="markers", marker=marks, **shared))
         line = {"color": colour, "dash": dash}
-        fit = go.Scatter(y=part["seconds_fitted"], mode="lines", line=line, showlegend=False, hoverinfo="skip", **shared)
+        fit = go.Scatter(
+            y=part["seconds_fitted"], mode="lines", line=line, showlegend=False, hoverinfo="skip", **shared
+        )
         figure.add_trace(fit)
     figure.update_xaxes(type="log", title="window, tokens", tickvals=sorted(table["seq_len"].unique()))
     figure.update_yaxes(type="log", title="seconds", dtick=1)

@@ -29,13 +29,15 @@ def is_of_layer(frame: pd.DataFrame) -> pd.Series:
 def sensitivity_by_pair(frame: pd.DataFrame, label: str = "") -> go.Figure:
     """Logit KL of shifting one rotary pair, against its wavelength; the window and its documents drawn in.
 
-    Points are means over documents, bars their range. What the float64 control shows to be rounding is drawn hollow,
+    By the largest dose there is. Points are means over documents, bars their range. What the float64 control shows to be rounding is drawn hollow,
     and where there is a control, its mean distance is the noise floor. Raises InputError where
     the frame has no such shifts.
     """
     rows = frame[is_of_pair(frame)]
     if rows.empty:
         raise InputError("these results hold no shifts of single pairs; trace some with pairs=p")
+    dose = rows["delta_tokens"].max()
+    rows = rows[rows["delta_tokens"] == dose]
     figure = go.Figure()
     for side in SIDES:
         if (part := rows[rows["side"] == side]).empty:
@@ -61,7 +63,7 @@ def sensitivity_by_pair(frame: pd.DataFrame, label: str = "") -> go.Figure:
         figure.add_vline(x=length, line={"color": "#555555", "dash": "dash"})
         at = {"x": np.log10(length), "y": 1, "yref": "paper", "xanchor": "left", "yanchor": "top"}
         figure.add_annotation(text=f" {what}", showarrow=False, **at)
-    note = f"shift of {rows['delta_tokens'].iloc[0]:g} tokens; bars: smallest to largest document; {sample(rows)}"
+    note = f"shift of {dose:g} tokens; bars: smallest to largest document; {sample(rows)}"
     floor = (rows["value"] - rows["value_float64"]).abs().groupby(rows["wavelength"]).mean()
     if floor.gt(0).any():
         grey = {"color": "#999999", "dash": "dot"}
@@ -74,12 +76,15 @@ def sensitivity_by_pair(frame: pd.DataFrame, label: str = "") -> go.Figure:
 def injected_by_read(frame: pd.DataFrame, label: str = "") -> go.Figure:
     """Where a shift is injected (layer, or head of a layer) x where it is read (residual stream by layer, logits).
 
-    Panels for queries and keys, one logarithmic colour scale. What is zero, or rounding by the float64 control, is
+    By the largest dose there is; panels for queries and keys, one logarithmic colour scale. What is zero, or rounding by
+    the float64 control, is
     grey. Raises InputError where the frame has no such shifts.
     """
     rows = frame[is_of_layer(frame)]
     if rows.empty:
         raise InputError("these results hold no shifts in single layers; trace some with layers=l")
+    dose = rows["delta_tokens"].max()
+    rows = rows[rows["delta_tokens"] == dose]
     heads = rows["head"].map(lambda head: "" if pd.isna(head) else f", head {head}")
     rows = rows.assign(
         injected="layer " + rows["inject_layer"].astype(str) + heads,
@@ -113,7 +118,6 @@ def injected_by_read(frame: pd.DataFrame, label: str = "") -> go.Figure:
     figure.update_layout(coloraxis={"colorscale": "Viridis", "colorbar": bar}, plot_bgcolor="#d8d8d8")
     figure.update_yaxes(autorange="reversed", showgrid=False, zeroline=False)
     figure.update_xaxes(showgrid=False, zeroline=False)
-    dose = rows["delta_tokens"].iloc[0]
     note = f"shift of {dose:g} tokens; mean over documents; {sample(rows)}; grey: nothing, or rounding"
     title = "Where a shift is injected, and where it is read"
     return styled(figure, title, label, note, height=250 + 34 * len(order))
