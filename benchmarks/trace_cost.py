@@ -1,9 +1,9 @@
 """What a trace costs against window, depth and number of perturbations, and how well FLOPs foresee it.
 
 Models of Llama's shape (float32, random weights) of several depths trace shifts of q in the first layer, read at the
-default sites. Times are the least of some repeats, in one process, the sizes in a random order. The fit is a rate for the
-FLOPs of projections, MLPs and head, one for those of attention, a price for a position read, and a constant; none of them
-negative, least squares of the relative errors.
+default sites. Times are the least of some repeats, in one process, the sizes in a random order. The fit is a rate for
+the FLOPs of projections, MLPs and head, one for those of attention, a price for a position read, and a constant; none
+of them negative, least squares of the relative errors.
 
     python benchmarks/trace_cost.py runs/trace_cost && python -m figures.trace_cost runs/trace_cost figure.html
 """

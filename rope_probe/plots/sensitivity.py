@@ -29,8 +29,8 @@ def is_of_layer(frame: pd.DataFrame) -> pd.Series:
 def sensitivity_by_pair(frame: pd.DataFrame, label: str = "") -> go.Figure:
     """Logit KL of shifting one rotary pair, against its wavelength; the window and its documents drawn in.
 
-    By the largest dose there is. Points are means over documents, bars their range. What the float64 control shows to be rounding is drawn hollow,
-    and where there is a control, its mean distance is the noise floor. Raises InputError where
+    By the largest dose there is. Points are means over documents, bars their range. What the float64 control shows to be
+    rounding is drawn hollow, and where there is a control, its mean distance is the noise floor. Raises InputError where
     the frame has no such shifts.
     """
     rows = frame[is_of_pair(frame)]
@@ -76,9 +76,8 @@ def sensitivity_by_pair(frame: pd.DataFrame, label: str = "") -> go.Figure:
 def injected_by_read(frame: pd.DataFrame, label: str = "") -> go.Figure:
     """Where a shift is injected (layer, or head of a layer) x where it is read (residual stream by layer, logits).
 
-    By the largest dose there is; panels for queries and keys, one logarithmic colour scale. What is zero, or rounding by
-    the float64 control, is
-    grey. Raises InputError where the frame has no such shifts.
+    By the largest dose there is; panels for queries and keys, one logarithmic colour scale. What is zero, or rounding
+    by the float64 control, is grey. Raises InputError where the frame has no such shifts.
     """
     rows = frame[is_of_layer(frame)]
     if rows.empty:
