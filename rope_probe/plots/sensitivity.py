@@ -29,9 +29,9 @@ def is_of_layer(frame: pd.DataFrame) -> pd.Series:
 def sensitivity_by_pair(frame: pd.DataFrame, label: str = "") -> go.Figure:
     """Logit KL of shifting one rotary pair, against its wavelength; the window and its documents drawn in.
 
-    By the largest dose there is. Points are means over documents, bars their range. What the float64 control shows to be
-    rounding is drawn hollow, and where there is a control, its mean distance is the noise floor. Raises InputError where
-    the frame has no such shifts.
+    By the largest dose there is. Points are means over documents, bars their range. What the float64 control shows to
+    be rounding is drawn hollow, and where there is a control, its mean distance is the noise floor. Raises InputError
+    where the frame has no such shifts.
     """
     rows = frame[is_of_pair(frame)]
     if rows.empty:
