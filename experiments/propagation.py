@@ -45,9 +45,7 @@ from transformers import MistralConfig, MistralForCausalLM
 from experiments.toy_checkpoints import SHORT, SHORT_DOCUMENTS
 from rope_probe import (
     HookedCausalLM,
-    PositionJitter,
     PositionShift,
-    ThetaSwap,
     Window,
     copy_deltas,
     load_model,
@@ -59,6 +57,7 @@ from rope_probe.distillation import distillation_signal
 from rope_probe.perturbations import Perturbation, Side
 from rope_probe.progress import progress
 from rope_probe.results import describe_model, hash_tokens, new_run, read_run
+from rope_probe.sweeps import sweep
 
 WINDOW = 1024
 DOSES = [2.0**k for k in range(-2, 11)]
@@ -93,9 +92,12 @@ def measure(out: Path, checkpoints: list[Path]) -> None:
                 told = f"{name} {seed}{', masked' if masked else ''}"
                 frame = _traced(model, twin, window, shifts(), masked, f"shifts, {told}")
                 run.record(frame, model=name, seed=seed, arm=f"packed documents{', masked' if masked else ''}")
-            for kind, perturbations in narrow(model).items():
+            for kind in ("layer", "head", "pair", "jitter", "theta"):
+                perturbations = sweep(kind, model, WINDOW, size=DOSE)
                 frame = _traced(model, twin, window, perturbations, False, f"{kind}, {name} {seed}")
-                run.record(frame, model=name, seed=seed, arm=kind)
+                run.record(
+                    frame, model=name, seed=seed, arm=f"one {kind}" if kind in ("layer", "head", "pair") else kind
+                )
             if "arm" in made and seed in teachers:
                 run.record(
                     distillation_signal(teachers[seed], model, window, SIGNALS), model=name, seed=seed, arm="signal"
@@ -162,27 +164,8 @@ def packed_documents(seed: int) -> Window:
 
 
 def shifts() -> list[PositionShift]:
-    """Shifts of q, k and both, by 1/4 token to the window."""
+    """Shifts of q, k and both, by 1/4 token to the window, doubling."""
     return [PositionShift(side, dose) for side in get_args(Side) for dose in DOSES]
-
-
-def narrow(model: HookedCausalLM) -> dict[str, list[Perturbation]]:
-    """By kind: one layer, one head, one pair; jitter; other thetas."""
-    layers, heads = range(len(model.blocks)), range(model.config.num_attention_heads)
-    pairs = range(model.config.head_dim // 2)
-    theta = model.config.rope_parameters["rope_theta"]
-    return {
-        "one layer": [PositionShift(side, DOSE, layers=layer) for side in ("q", "k") for layer in layers],
-        "one head": [
-            PositionShift(side, DOSE, layers=layer, heads=head)
-            for side in ("q", "k")
-            for layer in layers
-            for head in heads
-        ],
-        "one pair": [PositionShift(side, DOSE, pairs=pair) for side in ("q", "k") for pair in pairs],
-        "jitter": [PositionJitter("qk", dose) for dose in DOSES[:7]],
-        "other theta": [ThetaSwap("qk", theta * factor) for factor in (0.25, 0.5, 2.0, 4.0)],
-    }
 
 
 def _traced(
@@ -248,7 +231,8 @@ def verdicts(frame: pd.DataFrame) -> pd.DataFrame:
         )
         judge(8, "logits rel_l2, first token replaced over not", model, seed, figure, 0.5 < figure < 2)
         of_layer, of_pair = (
-            kl[(kl["arm"] == arm) & (kl["model"] == model) & (kl["seed"] == seed)] for arm in ("one layer", "one pair")
+            kl[(kl["arm"] == arm) & (kl["model"] == model) & (kl["seed"] == seed)]
+            for arm in ("sweep by layer", "sweep by pair")
         )
         first = of_layer[(of_layer["side"] == "q") & (of_layer["inject_layer"] == 0)]["value_float64"].mean()
         figure = first / mine["q", DOSE]

@@ -2,9 +2,10 @@
 
 import os
 import sys
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import pandas as pd
 import torch
@@ -24,6 +25,8 @@ from rope_probe.propagation import attribute
 from rope_probe.propagation import trace as trace_deltas
 from rope_probe.results import describe_model, hash_tokens, new_run, read_run
 from rope_probe.retrieval import KeyValueTask, RetrievalTask, retrieval_accuracy, trials_hash
+from rope_probe.sweeps import SWEEPS, doses
+from rope_probe.sweeps import sweep as sweep_of
 from rope_probe.tasks import TEXT_TASKS, TextTask
 
 MISSED_GATE = 3
@@ -52,6 +55,7 @@ class _Dtype(StrEnum):
 
 _Kernel = StrEnum("_Kernel", {kernel.upper(): kernel for kernel in KERNELS})  # type: ignore[misc]
 _SDPA = _Kernel("sdpa")
+_Sweep = StrEnum("_Sweep", {kind.upper(): kind for kind in SWEEPS})  # type: ignore[misc]
 _Task = StrEnum("_Task", {task.upper(): task for task in (KeyValueTask.name, *TEXT_TASKS)})  # type: ignore[misc]
 
 Out = Annotated[Path, typer.Option(help="Run directory to write; an older run there is replaced.")]
@@ -81,13 +85,19 @@ def trace(
         Path | None, typer.Option(help="File of documents to pack: token ids, one document a line.")
     ] = None,
     masked: Annotated[bool, typer.Option("--masked/--unmasked", help="Keep attention inside documents.")] = False,
+    sweep: Annotated[
+        list[_Sweep] | None,
+        typer.Option(
+            help="What to go through [default: dose and layer; with --shift, --layer, --head or --pair none]."
+        ),
+    ] = None,
     shift: Annotated[
         list[float] | None, typer.Option(help="Tokens to shift by [default: 1/4, 1, 4, ... and the window].")
     ] = None,
     side: Annotated[list[_Side] | None, typer.Option(help="What to shift [default: each of q, k, qk].")] = None,
-    layer: Annotated[list[int] | None, typer.Option(help="Layers to perturb [default: all].")] = None,
-    head: Annotated[list[int] | None, typer.Option(help="Heads to perturb [default: all].")] = None,
-    pair: Annotated[list[int] | None, typer.Option(help="Rotary pairs to perturb, 0 fastest [default: all].")] = None,
+    layer: Annotated[list[int] | None, typer.Option(help="Layers to shift [default: all].")] = None,
+    head: Annotated[list[int] | None, typer.Option(help="Heads to shift [default: all].")] = None,
+    pair: Annotated[list[int] | None, typer.Option(help="Rotary pairs to shift, 0 fastest [default: all].")] = None,
     control: Annotated[bool, typer.Option(help="Measure in float64 too, to tell rounding from signal.")] = True,
     seed: Seed = 0,
     device: Device = "cpu",
@@ -99,14 +109,15 @@ def trace(
     with new_run(out, "trace", config) as run:
         hooked = load_model(model, attn=attn.value, dtype=_torch_dtype(dtype), device=device)
         read = _window(hooked, window, document, document_length, tokens, seed)
-        perturbations: list[Perturbation] = [
-            PositionShift(one.value, amount, layers=layer, heads=head, pairs=pair)
-            for one in side or list(_Side)
-            for amount in shift or _doses(len(read))
-        ]
-        passes = len(perturbations) * (2 if control and hooked.dtype != torch.float64 else 1)
+        arms = _perturbations(hooked, len(read), sweep, shift, side, layer, head, pair)
+        passes = sum(map(len, arms.values())) * (2 if control and hooked.dtype != torch.float64 else 1)
+        twin = hooked.double() if control and hooked.dtype != torch.float64 else control
         with progress("layers of perturbed passes", passes * len(hooked.blocks)) as advance:
-            frame = trace_deltas(hooked, read, perturbations, masked=masked, control=control, progress=advance)
+            traced = [
+                trace_deltas(hooked, read, arm, masked=masked, control=twin, progress=advance).assign(arm=name)
+                for name, arm in arms.items()
+            ]
+        frame = pd.concat(traced)
         run.record(frame, model=model, seed=seed)
         run.manifest |= {
             "models": {model: describe_model(hooked.original_model)},
@@ -270,11 +281,25 @@ def _token_ids(text: str, where: str) -> list[int]:
         raise InputError(f"{where}: token ids are whole numbers, but {str(error).split(': ')[-1]} is not") from error
 
 
-def _doses(window: int) -> list[float]:
-    doses = [0.25]
-    while doses[-1] * 4 < window:
-        doses.append(doses[-1] * 4)
-    return [*doses, float(window)]
+def _perturbations(
+    model: HookedCausalLM,
+    window: int,
+    sweeps: list[_Sweep] | None,
+    shift: list[float] | None,
+    side: list[_Side] | None,
+    layer: list[int] | None,
+    head: list[int] | None,
+    pair: list[int] | None,
+) -> dict[str, Sequence[Perturbation]]:
+    """By arm: the sweeps asked for, or one dose-response of the parts that are named."""
+    sides: list[Any] = [one.value for one in side or list(_Side)]
+    if sweeps and any(part is not None for part in (shift, layer, head, pair)):
+        raise InputError("--sweep goes through sizes and parts itself; leave out --shift, --layer, --head and --pair")
+    if sweeps or all(part is None for part in (shift, layer, head, pair)):
+        kinds = dict.fromkeys(map(str, sweeps or ("dose", "layer")))
+        return {kind: found for kind in kinds if (found := sweep_of(kind, model, window, sides=sides))}
+    parts = {"layers": layer, "heads": head, "pairs": pair}
+    return {"dose": [PositionShift(one, amount, **parts) for one in sides for amount in shift or doses(window)]}
 
 
 def _refuse(why: str) -> int:

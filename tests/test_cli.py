@@ -10,6 +10,7 @@ from transformers import ByT5Tokenizer, GPT2Config, GPT2LMHeadModel
 
 from rope_probe import cli
 from rope_probe.results import read_run
+from rope_probe.sweeps import SWEEPS
 from rope_probe.tasks import TEXT_TASKS
 from tests import zoo
 
@@ -55,9 +56,20 @@ def test_the_default_sweep_goes_from_a_quarter_token_to_the_window(checkpoint, t
                             "--document-length", "16", "--no-control")  # fmt: skip
     assert code == 0
     frame, _ = read_run(tmp_path / "run")
-    assert sorted(frame["delta_tokens"].unique()) == [0.25, 1, 4, 16, 64]
-    assert cli._doses(100)[-2:] == [64, 100]
-    assert set(frame["side"]) == {"q", "k", "qk"}
+    dose, layer = (frame[frame["arm"] == arm] for arm in ("dose", "layer"))
+    assert sorted(dose["delta_tokens"].unique()) == [0.25, 1, 4, 16, 64]
+    assert set(dose["side"]) == {"q", "k", "qk"}
+    assert dose["inject_layer"].isna().all()
+    assert set(layer["inject_layer"]) == {0, 1}
+    assert set(layer["side"]) == {"q", "k"}
+
+
+def test_every_sweep_can_be_asked_for(checkpoint, tmp_path, capsys):
+    sweeps = [word for kind in SWEEPS for word in ("--sweep", kind)]
+    code, _, _ = rope_probe(capsys, "trace", checkpoint, "--out", tmp_path / "run", "--window", "20",
+                            "--document-length", "10", "--no-control", *sweeps)  # fmt: skip
+    assert code == 0
+    assert list(read_run(tmp_path / "run")[0]["arm"].unique()) == list(SWEEPS)
 
 
 def test_restrictions_reach_the_frame(checkpoint, tmp_path, capsys):
@@ -216,6 +228,7 @@ BAD = {
         "window of 6 tokens is longer than the 5 tokens",
     ),
     "window of broken documents": (lambda c, t: [c, "--window", "100", "--document-length", "30"], "100"),
+    "sweep with a layer": (lambda c, t: [c, "--sweep", "pair", "--layer", "0"], "--sweep"),
     "NaN shift": (lambda c, t: [c, "--shift", "nan"], "nan"),
     "infinite shift": (lambda c, t: [c, "--shift", "inf"], "inf"),
     "layer out of range": (lambda c, t: [c, "--layer", "2"], "layers 0 to 1"),
