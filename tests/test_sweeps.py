@@ -12,7 +12,7 @@ def test_doses_go_from_a_quarter_token_to_the_window(window, expected):
     assert doses(window) == expected
 
 
-@pytest.mark.parametrize("name", ["llama", "smollm3_nope_layer", "gemma3", "phi3_partial", "gpt_neox"])
+@pytest.mark.parametrize("name", ["llama", "smollm3_nope_layer", "gemma3", "phi3_partial", "glm"])
 @pytest.mark.parametrize("kind", SWEEPS)
 def test_every_perturbation_of_a_sweep_fits_the_model_and_is_another_one(name, kind):
     model = load_model(zoo.model(zoo.CONFIGS[name]()))
