@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any
 
@@ -50,7 +50,7 @@ class Cone:
     layer: int
     segments: tuple[tuple[int, int, int], ...]
 
-    @property
+    @cached_property
     def at(self) -> Int[Tensor, " n"]:
         """Its positions, as indices into the window."""
         return torch.cat([torch.arange(0), *(torch.arange(first, end) for _, first, end in self.segments)])
@@ -133,9 +133,8 @@ class _Passes(ExitStack):
         layers = self.model.original_model.base_model.layers
         hooks: list[tuple[str, Callable]] = []
         for layer, module in enumerate(layers):
-            kept = partial(self._keep_input, layer)
             handles = (
-                module.register_forward_pre_hook(kept, with_kwargs=True, prepend=True),
+                module.register_forward_pre_hook(self._keep_input, with_kwargs=True, prepend=True),
                 module.register_forward_hook(partial(self._run_layer, layer), with_kwargs=True),
             )
             for handle in handles:
@@ -150,7 +149,7 @@ class _Passes(ExitStack):
         self.enter_context(self.model.hooks(fwd_hooks=hooks))
         return self
 
-    def _keep_input(self, layer: int, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _keep_input(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if not self.running:
             self.clean["input"] = args[0] if args else kwargs["hidden_states"]
 
