@@ -54,9 +54,9 @@ def gallery(runs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str])
     return Path(out) / "index.html"
 
 
-def _figures(frame: pd.DataFrame) -> list[tuple[str, go.Figure]]:
-    """(file name, figure) for each drawing, and each of what it is split by, that the frame has rows for."""
-    figures: list[tuple[str, go.Figure]] = []
+def _figures(frame: pd.DataFrame) -> list[tuple[str, str, go.Figure]]:
+    """(drawing, label, figure) for each drawing, and each of what it is split by, that the frame has rows for."""
+    figures: list[tuple[str, str, go.Figure]] = []
     for drawing in plots.DRAWINGS:
         rows, context = frame[drawing.rows(frame)], frame[drawing.context(frame)]
         split = drawing.split(rows)
@@ -65,19 +65,23 @@ def _figures(frame: pd.DataFrame) -> list[tuple[str, go.Figure]]:
             if part.empty:
                 continue
             label = ", ".join(str(value) for value in labels if pd.notna(value) and value != "")
-            drawn = drawing.draw(pd.concat([part, context]), label)
-            figures.append((f"{len(figures) + 1}-{_slug(f'{drawing.name} {label}')}", drawn))
+            figures.append((drawing.name, label, drawing.draw(pd.concat([part, context]), label)))
     return figures
 
 
 def _section(
-    experiment: str, manifests: list[dict[str, Any]], figures: list[tuple[str, go.Figure]], folder: Path
+    experiment: str, manifests: list[dict[str, Any]], figures: list[tuple[str, str, go.Figure]], folder: Path
 ) -> str:
-    frames = []
-    for name, figure in figures:
+    """The first figure of each drawing, and the others folded away below it."""
+    frames, before = [], ""
+    for number, (drawing, label, figure) in enumerate(figures, start=1):
+        name = f"{number}-{_slug(f'{drawing} {label}')}"
         page = write_figure(figure, folder / f"{_slug(experiment)}-{name}.html")
-        height = figure.layout.height + 20
-        frames.append(f'<iframe src="{page.name}" height="{height}" title="{html.escape(name)}"></iframe>')
+        size = f'height="{figure.layout.height + 20}" title="{html.escape(name)}" loading="lazy"'
+        frame = f'<iframe src="{page.name}" {size}></iframe>'
+        told = html.escape(f"{drawing.replace('_', ' ')}: {label}")
+        frames.append(frame if drawing != before else f"<details><summary>{told}</summary>{frame}</details>")
+        before = drawing
     made = "".join(map(_how_it_was_made, manifests))
     many = f"{len(manifests)} run{'s' if len(manifests) > 1 else ''}{'' if figures else ', nothing to draw'}"
     return (
