@@ -67,6 +67,12 @@ def _phase(frame: pd.DataFrame) -> pd.Series:
     return phase if phase.nunique() > 1 else phase.mask(phase != "", "")
 
 
+def _kind(frame: pd.DataFrame) -> pd.Series:
+    """What is dosed, "" for a shift."""
+    kind = propagation.kind(frame)
+    return kind.mask(kind == "PositionShift", "")
+
+
 DRAWINGS = (
     Drawing(
         "retrieval_by_distance",
@@ -83,7 +89,7 @@ DRAWINGS = (
         "dose_response",
         propagation.is_dose,
         dose_response,
-        lambda rows: [rows["model"], rows["arm"], restriction(rows)],
+        lambda rows: [rows["model"], rows["arm"], _kind(rows), restriction(rows)],
     ),
     Drawing("injected_by_read", sensitivity.is_of_layer, injected_by_read, lambda rows: [rows["model"]]),
     Drawing("sensitivity_by_pair", sensitivity.is_of_pair, sensitivity_by_pair, lambda rows: [rows["model"]]),

@@ -14,8 +14,9 @@ from rope_probe.propagation import is_rounding
 SIDES = {
     "q": ("queries only", "#0072b2", "circle", "solid"),
     "k": ("keys only", "#d55e00", "diamond-open", "dash"),
-    "qk": ("both, which cancels", "#009e73", "square", "solid"),
+    "qk": ("both", "#009e73", "square", "solid"),
 }
+KINDS = {"PositionShift": "shift, tokens", "PositionJitter": "largest move of a position, tokens"}
 PANELS = {
     "hook_rot_q": "queries as rotated",
     "unrotated_q": "queries, rotation undone",
@@ -39,17 +40,22 @@ def is_shift(frame: pd.DataFrame) -> pd.Series:
 
 
 def is_dose(frame: pd.DataFrame) -> pd.Series:
-    """Rows that `dose_response` draws: shifts of several sizes, or not restricted to a part of the model."""
-    rows = is_shift(frame) & (frame["metric"] == "kl_nats")
-    alike = [frame["run_id"], frame["model"], frame["arm"], restriction(frame)]
+    """Rows that `dose_response` draws: shifts, or jitter, of several sizes or not restricted to a part of the model."""
+    rows = kind(frame).isin(KINDS) & (frame["metric"] == "kl_nats")
+    alike = [frame["run_id"], frame["model"], frame["arm"], kind(frame), restriction(frame)]
     doses = frame["delta_tokens"].where(rows).groupby(alike, dropna=False).transform("nunique")
     return rows & ((doses > 1) | frame[["inject_layer", "head", "pair"]].isna().all(axis=1))
 
 
+def kind(frame: pd.DataFrame) -> pd.Series:
+    """The perturbation of each row by its class's name."""
+    return frame["perturbation"].str.extract(r"^(\w+)", expand=False)
+
+
 def restriction(frame: pd.DataFrame) -> pd.Series:
-    """How each row's perturbation is restricted: its text without side and size, "" where it is not."""
+    """How each row's perturbation is restricted: its text without side, size and seed, "" where it is not."""
     text = frame["perturbation"].str.extract(r"\((.*)\)", expand=False).fillna("")
-    return text.str.replace(r"(side|tokens)=[^,]*(, )?", "", regex=True).str.rstrip(", ")
+    return text.str.replace(r"(side|tokens|seed)=[^,]*(, )?", "", regex=True).str.rstrip(", ")
 
 
 def copy_heatmap(frame: pd.DataFrame, label: str = "") -> go.Figure:
@@ -118,20 +124,24 @@ def copy_heatmap(frame: pd.DataFrame, label: str = "") -> go.Figure:
 def dose_response(frame: pd.DataFrame, label: str = "") -> go.Figure:
     """KL of the logits against the tokens shifted, q only, k only and both; the float64 control of both dashed grey.
 
-    Raises InputError where the frame has no logit KL of a PositionShift, or of ones that are restricted differently.
+    Or of jitter against its size. Raises InputError where the frame has neither, both, or ones restricted differently.
     """
     rows = frame[is_dose(frame)]
     if rows.empty:
         raise InputError("these results hold no logit KL of a PositionShift; trace some shifts first")
+    if (classes := kind(rows).unique()).size > 1:
+        raise InputError(f"these results hold {' and '.join(classes)}; draw one at a time")
     if (kinds := restriction(rows).unique()).size > 1:
         raise InputError(
             f"these shifts are restricted in {kinds.size} ways, {', '.join(kinds)}; draw one way at a time"
         )
+    cancels = classes[0] == "PositionShift"
     figure = go.Figure()
     for side, (name, colour, symbol, dash) in SIDES.items():
         chosen = rows[rows["side"] == side]
         if chosen.empty:
             continue
+        name = f"{name}, which cancels" if side == "qk" and cancels else name
         curve = chosen.groupby("delta_tokens")[["value", "value_float64"]].agg(["mean", "min", "max"])
         dose, value, exact = curve.index.to_numpy(), curve["value"], curve["value_float64"]["mean"]
         hover = "%{x} tokens: %{y:.3g} nats"
@@ -160,7 +170,7 @@ def dose_response(frame: pd.DataFrame, label: str = "") -> go.Figure:
                 hovertemplate=hover,
             )
         )
-        if side == "qk" and exact.notna().any():
+        if side == "qk" and cancels and exact.notna().any():
             figure.add_trace(
                 go.Scatter(
                     x=dose,
@@ -175,17 +185,18 @@ def dose_response(frame: pd.DataFrame, label: str = "") -> go.Figure:
     highest = np.log10(max(rows["value"].max(), 10 * _LOWEST_KL))
     doses = sorted(rows["delta_tokens"].unique())
     figure.update_xaxes(
-        type="log" if doses[0] > 0 else "linear", title="shift, tokens", tickvals=doses, tickformat="~g"
+        type="log" if doses[0] > 0 else "linear", title=KINDS[classes[0]], tickvals=doses, tickformat="~g"
     )
     figure.update_yaxes(
         type="log",
-        title="KL(clean || shifted), nats",
+        title="KL(clean || perturbed), nats",
         exponentformat="power",
         dtick=2,
         range=[np.log10(_LOWEST_KL), highest + 0.5],
     )
     note = f"lines: mean over documents, bands: smallest to largest document; {sample(rows)}"
-    return styled(figure, "How a shift of position changes the output", label, note, height=540)
+    what = "a shift of position" if cancels else "jitter of positions"
+    return styled(figure, f"How {what} changes the output", label, note, height=540)
 
 
 def sample(rows: pd.DataFrame) -> str:
