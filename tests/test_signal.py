@@ -48,6 +48,8 @@ def test_numbers_are_those_of_whole_logits(masked, vocabulary, monkeypatch):
         of_shift = frame[frame["perturbation"] == str(shift)]
         signal = kl(clean, other[shift])
         assert value(of_shift, metric="signal_kl_nats", distance=None) == pytest.approx(signal.mean().item(), rel=1e-9)
+        each = of_shift[of_shift["metric"] == "signal_kl_nats_at"].sort_values("position")["value"]
+        assert each.tolist() == pytest.approx(signal.tolist(), rel=1e-9, abs=1e-15)
         taken = loss - gradient_to_keys(other[shift])
         at = {"site": "blocks.1.attn.W_K"}
         assert value(of_shift, metric="signal_gradient", **at) == pytest.approx(taken.norm().item(), rel=1e-9)

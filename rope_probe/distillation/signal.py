@@ -32,7 +32,8 @@ def distillation_signal(
     With p the teacher's next-token distribution, p' that of the perturbed teacher and s the student's, rows are
 
     - `signal_kl_nats`, KL(p || p'), and `loss_kl_nats`, KL(p || s): means over the window, and by how many tokens ago a
-      position's token last occurred (`distance`, the upper end of a bin that doubles; 0 for a first occurrence);
+      position's token last occurred (`distance`, the upper end of a bin that doubles; 0 for a first occurrence); and
+      `signal_kl_nats_at`, `loss_kl_nats_at`, the same of each `position`;
     - by layer, at the sites `blocks.{i}.attn.W_Q|W_K|W_V` of the student: `loss_gradient`, the Frobenius norm of the
       gradient of the mean of KL(p || s); `signal_gradient`, that of what the perturbation takes from it, the gradient
       of KL(p || s) less that of KL(p' || s); and `gradient_cosine` between the two.
@@ -52,11 +53,11 @@ def distillation_signal(
     parts = [_pull(teacher, student, learned.detach(), clean, other) for other in [None, *perturbed]]
     loss_kl, of_loss = parts[0]
     loss = _gradients(student, learned, of_loss)
-    rows = list(_by_distance("loss_kl_nats", loss_kl, window, {}))
+    rows = list(_where("loss_kl_nats", loss_kl, window, {}))
     for perturbation, (kl, pull) in zip(perturbations, parts[1:], strict=True):
         told = {"perturbation": str(perturbation), "side": perturbation.side}
         told["delta_tokens"] = perturbation.delta_tokens  # type: ignore[assignment]
-        rows += _by_distance("signal_kl_nats", kl, window, told)
+        rows += _where("signal_kl_nats", kl, window, told)
         for key, taken in _gradients(student, learned, pull).items():
             layer, matrix = key
             at = {**told, "layer": layer, "site": f"blocks.{layer}.attn.W_{matrix.upper()}"}
@@ -103,8 +104,10 @@ def _gradients(student: HookedCausalLM, learned: Tensor, pull: Tensor) -> Gradie
     return {key: of_weight[id(part.weight)][part.rows] for key, part in rows.items()}
 
 
-def _by_distance(metric: str, values: Tensor, window: Window, told: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _where(metric: str, values: Tensor, window: Window, told: dict[str, Any]) -> Iterator[dict[str, Any]]:
     yield {**told, "metric": metric, "value": values.mean().item()}
+    for position, (document, value) in enumerate(zip(window.document_of.tolist(), values.tolist(), strict=True)):
+        yield {**told, "metric": f"{metric}_at", "document": document, "position": position, "value": value}
     for k, (total, count) in enumerate(by_distance(values, window.tokens).T.tolist()):
         if count:
             yield {**told, "metric": metric, "distance": 2 ** (k - 1) if k else 0, "value": total / count}
