@@ -29,6 +29,7 @@ from rope_probe.results import is_complete, read_frames, read_run
 WORKERS = 2
 QUICK_ARMS = ("base", "theta_swapped", "ce_phase_wise", "kd_phase_wise", "kd_small_theta", "kd_large_theta")
 QUICK_CHANNELS = ("scrubbed",)
+QUICK_STUDENTS = ("theta_swapped", "kd_phase_wise")
 BASE_SEEDS = 5
 SCRIPTS = ("toy_checkpoints", "phase_scaling", "positional_channel", "theta_grid", "propagation", "text")
 
@@ -81,12 +82,6 @@ def plan(out: Path, seeds: int, full: bool) -> dict[str, Stage]:
     for seed in range(seeds):
         for role in toy_checkpoints.PHASES:
             checkpoint(role, seed)
-        for arm in phase_scaling.ARMS if full else QUICK_ARMS:
-            run = out / "phase_scaling" / f"{arm}-{seed}"
-            command = ("phase_scaling", arm, str(seed), str(run), "--checkpoints", str(out))
-            needs = tuple(f"{role}-{seed}" for role in phase_scaling.needs(arm))
-            config = partial(phase_scaling.config_of, arm, seed, out)
-            stages[f"extension {run.name}"] = Stage(command, run, config, needs)
         if full:
             run = out / f"nope_teacher-{seed}"
             config = partial(positional_channel.teacher_config, seed)
@@ -97,6 +92,12 @@ def plan(out: Path, seeds: int, full: bool) -> dict[str, Stage]:
             needs = tuple(f"{role}-{seed}" for role in positional_channel.needs(channel))
             config = partial(positional_channel.config_of, channel, seed, out)
             stages[f"channel {run.name}"] = Stage(command, run, config, needs)
+        for arm in phase_scaling.ARMS if full else QUICK_ARMS:
+            run = out / "phase_scaling" / f"{arm}-{seed}"
+            command = ("phase_scaling", arm, str(seed), str(run), "--checkpoints", str(out))
+            needs = tuple(f"{role}-{seed}" for role in phase_scaling.needs(arm))
+            config = partial(phase_scaling.config_of, arm, seed, out)
+            stages[f"extension {run.name}"] = Stage(command, run, config, needs)
     if full:
         for seed in range(seeds, BASE_SEEDS):
             for role in ("base", "base_large_theta"):
@@ -108,8 +109,8 @@ def plan(out: Path, seeds: int, full: bool) -> dict[str, Stage]:
             stages[f"grid {run.name}"] = Stage(row, run, of_row, ("teacher-0",))
     stages["text"] = Stage(("text", str(out / "text")), out / "text", text.config_of)
     for seed in range(seeds):
-        arms = [f"extension {arm}-{seed}" for arm in (phase_scaling.ARMS if full else QUICK_ARMS) if arm != "base"]
-        traced = (f"teacher-{seed}", f"base-{seed}", *arms)
+        students = [arm for arm in phase_scaling.ARMS if arm != "base"] if full else QUICK_STUDENTS
+        traced = (f"teacher-{seed}", f"base-{seed}", *(f"extension {arm}-{seed}" for arm in students))
         runs = [stages[name].run for name in traced]
         run = out / f"propagation-{seed}"
         config = partial(propagation.config_of, runs)
