@@ -95,9 +95,7 @@ def measure(out: Path, checkpoints: list[Path]) -> None:
             for kind in ("layer", "head", "pair", "jitter", "theta"):
                 perturbations = sweep(kind, model, WINDOW, size=DOSE)
                 frame = _traced(model, twin, window, perturbations, False, f"{kind}, {name} {seed}")
-                run.record(
-                    frame, model=name, seed=seed, arm=f"one {kind}" if kind in ("layer", "head", "pair") else kind
-                )
+                run.record(frame, model=name, seed=seed, arm=f"sweep by {kind}")
             if "arm" in made and seed in teachers:
                 run.record(
                     distillation_signal(teachers[seed], model, window, SIGNALS), model=name, seed=seed, arm="signal"

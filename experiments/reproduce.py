@@ -56,13 +56,17 @@ def main(
         script: [stage.run for name, stage in stages.items() if stage.command[0] == script and name not in without]
         for script in SCRIPTS
     }
-    _print_checkpoints(runs["toy_checkpoints"])
-    _print_phase_scaling(runs["phase_scaling"])
-    _print_positional_channel(runs["positional_channel"], runs["phase_scaling"])
-    if runs["theta_grid"]:
-        _print_theta_grid(runs["theta_grid"])
-    _print_propagation(runs["propagation"])
-    _print_text(runs["text"])
+    printers: dict[str, Callable[[list[Path]], None]] = {
+        "toy_checkpoints": _print_checkpoints,
+        "phase_scaling": _print_phase_scaling,
+        "positional_channel": partial(_print_positional_channel, runs["phase_scaling"]),
+        "theta_grid": _print_theta_grid,
+        "propagation": _print_propagation,
+        "text": _print_text,
+    }
+    for script, print_tables in printers.items():
+        if runs[script]:
+            print_tables(runs[script])
     for name, why in without.items():
         print(f"without a result: {name}: {why}")
     print(gallery([run for script in SCRIPTS for run in runs[script]], out / "gallery"))
@@ -182,7 +186,7 @@ def _print_phase_scaling(runs: Sequence[Path]) -> None:
     print(phase_scaling.verdicts(frame).to_string(index=False, float_format="{:.3f}".format))
 
 
-def _print_positional_channel(runs: Sequence[Path], beside: Sequence[Path]) -> None:
+def _print_positional_channel(beside: Sequence[Path], runs: Sequence[Path]) -> None:
     frame = read_frames([*runs, *beside])
     ours = frame["experiment"] == "positional_channel"
     accuracy = frame[ours & (frame["metric"] == "accuracy") & (frame["seq_len"] == toy_checkpoints.LONG)]
