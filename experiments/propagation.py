@@ -65,6 +65,7 @@ DOSE = 16.0
 REACH = 2 * SHORT
 FLOOR = 1e-10
 FIXED = "repeated document, same number of keys"
+SWEPT = "sweep by {}"
 SIGNALS = [PositionShift("q", dose) for dose in (0.25, 1.0, WINDOW, DOSE)]
 
 
@@ -95,7 +96,7 @@ def measure(out: Path, checkpoints: list[Path]) -> None:
             for kind in ("layer", "head", "pair", "jitter", "theta"):
                 perturbations = sweep(kind, model, WINDOW, size=DOSE)
                 frame = _traced(model, twin, window, perturbations, False, f"{kind}, {name} {seed}")
-                run.record(frame, model=name, seed=seed, arm=f"sweep by {kind}")
+                run.record(frame, model=name, seed=seed, arm=SWEPT.format(kind))
             if "arm" in made and seed in teachers:
                 run.record(
                     distillation_signal(teachers[seed], model, window, SIGNALS), model=name, seed=seed, arm="signal"
