@@ -231,7 +231,7 @@ def verdicts(frame: pd.DataFrame) -> pd.DataFrame:
         judge(8, "logits rel_l2, first token replaced over not", model, seed, figure, 0.5 < figure < 2)
         of_layer, of_pair = (
             kl[(kl["arm"] == arm) & (kl["model"] == model) & (kl["seed"] == seed)]
-            for arm in ("sweep by layer", "sweep by pair")
+            for arm in map(SWEPT.format, ("layer", "pair"))
         )
         first = of_layer[(of_layer["side"] == "q") & (of_layer["inject_layer"] == 0)]["value_float64"].mean()
         figure = first / mine["q", DOSE]
