@@ -15,6 +15,7 @@ from typer.exceptions import TyperException
 
 from rope_probe import checkpoints, packing, report
 from rope_probe.attention import KERNELS
+from rope_probe.cone import LOGITS
 from rope_probe.corpora import KeyValueStream
 from rope_probe.distillation import distill, read_config
 from rope_probe.errors import InputError
@@ -128,7 +129,8 @@ def trace(
         }
         if control:
             told = frame["metric"].isin(["rel_l2", "kl_nats"]) & ~frame["site"].str.contains("rot_")
-            table = attribute(frame[told]).drop(columns="perturbation")
+            told &= (frame["arm"] == "dose") | (frame["site"] == LOGITS)
+            table = attribute(frame[told]).drop(columns=["side", "delta_tokens"])
             print(table.to_string(index=False, float_format="{:.3e}".format))
     print(out)
 
