@@ -22,7 +22,6 @@ Predictions, written before the first run, for accuracy at 512 tokens, 8 times t
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Annotated
 
 import pandas as pd
 import torch
@@ -38,6 +37,7 @@ from experiments.toy_checkpoints import (
     SHORT,
     SHORT_DOCUMENTS,
     SMALL_THETA,
+    CheckpointsIn,
 )
 from rope_probe import (
     HookedCausalLM,
@@ -95,9 +95,7 @@ def extend(
     name: str,
     seed: int,
     out: Path,
-    checkpoints_in: Annotated[Path, typer.Option("--checkpoints", help="Folder of the toy checkpoints.")] = Path(
-        "runs"
-    ),
+    checkpoints_in: CheckpointsIn = Path("runs"),
 ) -> None:
     """Run one arm with one seed into the run directory `out`."""
     if name not in ARMS:

@@ -34,7 +34,7 @@ import dataclasses
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import pandas as pd
 import torch
@@ -44,7 +44,7 @@ from torch import Tensor
 from transformers import SmolLM3Config
 
 from experiments import phase_scaling, toy_checkpoints
-from experiments.toy_checkpoints import LARGE_THETA, LONG, MISSED_GATE, SHORT
+from experiments.toy_checkpoints import LARGE_THETA, LONG, MISSED_GATE, SHORT, CheckpointsIn
 from rope_probe import HookedCausalLM, PairFreeze, checkpoints, copy_deltas, load_model, repeated_window, rope
 from rope_probe.distillation import train_phase
 from rope_probe.errors import InputError
@@ -68,9 +68,7 @@ def run(
     what: str,
     seed: int,
     out: Path,
-    checkpoints_in: Annotated[Path, typer.Option("--checkpoints", help="Folder of the toy checkpoints.")] = Path(
-        "runs"
-    ),
+    checkpoints_in: CheckpointsIn = Path("runs"),
 ) -> None:
     """Train the NoPE teacher ("teacher"), or a student of one channel, into the run directory `out`."""
     torch.set_num_threads(1)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from graphlib import TopologicalSorter
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated
 
 import pandas as pd
@@ -83,6 +84,13 @@ def plan(out: Path, seeds: int, full: bool) -> dict[str, Stage]:
         config = partial(toy_checkpoints.config_of, role, seed)
         stages[run.name] = Stage(("toy_checkpoints", role, str(seed), str(run)), run, config)
 
+    def student(kind: str, script: ModuleType, name: str, seed: int) -> None:
+        folder = script.__name__.rpartition(".")[2]
+        run = out / folder / f"{name}-{seed}"
+        command = (folder, name, str(seed), str(run), "--checkpoints", str(out))
+        needs = tuple(f"{role}-{seed}" for role in script.needs(name))
+        stages[f"{kind} {run.name}"] = Stage(command, run, partial(script.config_of, name, seed, out), needs)
+
     for seed in range(seeds):
         for role in toy_checkpoints.PHASES:
             checkpoint(role, seed)
@@ -91,17 +99,9 @@ def plan(out: Path, seeds: int, full: bool) -> dict[str, Stage]:
             config = partial(positional_channel.teacher_config, seed)
             stages[run.name] = Stage(("positional_channel", "teacher", str(seed), str(run)), run, config)
         for channel in positional_channel.CHANNELS if full else QUICK_CHANNELS:
-            run = out / "positional_channel" / f"{channel}-{seed}"
-            command = ("positional_channel", channel, str(seed), str(run), "--checkpoints", str(out))
-            needs = tuple(f"{role}-{seed}" for role in positional_channel.needs(channel))
-            config = partial(positional_channel.config_of, channel, seed, out)
-            stages[f"channel {run.name}"] = Stage(command, run, config, needs)
+            student("channel", positional_channel, channel, seed)
         for arm in phase_scaling.ARMS if full else QUICK_ARMS:
-            run = out / "phase_scaling" / f"{arm}-{seed}"
-            command = ("phase_scaling", arm, str(seed), str(run), "--checkpoints", str(out))
-            needs = tuple(f"{role}-{seed}" for role in phase_scaling.needs(arm))
-            config = partial(phase_scaling.config_of, arm, seed, out)
-            stages[f"extension {run.name}"] = Stage(command, run, config, needs)
+            student("extension", phase_scaling, arm, seed)
     if full:
         for seed in range(seeds, BASE_SEEDS):
             for role in ("base", "base_large_theta"):

@@ -24,7 +24,6 @@ Predictions, written before the first run:
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Annotated
 
 import pandas as pd
 import torch
@@ -32,7 +31,7 @@ import typer
 from scipy import stats
 
 from experiments import phase_scaling, toy_checkpoints
-from experiments.toy_checkpoints import LONG, SHORT, SHORT_DOCUMENTS
+from experiments.toy_checkpoints import LONG, SHORT, SHORT_DOCUMENTS, CheckpointsIn
 from rope_probe import KeyValueTask, checkpoints, load_model, retrieval_accuracy, rope
 from rope_probe.distillation import Phase, train_phase
 from rope_probe.errors import InputError
@@ -53,9 +52,7 @@ def make_row(
     short_theta: float,
     seed: int,
     out: Path,
-    checkpoints_in: Annotated[Path, typer.Option("--checkpoints", help="Folder of the toy checkpoints.")] = Path(
-        "runs"
-    ),
+    checkpoints_in: CheckpointsIn = Path("runs"),
 ) -> None:
     """Train one base and extend it to every long theta on every budget, into the run directory `out`."""
     torch.set_num_threads(1)

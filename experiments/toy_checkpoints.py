@@ -11,7 +11,7 @@ distance (0.90 for the teacher's first phase, which only prepares the second).
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pandas as pd
 import torch
@@ -32,6 +32,7 @@ CE = Objective(ce_weight=1.0, kd_weight=0.0, chunk=BATCH_TOKENS)
 BY_CE: dict[str, Any] = {"objective": CE, **OPTIMISER}
 MISSED_GATE = 3
 SMALL_THETA, LARGE_THETA = 300.0, 20_000.0
+CheckpointsIn = Annotated[Path, typer.Option("--checkpoints", help="Folder of the toy checkpoints.")]
 Role = Literal["teacher", "base", "base_large_theta"]
 
 SHORT_DOCUMENTS = KeyValueStream(SHORT, distinct=(4, 16))
