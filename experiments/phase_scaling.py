@@ -1,7 +1,7 @@
 """Phase-wise RoPE scaling: which theta, and which objective, gives a short-window base the long window.
 
 Every arm extends a base that only saw 64-token windows to 1,024 tokens, on the same budget of packed 64-token documents
-(the ceiling aside), and is then probed for retrieval by distance.
+(the ceiling and the ones of more short training aside), and is then probed for retrieval by distance.
 
 Predictions, written before the first run, for accuracy at 512 tokens, 8 times the document length:
 
@@ -15,6 +15,9 @@ Predictions, written before the first run, for accuracy at 512 tokens, 8 times t
  5. KD from a teacher with masked documents does not: 0.10 or less, since its logits are blind to what came before.
  6. KD with disjoint keys does not: 0.10 or less; the accidental collisions carry the transfer.
  7. Swapping theta without training does not: 0.10 or less. CE on real long documents, the ceiling, does: 0.95 or more.
+ 8. With AdamW for all weights instead of Muon for the matrices, KD transfers too, 0.95 or more, and CE does not, 0.10
+    or less; nor does as much training more in the short window, 0.10 or less. These arms are there for what they do to
+    the weights (experiments/query_spans.py): Muon gives every direction of a matrix the same step.
 
     python -m experiments.phase_scaling kd_phase_wise 0 runs/phase_scaling/kd_phase_wise-0 --checkpoints runs
 """
@@ -22,6 +25,7 @@ Predictions, written before the first run, for accuracy at 512 tokens, 8 times t
 import dataclasses
 import sys
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -62,18 +66,22 @@ TRIALS = 128
 HEAD_DIM = 32
 BASE_THETAS = {"base": SMALL_THETA, "base_large_theta": LARGE_THETA}
 
+ADAMW: dict[str, Any] = {"lr": 2e-3, "matrix_lr": None}
 KD = Objective(ce_weight=0.0, kd_weight=1.0, chunk=BATCH_TOKENS)
 
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """How a base is extended: from which base, to which theta, on what data, towards what."""
+    """How a base is extended: from which base, to which theta and window, on what data, towards what, by what."""
 
     base: str = "base"
     theta: float = LARGE_THETA
     objective: Objective | None = KD
     data: KeyValueStream = SHORT_DOCUMENTS
     teacher_masked: bool = False
+    window: int = LONG
+    lr: float = OPTIMISER["lr"]
+    matrix_lr: float | None = OPTIMISER["matrix_lr"]
 
 
 ARMS = {
@@ -88,6 +96,10 @@ ARMS = {
     "kd_teacher_masked": Arm(teacher_masked=True),
     "kd_disjoint_keys": Arm(data=dataclasses.replace(SHORT_DOCUMENTS, disjoint=True)),
     "ce_long_documents": Arm(objective=CE, data=LONG_DOCUMENTS),
+    "ce_more_short": Arm(theta=SMALL_THETA, objective=CE, window=SHORT),
+    "kd_adamw": Arm(**ADAMW),
+    "ce_adamw": Arm(objective=CE, **ADAMW),
+    "ce_more_short_adamw": Arm(theta=SMALL_THETA, objective=CE, window=SHORT, **ADAMW),
 }
 
 
@@ -123,7 +135,7 @@ def extend(
                 for metric in ("loss", "ce_nats", "kd_nats")
                 if metric in n
             ]
-            run.record(tidy(losses), model=name, seed=seed, phase="extension", seq_len=LONG)
+            run.record(tidy(losses), model=name, seed=seed, phase="extension", seq_len=arm.window)
             run.manifest["tokens_sha256"] = hash_tokens(phase.batch(derive(seed, "extension"), 0).tokens)
         run.record(geometry(arm), model=name, seed=seed)
         measured = measure(student, seed)
@@ -136,19 +148,20 @@ def extend(
 
 
 def phase_of(arm: Arm) -> Phase:
-    """The extension phase of an arm; the same budget and optimiser for all."""
+    """The extension phase of an arm; the same budget for all."""
     if arm.objective is None:
         raise InputError("this arm does not train")
     return Phase(
         "extension",
         arm.data,
-        LONG,
+        arm.window,
         STEPS,
         BATCH_TOKENS,
         theta=arm.theta,
         objective=arm.objective,
         teacher_masked=arm.teacher_masked,
-        **OPTIMISER,
+        lr=arm.lr,
+        matrix_lr=arm.matrix_lr,
     )
 
 
@@ -157,7 +170,7 @@ def geometry(arm: Arm) -> pd.DataFrame:
 
     Metrics: `rotations` of each pair over the phase's window, `spectrum_use`, `document_length` in tokens.
     """
-    extension = (LONG, arm.theta, arm.data.document_length)
+    extension = (arm.window, arm.theta, arm.data.document_length)
     phases = {"short": (SHORT, BASE_THETAS[arm.base], SHORT)} | ({"extension": extension} if arm.objective else {})
     rows: list[dict] = []
     for phase, (window, theta, length) in phases.items():
@@ -208,6 +221,8 @@ PREDICTIONS = (
     (6, ("kd_disjoint_keys", "<=", 0.10)),
     (7, ("theta_swapped", "<=", 0.10)),
     (7, ("ce_long_documents", ">=", 0.95)),
+    (8, ("kd_adamw", ">=", 0.95)),
+    *((8, (arm, "<=", 0.10)) for arm in ("ce_adamw", "ce_more_short", "ce_more_short_adamw")),
 )
 FAR, TIE = 8 * SHORT, 0.05
 
