@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from rope_probe.errors import InputError
-from rope_probe.rope import Layout
+from rope_probe.rope import Layout, rotate, rows_of_pair
 
 LayerRule = Callable[[PreTrainedConfig, int], bool]
 
@@ -27,8 +27,10 @@ class Architecture:
     `attn_out` and `mlp_out` name the modules whose output is added to the residual stream (the norm after attention,
     where there is one); `resid_mid` the module whose *input* is the residual stream between attention and MLP, None
     where both read the same stream. `fused` names the module that projects to q, k and v at once, where there is one,
-    and how their rows lie in it: all of q, then k, then v ("stacked"), or q, k, v of head after head ("by_head").
-    `final_norm` names the module between the last layer and the head. `rotates` says which layers apply RoPE at all.
+    and how their rows lie in it: all of q, then k, then v ("stacked"), or q, k, v of head after head ("by_head");
+    `out_proj` the module that projects what attention read. `attn_norm` names the layer's norm before that projection,
+    `qk_norms` those of q and k after it, where a model has them, and `gain_offset` is what its norms add to their
+    weights. `final_norm` names the module between the last layer and the head. `rotates` says which layers apply RoPE.
     """
 
     layout: Layout = "half"
@@ -38,6 +40,10 @@ class Architecture:
     mlp_out: str = "mlp"
     final_norm: str = "norm"
     fused: tuple[str, Literal["stacked", "by_head"]] | None = None
+    out_proj: str = "o_proj"
+    attn_norm: str | None = "input_layernorm"
+    qk_norms: tuple[str, str] = ("q_norm", "k_norm")
+    gain_offset: float = 0.0
     rotates: LayerRule = field(default=lambda config, layer: True)
 
 
@@ -49,9 +55,27 @@ class Rotary:
     scaling: float
     layout: Layout
 
+    @property
+    def rotary_dim(self) -> int:
+        """How many dimensions of a head rotate, 2P."""
+        return 2 * len(self.inv_freq)
+
+    def pairs(self, head_dim: int) -> Int[Tensor, "P 2"]:
+        """The two dimensions of a head that make each pair, pair 0 first."""
+        size = {"head_dim": head_dim, "rotary_dim": self.rotary_dim}
+        return torch.tensor([rows_of_pair(self.layout, 0, pair, **size) for pair in range(len(self.inv_freq))])
+
+    def undo(self, x: Float[Tensor, "T H D"], positions: Int[Tensor, " T"]) -> Float[Tensor, "T H D"]:
+        """Rotated q or k as they were before their rotation."""
+        back = -torch.outer(positions.to(x.device, torch.float64), self.inv_freq.to(x.device)).unsqueeze(1)
+        return rotate(x, back, self.layout, 1 / self.scaling)
+
 
 _SANDWICH = Architecture(
-    attn_out="post_attention_layernorm", resid_mid="pre_feedforward_layernorm", mlp_out="post_feedforward_layernorm"
+    attn_out="post_attention_layernorm",
+    resid_mid="pre_feedforward_layernorm",
+    mlp_out="post_feedforward_layernorm",
+    gain_offset=1.0,
 )
 
 
@@ -59,22 +83,32 @@ def _gpt_neox(config: PreTrainedConfig) -> Architecture:
     resid_mid = None if config.use_parallel_residual else "post_attention_layernorm"
     fused: tuple[str, Literal["by_head"]] = ("query_key_value", "by_head")
     return Architecture(
-        attn="attention", attn_out="attention", resid_mid=resid_mid, final_norm="final_layer_norm", fused=fused
+        attn="attention",
+        attn_out="attention",
+        resid_mid=resid_mid,
+        final_norm="final_layer_norm",
+        fused=fused,
+        out_proj="dense",
     )
 
 
 ARCHITECTURES: dict[str, Architecture | Callable[[PreTrainedConfig], Architecture]] = {
     **dict.fromkeys(
-        ["llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma", "olmo", "starcoder2"],
+        ["llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "olmo", "starcoder2"],
         Architecture(),
     ),
+    "gemma": Architecture(gain_offset=1.0),
     "phi3": Architecture(fused=("qkv_proj", "stacked")),
     "smollm3": Architecture(rotates=lambda config, layer: bool(config.no_rope_layers[layer])),
     "gemma2": _SANDWICH,
     "gemma3_text": _SANDWICH,
-    "olmo2": Architecture(attn_out="post_attention_layernorm", resid_mid="mlp", mlp_out="post_feedforward_layernorm"),
+    "olmo2": Architecture(
+        attn_out="post_attention_layernorm", resid_mid="mlp", mlp_out="post_feedforward_layernorm", attn_norm=None
+    ),
     "gpt_neox": _gpt_neox,
-    "phi": Architecture(resid_mid=None, final_norm="final_layernorm"),
+    "phi": Architecture(
+        resid_mid=None, final_norm="final_layernorm", out_proj="dense", qk_norms=("q_layernorm", "k_layernorm")
+    ),
     "glm": Architecture(layout="adjacent"),
     "ernie4_5": Architecture(layout="adjacent"),
     "cohere": Architecture(layout="adjacent", resid_mid=None),
@@ -142,26 +176,34 @@ def attention_modules(model: PreTrainedModel) -> list[Any]:
 
 def projections(model: PreTrainedModel, layer: int) -> list[Any]:
     """The modules that project to q, k and v of a layer: three of them, or the fused one."""
-    attention, fused = attention_modules(model)[layer], architecture_of(model.config).fused
-    names = ("q_proj", "k_proj", "v_proj") if fused is None else fused[:1]
-    return [attention.get_submodule(name) for name in names]
+    attention = attention_modules(model)[layer]
+    return [attention.get_submodule(name) for name in _projection_names(architecture_of(model.config))]
+
+
+def _projection_names(architecture: Architecture) -> tuple[str, ...]:
+    return ("q_proj", "k_proj", "v_proj") if architecture.fused is None else architecture.fused[:1]
 
 
 class Rows(NamedTuple):
-    """Some rows of a weight matrix."""
+    """Some rows of a projection: its weight [out, M] (and bias, where it has one), and the module's name in a layer."""
 
     weight: nn.Parameter
     rows: Int[Tensor, " n"]
+    module: str
 
 
 def query_key_value_rows(model: PreTrainedModel, layer: int) -> dict[str, Rows]:
-    """Where W_Q, W_K and W_V of a layer are: for "q", "k", "v", a weight [out, M] and the rows of it, head by head."""
+    """Where W_Q, W_K and W_V of a layer are: for "q", "k", "v", a weight and the rows of it, head by head."""
     config = model.config
-    fused = architecture_of(config).fused
+    architecture = architecture_of(config)
+    fused = architecture.fused
+    names = [f"{architecture.attn}.{name}" for name in _projection_names(architecture)]
     modules = projections(model, layer)
     if fused is None:
-        weights = dict(zip("qkv", (module.weight for module in modules), strict=True))
-        return {name: Rows(weight, torch.arange(len(weight))) for name, weight in weights.items()}
+        return {
+            part: Rows(module.weight, torch.arange(len(module.weight)), name)
+            for part, module, name in zip("qkv", modules, names, strict=True)
+        }
     weight = modules[0].weight
     rows = torch.arange(len(weight))
     queries = config.num_attention_heads
@@ -171,4 +213,4 @@ def query_key_value_rows(model: PreTrainedModel, layer: int) -> dict[str, Rows]:
         parts = [part.flatten() for part in rows.view(queries, 3, width).unbind(1)]
     else:
         parts = list(rows.split([queries * width, groups * width, groups * width]))
-    return {name: Rows(weight, part) for name, part in zip("qkv", parts, strict=True)}
+    return {part: Rows(weight, some, names[0]) for part, some in zip("qkv", parts, strict=True)}

@@ -104,6 +104,11 @@ def detach(model: PreTrainedModel) -> None:
         del module.rope_probe_seam
 
 
+def is_hooked(model: PreTrainedModel) -> bool:
+    """Whether the model's attention runs through seams."""
+    return getattr(attention_modules(model)[0], "rope_probe_seam", None) is not None
+
+
 def is_attached(model: PreTrainedModel, seams: Sequence[Seam]) -> bool:
     """Whether the model's attention runs through these seams: not after `detach`, nor after another `attach`."""
     return getattr(attention_modules(model)[0], "rope_probe_seam", None) is seams[0]

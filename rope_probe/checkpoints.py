@@ -31,7 +31,7 @@ from rope_probe.errors import InputError
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
-_ABSENT_IS_NONE = {
+ABSENT_IS_NONE = {
     "_raise_exceptions_for_missing_entries": False,
     "_raise_exceptions_for_connection_errors": False,
     "_raise_exceptions_for_gated_repo": False,
@@ -71,7 +71,7 @@ def load(
     if not Path(name).is_dir() and not _HUB_ID.fullmatch(name):
         raise InputError(f"no folder at {name!r}; give the folder of a Hugging Face checkpoint, or a hub id")
     try:
-        with _quiet():  # what transformers would warn of is raised below, as one clear error
+        with quiet():  # what transformers would warn of is raised below, as one clear error
             loaded, info = AutoModelForCausalLM.from_pretrained(
                 name,
                 dtype=dtype or "auto",
@@ -101,8 +101,8 @@ def load_tokenizer(model: str | os.PathLike[str]) -> PreTrainedTokenizerBase | N
     """
     name = os.fspath(model)
     try:
-        with _quiet():
-            if all(cached_file(name, file, **_ABSENT_IS_NONE) is None for file in _TOKENIZER_FILES):
+        with quiet():
+            if all(cached_file(name, file, **ABSENT_IS_NONE) is None for file in _TOKENIZER_FILES):
                 return None
             return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # tokenizers can be wrong in as many ways as configs
@@ -138,7 +138,7 @@ def write(
 
     `weights` are the model's state dict, where it is not in the model itself. Raises OSError where there is no room.
     """
-    with _quiet(), failing_as_os_error(folder):
+    with quiet(), failing_as_os_error(folder):
         model.save_pretrained(folder, state_dict=None if weights is None else dict(weights))
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
@@ -186,7 +186,7 @@ def rotary_embedding(model: PreTrainedModel, rope: float | Mapping[str, Any]) ->
     config.rope_parameters = parameters
     old = model.base_model.rotary_emb
     try:
-        with _quiet():
+        with quiet():
             config.validate()
             return type(old)(config=config).to(old.inv_freq.device), parameters
     except Exception as error:  # each config has its own checks
@@ -211,7 +211,7 @@ def require_device(device: torch.device | str, dtype: torch.dtype) -> torch.devi
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No warnings and no progress bars from transformers and the hub client."""
     hub_log = logging.getLogger("huggingface_hub")
     verbosity, hub_level = transformers_logging.get_verbosity(), hub_log.level

@@ -95,12 +95,12 @@ class HookedCausalLM(HookedRootModule):
 
         It runs by sdpa where this model's kernel is a flash one, since those know no float64.
         """
-        with self._released() as plain:
+        with self.released() as plain:
             twin = copy.deepcopy(plain).to(torch.float64)
         return HookedCausalLM(twin, "sdpa" if self.attn.startswith("flash") else self.attn)
 
     @contextmanager
-    def _released(self) -> Iterator[PreTrainedModel]:
+    def released(self) -> Iterator[PreTrainedModel]:
         """The plain model; hooked again afterwards."""
         self._check_attached()
         try:
@@ -181,7 +181,7 @@ class HookedCausalLM(HookedRootModule):
         self._check(prompt, torch.arange(len(prompt) + count))
         tokens, cache = prompt.unsqueeze(0).to(self.device), None
         hooks = any(point.has_hooks() for point in self.hook_dict.values())
-        with nullcontext() if hooks else self._released() as plain, self._precision():
+        with nullcontext() if hooks else self.released() as plain, self._precision():
             unread = tokens
             for _ in range(count):
                 if plain is None:

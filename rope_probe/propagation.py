@@ -157,10 +157,7 @@ def copy_deltas(
     def read(x: Tensor, hook: Any) -> None:
         compare(hook.name, x[0])
         if "hook_rot_" in hook.name and (rotary := model.rotary[hook.layer()]) is not None:
-            back = -torch.outer(window.position_ids[0].double(), rotary.inv_freq).unsqueeze(1).to(x.device)
-            compare(
-                hook.name.replace("hook_rot_", "unrotated_"), rope.rotate(x[0], back, rotary.layout, 1 / rotary.scaling)
-            )
+            compare(hook.name.replace("hook_rot_", "unrotated_"), rotary.undo(x[0], window.position_ids[0]))
 
     with torch.no_grad():
         sites = [site for site in default_sites(model) if site != LOGITS]

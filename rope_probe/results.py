@@ -48,13 +48,15 @@ SCHEMA = {
     "head": _WHOLE,
     "pair": _WHOLE,
     "wavelength": _REAL,
+    "wavelength_after": _REAL,
     "metric": _TEXT,
     "value": _REAL,
     "value_float64": _REAL,
     "low": _REAL,
     "high": _REAL,
 }
-"""Columns of the tidy frame, in order. `value_float64` is the float64 control of `value`; `low` and `high` are the ends
+"""Columns of the tidy frame, in order. Where two checkpoints are compared, `wavelength` is a pair's in the first, and
+`wavelength_after` in the second. `value_float64` is the float64 control of `value`; `low` and `high` are the ends
 of its 95% confidence interval. A column that does not apply is null."""
 
 _MANIFEST_KEYS = {"run_id", "experiment", "status", "config", "argv", "packages", "git", "wall_s"}
@@ -165,18 +167,22 @@ def _first_difference(before: Any, now: Any, key: str = "") -> str | None:
 
 
 def read_run(run: str | os.PathLike[str]) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """Metrics and manifest of a complete run directory. Raises InputError for a folder that is not one."""
+    """Metrics and manifest of a complete run directory. Raises InputError for a folder that is not one.
+
+    Columns that the schema has gained since the run was made are null.
+    """
     run = Path(run)
     try:
         manifest = json.loads((run / MANIFEST).read_text())
         frame = pd.read_parquet(run / METRICS)
     except (OSError, ValueError) as error:
         raise InputError(f"{str(run)!r} is not a readable run directory: {str(error).splitlines()[0]}") from error
-    if not isinstance(manifest, dict) or not set(manifest) >= _MANIFEST_KEYS or list(frame.columns) != list(SCHEMA):
+    whole = isinstance(manifest, dict) and set(manifest) >= _MANIFEST_KEYS
+    if not whole or not set(SCHEMA) >= set(frame.columns) >= {"run_id", "experiment", "metric", "value"}:
         raise InputError(f"{str(run)!r} is not a run directory of this version of rope_probe; run it again")
     if manifest["status"] != "complete":
         raise InputError(f"run {str(run)!r} is not complete; run it again")
-    return frame, manifest
+    return tidy(frame), manifest
 
 
 def read_frames(runs: Sequence[str | os.PathLike[str]]) -> pd.DataFrame:

@@ -503,8 +503,8 @@ def test_without_its_rows_a_projection_is_zero_and_the_others_are_as_they_were(n
     sites = {"q": "hook_rot_q", "k": "hook_rot_k", "v": "hook_v"}
     names = {key: f"blocks.0.attn.{site}" for key, site in sites.items()}
     before = model.run_with_cache(tokens, names_filter=list(names.values()))[1]
-    weight, rows = query_key_value_rows(model.original_model, 0)[part]
-    weight.data[rows] = 0
+    projection = query_key_value_rows(model.original_model, 0)[part]
+    projection.weight.data[projection.rows] = 0
     after = model.run_with_cache(tokens, names_filter=list(names.values()))[1]
     for key, site in names.items():
         if key == part:

@@ -205,10 +205,10 @@ class Training:
     def _gradient_norms(self) -> dict[str, float]:
         squares: dict[str, float] = dict.fromkeys("qkv", 0.0)
         for layer in range(len(self.model.original_model.base_model.layers)):
-            for name, (weight, rows) in query_key_value_rows(self.model.original_model, layer).items():
-                if weight.grad is None:
-                    continue
-                squares[name] += _whole(weight.grad)[rows.to(weight.device)].square().sum().item()
+            for name, part in query_key_value_rows(self.model.original_model, layer).items():
+                gradient = part.weight.grad
+                if gradient is not None:
+                    squares[name] += _whole(gradient)[part.rows.to(gradient.device)].square().sum().item()
         return {f"grad_norm_{name}": square**0.5 for name, square in squares.items()}
 
 

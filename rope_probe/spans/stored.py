@@ -1,0 +1,165 @@
+"""Weights tensor by tensor: of a model in memory, or of a checkpoint's safetensors files without ever loading it."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol, TypeAlias
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+from rope_probe.architectures import architecture_of
+from rope_probe.checkpoints import ABSENT_IS_NONE, quiet
+from rope_probe.errors import InputError
+from rope_probe.hooked import HookedCausalLM
+
+Model: TypeAlias = str | os.PathLike[str] | PreTrainedModel | HookedCausalLM
+_READABLE = {"F64", "F32", "F16", "BF16"}
+_ALIKE = (
+    "model_type",
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+)
+
+
+class Weights(Protocol):
+    """The weights of a model by name, one at a time. `model` has its modules; their values may be on no device."""
+
+    label: str
+    model: PreTrainedModel
+    names: list[str]
+
+    @contextmanager
+    def read(self, name: str) -> Iterator[Tensor]:
+        """A tensor, valid within the block."""
+
+
+class _Loaded:
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.label = f"the {model.config.model_type} model in memory"
+        self.model = model
+        self._parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        self.names = list(self._parameters)
+
+    @contextmanager
+    def read(self, name: str) -> Iterator[Tensor]:
+        yield self._parameters[name]
+
+
+class _Stored:
+    def __init__(self, label: str) -> None:
+        self.label = label
+        config = _config(label)
+        if getattr(config, "quantization_config", None) is not None:
+            raise InputError(f"checkpoint {label!r} is quantised; give one in float32, bfloat16 or float16")
+        architecture_of(config)
+        self.model = skeleton(config)
+        ignored = self.model._keys_to_ignore_on_load_unexpected or ()
+        self._files = {
+            name: file
+            for name, file in _files(label).items()
+            if not name.endswith((".inv_freq", *(f".{pattern}" for pattern in ignored)))
+        }
+        self.names = list(self._files)
+
+    @contextmanager
+    def read(self, name: str) -> Iterator[Tensor]:
+        with _reading(self.label, self._files[name]), safe_open(self._files[name], framework="pt") as file:
+            dtype = file.get_slice(name).get_dtype()
+            if dtype not in _READABLE:
+                raise InputError(
+                    f"tensor {name!r} of {self.label!r} is stored as {dtype}, quantised or no weight; "
+                    "give a checkpoint in float32, bfloat16 or float16"
+                )
+            yield file.get_tensor(name)  # a view of the mapped file: its pages go with it
+
+
+def weights_of(model: Model) -> Weights:
+    """The weights of a model in memory, or of a checkpoint by folder or hub id.
+
+    Raises InputError for a checkpoint that is not there, has no safetensors files, lacks one of them or has a corrupt
+    one, is quantised, or is of an architecture whose layout of rotary pairs is unknown.
+    """
+    if isinstance(model, HookedCausalLM):
+        model = model.original_model
+    if isinstance(model, PreTrainedModel):
+        architecture_of(model.config)
+        return _Loaded(model)
+    return _Stored(os.fspath(model))
+
+
+def require_alike(before: PreTrainedConfig, after: PreTrainedConfig) -> None:
+    """Raises InputError unless two models are of one architecture and shape; how they rotate may differ."""
+    for name in _ALIKE:
+        one, other = getattr(before, name, None), getattr(after, name, None)
+        if one != other:
+            raise InputError(
+                f"{name} is {one} before and {other} after; spans are compared between checkpoints of one architecture"
+            )
+
+
+def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+    """A causal LM's modules and shapes without their values, but with the rotary embedding it would have."""
+    try:
+        with quiet(), torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        model.base_model.rotary_emb = type(model.base_model.rotary_emb)(config=config)
+    except Exception as error:  # each config has its own checks
+        raise InputError(f"transformers makes no causal LM of this {config.model_type} config: {error}") from error
+    return model
+
+
+def _config(label: str) -> PreTrainedConfig:
+    try:
+        with quiet():
+            return AutoConfig.from_pretrained(label, trust_remote_code=False)
+    except Exception as error:  # a config can be wrong in as many ways as transformers has classes of errors
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(f"cannot read the config of {label!r}: {type(error).__name__}: {reason}") from error
+
+
+def _files(label: str) -> dict[str, str]:
+    """The file that each tensor of a checkpoint is in."""
+    index = _find(label, SAFE_WEIGHTS_INDEX_NAME)
+    if index is None:
+        single = _find(label, SAFE_WEIGHTS_NAME)
+        if single is None:
+            raise InputError(f"checkpoint {label!r} has no {SAFE_WEIGHTS_NAME} and no {SAFE_WEIGHTS_INDEX_NAME}")
+        with _reading(label, single), safe_open(single, framework="pt") as file:
+            return dict.fromkeys(file.keys(), single)
+    try:
+        where = json.loads(Path(index).read_text())["weight_map"]
+        shards = {shard: _find(label, shard) for shard in sorted(set(where.values()))}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{SAFE_WEIGHTS_INDEX_NAME} of {label!r} is no index of shards: {error!r}") from error
+    if lost := [shard for shard, file in shards.items() if file is None]:
+        raise InputError(f"checkpoint {label!r} lacks {lost[0]!r}, one of its {len(shards)} shards; copy it again")
+    for shard, file in shards.items():
+        with _reading(label, str(file)), safe_open(file, framework="pt") as opened:
+            inside = set(opened.keys())
+        if absent := [name for name, holder in where.items() if holder == shard and name not in inside]:
+            raise InputError(f"shard {shard!r} of {label!r} lacks the tensor {absent[0]!r} that its index promises")
+    return {name: str(shards[shard]) for name, shard in where.items()}
+
+
+def _find(label: str, file: str) -> str | None:
+    return cached_file(label, file, **ABSENT_IS_NONE)
+
+
+@contextmanager
+def _reading(label: str, file: str) -> Iterator[None]:
+    try:
+        yield
+    except SafetensorError as error:
+        name = Path(file).name
+        raise InputError(f"weight file {name!r} of {label!r} is corrupt: {error}; copy it again") from error
