@@ -1,0 +1,93 @@
+"""Which changed spans cause what a checkpoint can do: transplant them, measure, and see what foresees the result."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rope_probe.errors import InputError
+from rope_probe.hooked import HookedCausalLM
+from rope_probe.spans.parts import Span, pieces, projections_of
+from rope_probe.spans.stored import require_alike
+from rope_probe.spans.transplant import transplanted
+
+
+def query_spans(model: PreTrainedModel) -> list[Span]:
+    """Every (layer, head, pair) of W_Q."""
+    return [
+        Span(one.layer, head, pair)
+        for one in projections_of(model)
+        if one.part == "W_Q"
+        for head in range(len(one.index))
+        for pair in range(len(one.pairs))
+    ]
+
+
+def span_effects(
+    host: HookedCausalLM,
+    donor: PreTrainedModel,
+    groups: Mapping[str, Iterable[Span]],
+    measure: Callable[[HookedCausalLM], pd.DataFrame],
+    *,
+    progress: Callable[[int], Any] | None = None,
+) -> pd.DataFrame:
+    """What `measure` finds in `host` with each group of spans as `donor` has them; the group's name as `perturbation`.
+
+    With the checkpoint before as host and the one after as donor this asks what suffices, the other way round what is
+    necessary. The host is as it was when this returns. `progress` is called with the groups just measured. Raises
+    InputError as `transplanted`.
+    """
+    frames = []
+    for name, spans in groups.items():
+        with transplanted(host, donor, spans):
+            frames.append(measure(host).assign(perturbation=name))
+        if progress is not None:
+            progress(1)
+    return pd.concat(frames, ignore_index=True)
+
+
+def gradient_times_change(
+    host: HookedCausalLM,
+    donor: PreTrainedModel,
+    spans: Sequence[Span],
+    loss: Callable[[HookedCausalLM], Tensor],
+) -> list[float]:
+    """To first order, how much transplanting each span from `donor` into `host` lowers the loss: - gradient . change.
+
+    One forward and backward pass for all spans, where `span_effects` takes a pass for each.
+    """
+    require_alike(host.config, donor.config)
+    of_span = [pieces(host.original_model, span) for span in spans]
+    parameters = {piece.name: host.original_model.get_parameter(piece.name) for some in of_span for piece in some}
+    with torch.enable_grad():
+        gradients = torch.autograd.grad(loss(host), list(parameters.values()))
+    first_order = {
+        name: -(gradient * (donor.get_parameter(name).detach().to(gradient) - parameter.detach())).double()
+        for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True)
+    }
+
+    def total(piece: Any) -> float:
+        values = first_order[piece.name]
+        if piece.indices is not None:
+            values = values.index_select(piece.dim, piece.indices.to(values.device))
+        return values.sum().item()
+
+    return [sum(map(total, some)) for some in of_span]
+
+
+def fraction_to_carry(fractions: Sequence[float], values: Sequence[float], share: float) -> float:
+    """The fraction of spans from which on a curve has gained `share` of what lies between its first and last value.
+
+    Curves begin with none of the spans and end with all; between its points a curve is taken as straight. Where it
+    falls below again, the last crossing counts. Raises InputError for a curve that ends no higher than it begins.
+    """
+    x, y = np.asarray(fractions, float), np.asarray(values, float)
+    if not y[-1] > y[0]:
+        raise InputError(f"this curve gains nothing: it begins at {y[0]:g} and ends at {y[-1]:g}")
+    level = y[0] + share * (y[-1] - y[0])
+    below = int(np.flatnonzero(y < level)[-1])
+    return float(x[below] + (level - y[below]) / (y[below + 1] - y[below]) * (x[below + 1] - x[below]))

@@ -1,0 +1,155 @@
+"""How a change is spread over heads and pairs, how firmly that is known, and what sets one change off another."""
+
+import itertools
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from scipy import stats
+
+from rope_probe.errors import InputError
+from rope_probe.results import tidy
+
+Values = npt.ArrayLike
+BANDS = ("fast", "middle", "slow")
+_SPAN = ["site", "layer", "head", "pair"]
+
+
+class Enrichment(NamedTuple):
+    """Mean inside a band over mean outside it, and how often a random band of that size is at least as far from 1."""
+
+    ratio: float
+    p_value: float
+
+
+def gini(values: Values) -> float:
+    """Gini coefficient of shares that are 0 or more: 0 where all are equal, (n - 1) / n where one has everything.
+
+    Raises InputError for a negative value.
+    """
+    ordered = np.sort(np.asarray(values, float))
+    if len(ordered) and ordered[0] < 0:
+        raise InputError(f"shares must be 0 or more, but one is {ordered[0]:g}")
+    if not ordered.sum():
+        return 0.0
+    n = len(ordered)
+    return float((2 * np.arange(1, n + 1) - n - 1) @ ordered / (n * ordered.sum()))
+
+
+def top_share(values: Values, share: float = 0.1) -> float:
+    """What the largest `share` of the values have of their sum; at least one value counts. 0 where all are 0."""
+    ordered = np.sort(np.asarray(values, float))[::-1]
+    count = max(1, round(share * len(ordered)))
+    return float(ordered[:count].sum() / ordered.sum()) if ordered.sum() else 0.0
+
+
+def enrichment(by_pair: Values, inside: npt.ArrayLike, *, permutations: int = 10_000, seed: int = 0) -> Enrichment:
+    """How far the pairs of a band stand out, by a permutation test of which pairs are in it (two-sided, in log ratio).
+
+    `by_pair` has one positive value a pair, the mean over heads: heads of a layer rotate alike, so they count as one.
+    Every permutation is tried where there are few enough. Raises InputError for a band of no pair or of all.
+    """
+    values, band = np.asarray(by_pair, float), np.asarray(inside, bool)
+    if not 0 < band.sum() < len(band):
+        raise InputError(f"a band must hold some of the {len(band)} pairs and not all, but it holds {band.sum()}")
+
+    found = stats.permutation_test(
+        (values[band], values[~band]),
+        lambda x, y, axis: np.log(x.mean(axis) / y.mean(axis)),
+        n_resamples=permutations,
+        vectorized=True,
+        rng=np.random.default_rng(seed),
+    )
+    return Enrichment(float(np.exp(found.statistic)), float(found.pvalue))
+
+
+def bands(wavelengths: Values, short: float, long: float) -> np.ndarray:
+    """For each wavelength "fast" (a turn within `short` tokens), "middle" (within `long`) or "slow"."""
+    lengths = np.asarray(wavelengths, float)
+    return np.array(BANDS)[(lengths > short).astype(int) + (lengths > long)]
+
+
+def span_statistics(
+    frame: pd.DataFrame, *, short: float, long: float, metric: str = "rel_change", seed: int = 0
+) -> pd.DataFrame:
+    """Statistics of the rows by pair of a frame of `compare_spans` or `compare_states`, for each site; a tidy frame.
+
+    - `gini`, `top_tenth_share`: how the squared `metric` is concentrated over heads and pairs;
+    - `rank_correlation`: Spearman's between a pair's wavelength (after) and its mean over heads, `low` and `high` by
+      Fisher's transformation; `rank_correlation_p`, by permutations of the pairs;
+    - `enrichment_fast`, `_middle`, `_slow` (see `bands`, of wavelengths after) and their `_p`; no row for a band that
+      holds no pair, or all.
+    """
+    rows = frame[frame["pair"].notna() & (frame["metric"] == metric)]
+    if rows.empty:
+        raise InputError(f"these results hold no {metric!r} by pair; compare two checkpoints with compare_spans")
+    found = []
+    for site, part in rows.groupby("site", sort=False):
+        told = {"site": site, "layer": part["layer"].iloc[0]}
+        squares = part.groupby(["head", "pair"])["value"].mean().to_numpy() ** 2
+        profile = part.groupby("wavelength_after")["value"].mean()
+        lengths, values = profile.index.to_numpy(float), profile.to_numpy(float)
+        rho, low, high, p_value = _rank_correlation(lengths, values, seed)
+        found += [
+            {**told, "metric": "gini", "value": gini(squares)},
+            {**told, "metric": "top_tenth_share", "value": top_share(squares)},
+            {**told, "metric": "rank_correlation", "value": rho, "low": low, "high": high},
+            {**told, "metric": "rank_correlation_p", "value": p_value},
+        ]
+        label = bands(lengths, short, long)
+        for band in BANDS:
+            if 0 < (label == band).sum() < len(label) and values.any():
+                ratio, p_value = enrichment(values, label == band, seed=seed)
+                found.append({**told, "metric": f"enrichment_{band}", "value": ratio})
+                found.append({**told, "metric": f"enrichment_{band}_p", "value": p_value})
+    return tidy(found)
+
+
+def _rank_correlation(x: np.ndarray, y: np.ndarray, seed: int) -> tuple[float, float, float, float]:
+    if len(x) < 4 or np.ptp(y) == 0:
+        return (float("nan"),) * 4
+    rho = float(stats.spearmanr(x, y).statistic)
+    half = 1.96 / np.sqrt(len(x) - 3)
+    low, high = np.tanh(np.arctanh(np.clip(rho, -1 + 1e-12, 1 - 1e-12)) + np.array([-half, half]))
+    test = stats.permutation_test(
+        (x,),
+        lambda drawn: stats.spearmanr(drawn, y).statistic,
+        permutation_type="pairings",
+        n_resamples=2000,
+        rng=np.random.default_rng(seed),
+    )
+    return rho, float(low), float(high), float(test.pvalue)
+
+
+def stability(frame: pd.DataFrame, metric: str = "rel_change") -> pd.DataFrame:
+    """Whether seeds agree on which pairs change: by site, the mean of Spearman's correlation over pairs of seeds.
+
+    Heads are averaged over first, since one seed's first head is not another's. Metric `seed_rank_correlation`.
+    Raises InputError for fewer than two seeds.
+    """
+    rows = frame[frame["pair"].notna() & (frame["metric"] == metric)]
+    profiles = rows.groupby(["site", "layer", "seed", "pair"])["value"].mean().unstack("seed")
+    if profiles.shape[1] < 2:
+        raise InputError(f"stability is between seeds, but there is {profiles.shape[1]}")
+    found = []
+    for (site, layer), part in profiles.groupby(["site", "layer"]):
+        between = [stats.spearmanr(part[a], part[b]).statistic for a, b in itertools.combinations(part, 2)]
+        found.append(
+            {"site": site, "layer": layer, "metric": "seed_rank_correlation", "value": float(np.mean(between))}
+        )
+    return tidy(found)
+
+
+def contrast(frame: pd.DataFrame, other: pd.DataFrame, metric: str = "rel_change") -> pd.DataFrame:
+    """How much more each span changed in one comparison than in another: `log2_ratio`, 1 for twice as much.
+
+    Both are frames of `compare_spans` for one pair of checkpoints each, of one architecture. Where the other is mere
+    training on, what stands out here is what the first was for. Spans that did not change in both have no row.
+    """
+    one, two = (part[part["metric"] == metric].set_index(_SPAN) for part in (frame, other))
+    both = one.join(two["value"].rename("against"), how="inner").reset_index()
+    both = both[(both["value"] > 0) & (both["against"] > 0)]
+    return tidy(
+        both.assign(metric="log2_ratio", value=np.log2(both["value"] / both["against"])).drop(columns="against")
+    )
