@@ -31,3 +31,300 @@ Predictions, written before the first run of this script; while compare_spans wa
 
     python -m experiments.query_spans 0 runs/query_spans-0 --checkpoints runs
 """
+
+import dataclasses
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import pandas as pd
+import torch
+import typer
+from torch import Tensor
+
+from experiments import phase_scaling
+from experiments.propagation import packed_documents
+from experiments.toy_checkpoints import LONG, SHORT, SHORT_DOCUMENTS, CheckpointsIn
+from rope_probe import HookedCausalLM, KeyValueTask, checkpoints, load_model, retrieval_accuracy
+from rope_probe.errors import InputError
+from rope_probe.progress import progress
+from rope_probe.results import describe_model, hash_tokens, new_run, read_run, tidy
+from rope_probe.seeds import derive
+from rope_probe.spans import (
+    Span,
+    compare_spans,
+    compare_states,
+    gradient_times_change,
+    query_spans,
+    span_effects,
+    span_statistics,
+    transplanted,
+)
+
+ARMS = tuple(arm for arm, made in phase_scaling.ARMS.items() if made.objective is not None)
+CAUSAL = ("kd_adamw", "kd_phase_wise")
+DISTANCES = (128, 256, 512, 1000)
+SHORT_DISTANCES = (8, 32)
+PARTS = ("W_Q", "W_K", "W_V", "W_O", "mlp", "norms", "W_E", "W_U")
+INTO_START, INTO_END = "into the start", "into the end"
+ALONE = "one span reverted in the end"
+KEPT = "query spans kept in the end, {}"
+WITH_KEYS = "query spans brought into the start after W_K, {}"
+TOGETHER = "query and key spans brought into the start, {}"
+BY_EFFECT, BY_WEIGHTS, BY_GRADIENT, BY_STATES, GREEDY = (
+    "by single effect",
+    "by change of weights",
+    "by gradient times change",
+    "by change of states",
+    "greedy",
+)
+PREDICTORS = {BY_WEIGHTS: "change_norm", BY_GRADIENT: "gradient_times_change", BY_STATES: "state_change"}
+Measure = Callable[[HookedCausalLM], pd.DataFrame]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much is measured: trials a distance, to judge and to rank by; random orders; sizes; picks of the greedy."""
+
+    trials: int = 32
+    ranking_trials: int = 16
+    orders: int = 6
+    sizes: tuple[int, ...] = (0, 1, 2, 4, 8, 16, 24, 32, 48, 64)
+    greedy: int = 12
+    greedy_trials: int = 8
+
+
+THOROUGH = Budget()
+QUICK = Budget(trials=8, ranking_trials=4, orders=2, sizes=(0, 4, 8, 16, 32, 64), greedy=0, greedy_trials=0)
+
+
+def measure(
+    name: str,
+    seed: int,
+    out: Path,
+    checkpoints_in: CheckpointsIn = Path("runs"),
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer trials, random orders and sizes.")] = False,
+) -> None:
+    """Compare one arm's end with its base into the run directory `out`; transplant spans where it is one of CAUSAL."""
+    if name not in ARMS:
+        raise InputError(f"arm {name!r} is unknown; known are {', '.join(ARMS)}")
+    torch.set_num_threads(1)
+    base = checkpoints_in / f"{phase_scaling.ARMS[name].base}-{seed}" / "checkpoint"
+    after = checkpoints_in / "phase_scaling" / f"{name}-{seed}" / "checkpoint"
+    budget = QUICK if quick else THOROUGH
+    with new_run(out, "query_spans", config_of(name, seed, checkpoints_in, quick=quick)) as run:
+        weights = run.record(compare_spans(base, after), model=name, seed=seed, arm="weights")
+        run.record(span_statistics(weights, short=SHORT, long=LONG), model=name, seed=seed, arm="statistics")
+        end = load_model(after)
+        start = load_model(checkpoints.with_rope(checkpoints.load(base), phase_scaling.ARMS[name].theta))
+        windows = [packed_documents(derive(seed, f"states {i}")) for i in range(4)]
+        states = run.record(compare_states(start, end, windows), model=name, seed=seed, arm="states")
+        run.manifest["tokens_sha256"] = [hash_tokens(window.tokens) for window in windows]
+        run.manifest |= {"attention_kernel": "sdpa", "mask": "none", "positions": "continuous"}
+        if name in CAUSAL:
+            run.record(_causes(start, end, weights, states, seed, budget, f"{name} {seed}"), model=name, seed=seed)
+        run.manifest["models"] = {
+            told: describe_model(model.release()) for told, model in (("start", start), ("end", end))
+        }
+
+
+def config_of(name: str, seed: int, checkpoints_in: Path, *, quick: bool) -> dict:
+    """The whole configuration, as the manifest holds it: the checkpoints by their weights."""
+    budget = dataclasses.asdict(QUICK if quick else THOROUGH) if name in CAUSAL else None
+    sources = [
+        checkpoints_in / f"{phase_scaling.ARMS[name].base}-{seed}",
+        checkpoints_in / f"phase_scaling/{name}-{seed}",
+    ]
+    weights = [model["weights_sha256"] for run in sources for model in read_run(run)[1]["models"].values()]
+    return {"arm": name, "seed": seed, "budget": budget, "distances": DISTANCES, "weights_sha256": weights}
+
+
+def _causes(
+    start: HookedCausalLM,
+    end: HookedCausalLM,
+    weights: pd.DataFrame,
+    states: pd.DataFrame,
+    seed: int,
+    budget: Budget,
+    what: str,
+) -> pd.DataFrame:
+    """Everything that is found by transplanting spans."""
+    judge = partial(_retrieval, trials=budget.trials, seed=derive(seed, "transplants"))
+    rank = partial(_retrieval, trials=budget.ranking_trials, seed=derive(seed, "ranking"), short=False)
+    spans = query_spans(end.original_model)
+    groups = {"nothing": [], **_groups(end)}
+    with progress(f"transplants, {what}", _evaluations(budget, len(spans), len(groups))) as advance:
+        effects = partial(span_effects, progress=advance)
+        frames = [
+            effects(start, end.original_model, groups, judge).assign(arm=INTO_START),
+            effects(end, start.original_model, groups, judge).assign(arm=INTO_END),
+        ]
+        alone = {str(span): [span] for span in spans}
+        both = {f"{span} and key": _with_key(span) for span in spans}
+        single = effects(end, start.original_model, alone, rank)
+        paired = effects(end, start.original_model, both, rank)
+        frames += [single.assign(arm=ALONE), paired.assign(arm=ALONE)]
+        predictors = _predictors(start, end, spans, weights, states, budget, seed)
+        frames.append(predictors)
+        orders = {BY_EFFECT: _ranked(spans, [-_logprob(single, name) for name in alone])}
+        orders_together = {BY_EFFECT: _ranked(spans, [-_logprob(paired, name) for name in both])}
+        for by, metric in PREDICTORS.items():
+            values = predictors.loc[predictors["metric"] == metric, "value"]
+            orders[by] = _ranked(spans, values.tolist())
+        keys = [Span(part="W_K")]
+        if budget.greedy:
+            pick = partial(_greedy, start, end, spans, budget, seed, advance)
+            orders[GREEDY] = pick(keys, lambda span: [span])
+            orders_together[GREEDY] = pick([], _with_key)
+        shuffled = np.random.default_rng(derive(seed, "random orders"))
+        random = {f"random {i}": [spans[j] for j in shuffled.permutation(len(spans))] for i in range(budget.orders)}
+
+        def named(sets: Iterable[list[Span]]) -> dict[str, list[Span]]:
+            return {f"{n} of {len(spans)}": some for n, some in zip(budget.sizes, sets, strict=True)}
+
+        for by, order in {BY_EFFECT: orders[BY_EFFECT], **random}.items():
+            reverted = named(order[n:] for n in budget.sizes)
+            frames.append(effects(end, start.original_model, reverted, judge).assign(arm=KEPT.format(by)))
+        for by, order in {**orders, **random}.items():
+            brought = named(keys + order[:n] for n in budget.sizes)
+            frames.append(effects(start, end.original_model, brought, judge).assign(arm=WITH_KEYS.format(by)))
+        for by, order in {**orders_together, **random}.items():
+            brought = named([one for span in order[:n] for one in _with_key(span)] for n in budget.sizes)
+            frames.append(effects(start, end.original_model, brought, judge).assign(arm=TOGETHER.format(by)))
+    return tidy(pd.concat(frames, ignore_index=True))
+
+
+def _groups(model: HookedCausalLM) -> dict[str, list[Span]]:
+    """What is transplanted as one: parts, and layers, heads and bands of pairs of W_Q, and of W_Q with W_K."""
+    groups = {part: [Span(part=part)] for part in PARTS}  # type: ignore[arg-type]
+    attention = [Span(part=part) for part in ("W_Q", "W_K", "W_V", "W_O")]
+    groups |= {"W_Q, W_K": attention[:2], "W_V, W_O": attention[2:], "W_Q, W_K, W_V, W_O": attention}
+    groups["all but W_Q, W_K"] = [Span(part=part) for part in PARTS[2:]]  # type: ignore[arg-type]
+    groups["everything"] = [Span(part=part) for part in PARTS]  # type: ignore[arg-type]
+    layers, heads = len(model.blocks), model.config.num_attention_heads
+    within = {f"layer {layer}": [Span(layer)] for layer in range(layers)}
+    within |= {f"layer {layer} head {head}": [Span(layer, head)] for layer in range(layers) for head in range(heads)}
+    within |= {f"{band} pairs": [Span(pair=pair) for pair in pairs] for band, pairs in _bands(model).items()}
+    for where, spans in within.items():
+        groups[f"W_Q, {where}"] = spans
+        groups[f"W_Q, W_K, {where}"] = [one for span in spans for one in _with_key(span)]
+    return groups
+
+
+def _with_key(span: Span) -> list[Span]:
+    """A span of W_Q and that of W_K which it is matched with; the toy models have a key head for each query head."""
+    return [span, span._replace(part="W_K")]
+
+
+def _bands(model: HookedCausalLM) -> dict[str, list[int]]:
+    """Pairs by their wavelength: a turn in the short window, in the long one, in neither."""
+    rotary = model.rotary[0]
+    assert rotary is not None
+    lengths = (2 * torch.pi / rotary.inv_freq).tolist()
+    edges = {"fast": (0, SHORT), "middle": (SHORT, LONG), "slow": (LONG, torch.inf)}
+    return {band: [p for p, x in enumerate(lengths) if low < x <= high] for band, (low, high) in edges.items()}
+
+
+def _retrieval(model: HookedCausalLM, *, trials: int, seed: int, short: bool = True) -> pd.DataFrame:
+    probes = [(LONG, DISTANCES), (SHORT, SHORT_DISTANCES)][: 2 if short else 1]
+    return pd.concat(
+        retrieval_accuracy(model, KeyValueTask(SHORT_DOCUMENTS, window), distances, trials=trials, seed=seed)
+        for window, distances in probes
+    )
+
+
+def _logprob(frame: pd.DataFrame, perturbation: str) -> float:
+    rows = frame[(frame["perturbation"] == perturbation) & (frame["metric"] == "answer_logprob_nats")]
+    return float(rows["value"].mean())
+
+
+def _ranked(spans: Sequence[Span], values: Sequence[float]) -> list[Span]:
+    """Spans, that of the largest value first."""
+    return [spans[i] for i in np.argsort(np.negative(values), kind="stable")]
+
+
+def _predictors(
+    start: HookedCausalLM,
+    end: HookedCausalLM,
+    spans: Sequence[Span],
+    weights: pd.DataFrame,
+    states: pd.DataFrame,
+    budget: Budget,
+    seed: int,
+) -> pd.DataFrame:
+    """What might foresee the effect of reverting each span, for far less than a transplant each."""
+
+    def loss(model: HookedCausalLM) -> Tensor:
+        task = KeyValueTask(SHORT_DOCUMENTS, LONG)
+        trials = [task.trials(d, budget.ranking_trials, seed=derive(seed, "gradient")) for d in DISTANCES]
+        tokens = torch.cat(trials)
+        logits = model.unembed(model.hidden(tokens[:, :-1])[:, -1:])[:, 0]
+        return torch.nn.functional.cross_entropy(logits, tokens[:, -1])
+
+    lowered = gradient_times_change(end, start.original_model, spans, loss)
+    queries = weights[weights["site"].str.endswith("W_Q") & (weights["metric"] == "change_norm")]
+    of_weights = queries.set_index(["layer", "head", "pair"])["value"]
+    read = states[states["site"].str.endswith("_q")]
+    table = read.pivot_table(index=["layer", "head", "pair"], columns="metric", values="value")
+    of_states = table["rel_change"] * table["norm_before"]
+    found = {
+        "change_norm": [of_weights[span[:3]] for span in spans],
+        "gradient_times_change": [-value for value in lowered],
+        "state_change": [of_states[span[:3]] for span in spans],
+    }
+    return pd.DataFrame(
+        [
+            {"arm": "predictor", "perturbation": str(span), "metric": metric, "value": value}
+            for metric, values in found.items()
+            for span, value in zip(spans, values, strict=True)
+        ]
+    )
+
+
+def _evaluations(budget: Budget, spans: int, groups: int) -> int:
+    """How many transplants are measured."""
+    picks = sum(spans - done for done in range(budget.greedy))
+    curves = 3 * (1 + budget.orders) + len(PREDICTORS) + 2 * (budget.greedy > 0)
+    return 2 * groups + 2 * spans + 2 * picks + curves * len(budget.sizes)
+
+
+def _greedy(
+    start: HookedCausalLM,
+    end: HookedCausalLM,
+    spans: Sequence[Span],
+    budget: Budget,
+    seed: int,
+    advance: Callable[[int], object],
+    first: list[Span],
+    brings: Callable[[Span], list[Span]],
+) -> list[Span]:
+    """An order in which each span brought into the start helps the answer's log-probability most, given those before.
+
+    `first` is brought along from the beginning. After the budget's picks, the rest come as they last stood.
+    """
+    task = KeyValueTask(SHORT_DOCUMENTS, LONG)
+    chosen: list[Span] = []
+    left = list(spans)
+    for pick in range(budget.greedy):
+        probe = partial(retrieval_accuracy, trials=budget.greedy_trials, seed=derive(seed, f"greedy {pick}"))
+        values = []
+        for span in left:
+            brought = [one for each in [*chosen, span] for one in brings(each)]
+            with transplanted(start, end.original_model, first + brought):
+                frame = probe(start, task, DISTANCES[1:3])
+            values.append(float(frame[frame["metric"] == "answer_logprob_nats"]["value"].mean()))
+            advance(1)
+        left = _ranked(left, values)
+        chosen.append(left.pop(0))
+    return chosen + left
+
+
+if __name__ == "__main__":
+    try:
+        typer.run(measure)
+    except InputError as error:
+        sys.exit(f"error: {error}")
