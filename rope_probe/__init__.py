@@ -8,6 +8,7 @@ from rope_probe.packing import Batch, Window, pack, repeated_window
 from rope_probe.perturbations import DocumentOffset, PairFreeze, PositionJitter, PositionShift, ThetaSwap
 from rope_probe.propagation import copy_deltas, trace
 from rope_probe.retrieval import KeyValueTask, retrieval_accuracy
+from rope_probe.spans import Span, compare_spans, compare_states, transplant_spans
 from rope_probe.tasks import TextTask
 
 __all__ = [
@@ -20,10 +21,13 @@ __all__ = [
     "PairFreeze",
     "PositionJitter",
     "PositionShift",
+    "Span",
     "TextCorpus",
     "TextTask",
     "ThetaSwap",
     "Window",
+    "compare_spans",
+    "compare_states",
     "copy_deltas",
     "load_model",
     "pack",
@@ -31,4 +35,5 @@ __all__ = [
     "retrieval_accuracy",
     "rope",
     "trace",
+    "transplant_spans",
 ]

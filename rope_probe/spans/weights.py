@@ -96,8 +96,7 @@ class _Comparison:
                 continue
             with self.before.read(name) as x, self.after.read(name) as y:
                 _require_same_shape(name, x, y)
-                sums = _total(x, y)
-                self._require_finite(name, sums)
+                sums = self._total(name, *(self._gain(part, name, values) for values in (x, y)))
                 self.progress(x.numel())
             kept = totals.setdefault((part, layer), dict.fromkeys(sums, torch.zeros((), dtype=torch.float64)))
             totals[part, layer] = {key: kept[key] + value for key, value in sums.items()}
@@ -106,6 +105,22 @@ class _Comparison:
             for (part, layer), sums in totals.items()
         ]
         return pd.concat(rows, ignore_index=True)
+
+    def _gain(self, part: str, name: str, values: Tensor) -> Tensor:
+        """The weight of a norm as what it multiplies by."""
+        offset = self.architecture.gain_offset
+        return values.double() + offset if part == "norms" and name.endswith(".weight") and offset else values
+
+    def _total(self, name: str, x: Tensor, y: Tensor) -> Sums:
+        wide = _wide(x.dtype)
+        sums = torch.zeros(4, dtype=torch.float64)
+        for a, b in zip(x.flatten().split(_BLOCK), y.flatten().split(_BLOCK), strict=True):
+            p, q = a.to(wide), b.to(wide)
+            d = q - p
+            sums += torch.stack([p.dot(p), q.dot(q), d.dot(d), p.dot(d)])
+            if not sums.isfinite().all():
+                self._require_finite(name, p, q)
+        return dict(zip(("before", "after", "change", "moved"), sums, strict=True))
 
     def _projection(self, projection: Projection) -> tuple[Sums, Sums]:
         """Sums by [head, dimension], and by [head, pair] as complex numbers; raw, and effective where it has pairs."""
@@ -119,17 +134,18 @@ class _Comparison:
             heads, head_dim = projection.index.shape
             width = x.shape[0] if output else x.shape[1]
             step = max(1, _BLOCK // (head_dim * width))
-            gains = [self._gains(weights, projection) for weights in (self.before, self.after)]
+            rotates = len(projection.pairs) > 0
+            gains = [self._gains(weights, projection) for weights in (self.before, self.after)] if rotates else []
             for start in range(0, heads, step):
                 index = projection.index[start : start + step]
                 p, q = (
                     _block(tensor, None if output else bias, index, output)
                     for tensor, bias in zip((x, y), biases, strict=True)
                 )
+                self._require_finite(projection.weight, p, q)
                 found = _by_dimension(p, q)
-                self._require_finite(projection.weight, found)
                 pairs = _by_pair(p, q, projection.pairs)
-                if len(projection.pairs):
+                if rotates:
                     pairs["top_direction"] = found["direction"][:, projection.pairs].sum(-1)
                     p, q = (
                         _effective(block, gain, slice(start, start + step))
@@ -171,27 +187,28 @@ class _Comparison:
         frequency = rotary_after.inv_freq
         measures = _measures(pairs)
         total = sums["direction"].sum(-1, keepdim=True).clamp(min=1e-300)
-        turn = pairs["product"].angle()
+        turn = (pairs["before"] + pairs["moved"]).angle()
         measures["rotation_radians"] = turn
         measures["rotation_tokens"] = turn / frequency
         measures["unrotated_rel_change"] = _unrotated(pairs)
         measures["top_direction_share"] = pairs["top_direction"] / total
         folded = {key.removeprefix("effective_"): value for key, value in pairs.items() if key.startswith("effective_")}
-        effective = _measures(folded) | {"rotation_radians": folded["product"].angle()}
+        effective = _measures(folded) | {"rotation_radians": (folded["before"] + folded["moved"]).angle()}
         measures |= {f"effective_{key}": value for key, value in effective.items()}
         return [_rows(self._at(projection, measures["rel_change"].shape), measures)]
 
     def _score_rows(self, projection: Projection, query: Sums, key: Sums) -> pd.DataFrame:
-        """Change of the complex outer product conj(w_k) w_q^T, from products of its factors."""
-        shared = len(query["product"]) // len(key["product"])
+        """Change of the complex outer product conj(w_k) w_q^T: conj(dw_k) w_q'^T + conj(w_k) dw_q^T, by its factors."""
+        shared = len(query["before"]) // len(key["before"])
         measures: dict[str, Tensor] = {}
         for prefix in ("", "effective_"):
-            q = {name: query[prefix + name] for name in ("before", "after", "product")}
+            q = {name: query[prefix + name] for name in ("before", "after", "change", "moved")}
             k = {name: key[prefix + name].repeat_interleave(shared, 0) for name in q}
-            before, after = q["before"] * k["before"], q["after"] * k["after"]
-            product = q["product"] * k["product"].conj()
-            change = (before + after - 2 * product.real).clamp(min=0)
-            measures[f"{prefix}qk_rel_change"] = _ratio(change, before).sqrt()
+            before = q["before"] * k["before"]
+            crossed = k["moved"] * (q["moved"] + q["change"])
+            change = k["change"] * q["after"] + k["before"] * q["change"] + 2 * crossed.real
+            product = (q["before"] + q["moved"]) * (k["before"] + k["moved"]).conj()
+            measures[f"{prefix}qk_rel_change"] = _ratio(change.clamp(min=0), before).sqrt()
             measures[f"{prefix}qk_rotation_radians"] = product.angle()
         return _rows(self._at(projection, before.shape), measures)
 
@@ -212,14 +229,10 @@ class _Comparison:
             "wavelength_after": lengths[1],
         }
 
-    def _require_finite(self, name: str, sums: Sums) -> None:
-        if all(value.isfinite().all() for value in sums.values()):
-            return
-        for weights in (self.before, self.after):
-            with weights.read(name) as values:
-                if not values.isfinite().all():
-                    raise InputError(f"tensor {name!r} of {weights.label!r} holds values that are not finite")
-        raise InputError(f"tensor {name!r} holds values whose squares are not finite")
+    def _require_finite(self, name: str, x: Tensor, y: Tensor) -> None:
+        for weights, values in ((self.before, x), (self.after, y)):
+            if not torch.linalg.vector_norm(values).isfinite():
+                raise InputError(f"tensor {name!r} of {weights.label!r} holds values that are not finite, or too large")
 
 
 class _Gains(NamedTuple):
@@ -230,9 +243,14 @@ class _Gains(NamedTuple):
     shift: Tensor | None
 
 
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """What sums are taken in."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else torch.float64
+
+
 def _block(weight: Tensor, bias: Tensor | None, index: Tensor, transposed: bool) -> Float[Tensor, "h D M"]:
     """Some heads of a weight in the dtype that sums are taken in, with their bias as one more column."""
-    wide = torch.float32 if weight.dtype in (torch.bfloat16, torch.float16) else torch.float64
+    wide = _wide(weight.dtype)
     flat = index.flatten()
     contiguous = bool(flat[-1] - flat[0] + 1 == len(flat))
     start, stop = int(flat[0]), int(flat[-1]) + 1
@@ -270,7 +288,7 @@ def _by_dimension(x: Float[Tensor, "h D M"], y: Float[Tensor, "h D M"]) -> Sums:
         "before": torch.linalg.vector_norm(x, dim=-1).double().square(),
         "after": torch.linalg.vector_norm(y, dim=-1).double().square(),
         "change": gram.diagonal(dim1=-2, dim2=-1),
-        "product": _products(x, y),
+        "moved": _products(x, change),
         "direction": vectors[..., -1].square() * (largest > 0),
         "singular": torch.cat([largest, values.sum(-1, keepdim=True), values.square().sum(-1, keepdim=True)], -1),
     }
@@ -284,12 +302,16 @@ def _products(x: Float[Tensor, "h D M"], y: Float[Tensor, "h D M"]) -> Float[Ten
 
 
 def _by_pair(x: Float[Tensor, "h D M"], y: Float[Tensor, "h D M"], pairs: Tensor) -> Sums:
-    """Per head and pair: squared norms of the complex rows before, after and of their change, and <before, after>."""
+    """Per head and pair, of complex rows: squared norms before, after and of the change, and `moved`, <before, change>.
+
+    <before, after> is `before` + `moved`; it is not summed itself, so that no change is exactly none.
+    """
     heads, _, width = x.shape
     members = pairs.flatten()
     first, second = (part[:, members].view(-1, 2, width) for part in (x, y))
+    change = second - first
     shape = (heads, len(pairs))
-    product = torch.bmm(first, second.mT).double()
+    product = torch.bmm(first, change.mT).double()
     real = (product[:, 0, 0] + product[:, 1, 1]).view(shape)
     imaginary = (product[:, 0, 1] - product[:, 1, 0]).view(shape)
 
@@ -299,19 +321,9 @@ def _by_pair(x: Float[Tensor, "h D M"], y: Float[Tensor, "h D M"], pairs: Tensor
     return {
         "before": square(first),
         "after": square(second),
-        "change": square(second - first),
-        "product": torch.complex(real, imaginary),
+        "change": square(change),
+        "moved": torch.complex(real, imaginary),
     }
-
-
-def _total(x: Tensor, y: Tensor) -> Sums:
-    wide = torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else torch.float64
-    sums = torch.zeros(4, dtype=torch.float64)
-    for a, b in zip(x.flatten().split(_BLOCK), y.flatten().split(_BLOCK), strict=True):
-        p, q = a.to(wide), b.to(wide)
-        d = q - p
-        sums += torch.stack([p.dot(p), q.dot(q), d.dot(d), p.dot(q)])
-    return dict(zip(("before", "after", "change", "product"), sums, strict=True))
 
 
 def _measures(sums: Sums) -> dict[str, Tensor]:
@@ -319,8 +331,8 @@ def _measures(sums: Sums) -> dict[str, Tensor]:
     return {
         "change_norm": sums["change"].sqrt(),
         "rel_change": _ratio(sums["change"], before).sqrt(),
-        "cosine": sums["product"].real / (before * after).sqrt(),
-        "norm_change": _ratio(after, before).sqrt() - 1,
+        "cosine": (before + sums["moved"].real) / (before * after).sqrt(),
+        "norm_change": torch.where(after == before, torch.zeros_like(after), (after / before).sqrt() - 1),
     }
 
 
@@ -331,13 +343,13 @@ def _ratio(part: Tensor, whole: Tensor) -> Tensor:
 
 def _unrotated(pairs: Sums) -> Tensor:
     """Relative change with the best turn undone, from |after|^2 + |before|^2 - 2 |<before, after>|."""
-    aligned = pairs["product"].abs()
-    turned_away = 2 * (aligned - pairs["product"].real)
+    product = pairs["before"] + pairs["moved"]
+    turned_away = 2 * (product.abs() - product.real)
     return _ratio((pairs["change"] - turned_away).clamp(min=0), pairs["before"]).sqrt()
 
 
 def _head_rows(projection: Projection, sums: Sums) -> Iterator[pd.DataFrame]:
-    additive = {key: sums[key] for key in ("before", "after", "change", "product")}
+    additive = {key: sums[key] for key in ("before", "after", "change", "moved")}
     at = {"site": projection.site, "layer": projection.layer}
     yield _rows(at, _measures({key: value.sum()[None] for key, value in additive.items()}))
     by_head = _measures({key: value.sum(-1) for key, value in additive.items()})
