@@ -228,12 +228,10 @@ def test_the_change_of_scores_is_that_of_the_outer_product():
         assert value(frame, "qk_rotation_radians", **at) == pytest.approx(turn, abs=1e-9)
 
 
-@pytest.mark.parametrize("name", zoo.CONFIGS)
+@pytest.mark.parametrize("name", [name for name in zoo.CONFIGS if name not in ("olmo", "olmo2")])
 def test_gains_that_are_folded_into_the_weights_do_not_show_in_the_effective_ones(name):
     before = zoo.model(zoo.CONFIGS[name]()).double()
     architecture = architecture_of(before.config)
-    if architecture.attn_norm is None or not hasattr(_norm(before, 0), "weight") or _norm(before, 0).weight is None:
-        pytest.skip("its layers have no gain before the projections")
     for layer in range(len(before.base_model.layers)):
         norm = _norm(before, layer)
         norm.weight.data.normal_(1 - architecture.gain_offset, 0.3)
