@@ -14,6 +14,7 @@ from accelerate import PartialState
 from typer.exceptions import TyperException
 
 from rope_probe import checkpoints, packing, report
+from rope_probe.architectures import rotary_layers
 from rope_probe.attention import KERNELS
 from rope_probe.cone import LOGITS
 from rope_probe.corpora import KeyValueStream
@@ -24,8 +25,10 @@ from rope_probe.perturbations import Perturbation, PositionShift
 from rope_probe.progress import progress
 from rope_probe.propagation import attribute
 from rope_probe.propagation import trace as trace_deltas
-from rope_probe.results import describe_model, hash_tokens, new_run, read_run
+from rope_probe.results import describe_model, hash_tokens, new_run, read_run, tidy
 from rope_probe.retrieval import KeyValueTask, RetrievalTask, retrieval_accuracy, trials_hash
+from rope_probe.spans import compare_spans, compare_states, landmarks, span_statistics
+from rope_probe.spans.stored import Weights, describe_checkpoint, weights_of
 from rope_probe.sweeps import SWEEPS, doses
 from rope_probe.sweeps import sweep as sweep_of
 from rope_probe.tasks import TEXT_TASKS, TextTask
@@ -136,6 +139,62 @@ def trace(
 
 
 @app.command()
+def spans(
+    before: Annotated[str, typer.Argument(help="Checkpoint folder or hub id.")],
+    after: Annotated[str, typer.Argument(help="What it became: a checkpoint of the same architecture.")],
+    out: Out,
+    short: Annotated[
+        int | None, typer.Option(min=1, help="Window before, for bands of pairs [default: its config's length].")
+    ] = None,
+    long: Annotated[int | None, typer.Option(min=1, help="Window after [default: its config's length].")] = None,
+    states: Annotated[
+        bool, typer.Option("--states", help="Run both models too, and compare their queries and keys on a window.")
+    ] = False,
+    window: Annotated[
+        int | None, typer.Option(min=1, help="Tokens in that window [default: all of --tokens, or 512].")
+    ] = None,
+    document_length: Annotated[int, typer.Option(min=1, help="Length of the random document repeated in it.")] = 64,
+    tokens: Annotated[
+        Path | None, typer.Option(help="File of documents to pack instead: token ids, one document a line.")
+    ] = None,
+    masked: Annotated[bool, typer.Option("--masked/--unmasked", help="Keep attention inside documents.")] = False,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    attn: Attn = _SDPA,
+) -> None:
+    """Compare the weights of two checkpoints by layer, head and rotary pair, and their queries and keys if asked.
+
+    Weights are read tensor by tensor from safetensors files, so models of any size fit.
+    """
+    config = {key: value for key, value in locals().items() if key != "out"}
+    if not states and (window, tokens, masked, device, dtype, attn) != (None, None, False, "cpu", None, _SDPA):
+        raise InputError("--window, --tokens, --masked, --device, --dtype and --attn are for --states; add it")
+    with new_run(out, "spans", config) as run:
+        one, other = weights_of(before), weights_of(after)
+        if states:
+            kind: dict[str, Any] = {"attn": attn.value, "dtype": _torch_dtype(dtype), "device": device}
+            start, end = (load_model(name, **kind) for name in (before, after))
+            read = _window(start, window, None, document_length, tokens, seed)
+            run.record(compare_states(start, end, read, masked=masked), model=after, seed=seed, arm="states")
+            run.manifest |= {"tokens_sha256": hash_tokens(read.tokens), "attention_kernel": attn.value}
+            run.manifest |= {"mask": "documents" if masked else "none", "positions": "continuous"}
+        with progress("weights compared", one.model.num_parameters()) as advance:
+            changed = run.record(compare_spans(before, after, progress=advance), model=after, arm="weights")
+        windows = [
+            given or weights.model.config.max_position_embeddings
+            for given, weights in zip((short, long), (one, other), strict=True)
+        ]
+        statistics = span_statistics(changed, short=windows[0], long=windows[1], seed=seed)
+        run.record(statistics, model=after, seed=seed, arm="statistics")
+        geometry = _landmarks([one, other], windows)
+        run.record(geometry, model=after, arm="landmarks")
+        run.manifest["models"] = {name: describe_checkpoint(name) for name in (before, after)}
+    _print_spans(changed, statistics, geometry)
+    print(out)
+
+
+@app.command()
 def retrieval(
     model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id.")],
     out: Out,
@@ -222,6 +281,46 @@ def report_command(
 ) -> None:
     """Draw the figures of some runs into an offline HTML gallery."""
     print(report.gallery(runs, out))
+
+
+def _landmarks(models: Sequence[Weights], windows: Sequence[int]) -> pd.DataFrame:
+    rows = []
+    for phase, weights, window in zip(("before", "after"), models, windows, strict=True):
+        rotary = next((one for one in rotary_layers(weights.model) if one is not None), None)
+        if rotary is not None:
+            parameters = weights.model.config.rope_parameters
+            theta = parameters["rope_theta"] if parameters.get("rope_type") == "default" else None
+            told = landmarks(rotary, theta, window)
+            rows += [{"phase": phase, "seq_len": window, "metric": name, "value": told[name]} for name in told]
+    return tidy(rows)
+
+
+def _print_spans(changed: pd.DataFrame, statistics: pd.DataFrame, geometry: pd.DataFrame) -> None:
+    """How much each part changed, how the queries' change is spread, and the query spans that changed most."""
+    whole = changed[(changed["metric"] == "rel_change") & changed["head"].isna()]
+    parts = whole.assign(part=whole["site"].str.rpartition(".")[2], layer=whole["layer"].astype("string").fillna("-"))
+    print("Relative change of the weights by layer")
+    print(_table(parts.pivot_table(index="layer", columns="part", values="value", sort=False), "{:.3g}"))
+    wanted = statistics[statistics["site"].str.endswith(("W_Q", "W_K"))]
+    print("\nHow it is spread over heads and pairs")
+    print(_table(wanted.pivot_table(index="site", columns="metric", values="value", sort=False), "{:.3g}"))
+    print("\nWhere the windows lie in the rotary spectrum")
+    print(
+        _table(
+            geometry.pivot_table(index=["phase", "seq_len"], columns="metric", values="value", sort=False), "{:,.6g}"
+        )
+    )
+    by_pair = changed[changed["pair"].notna() & changed["site"].str.endswith("W_Q")]
+    told = by_pair.pivot_table(
+        index=["layer", "head", "pair", "wavelength", "wavelength_after"], columns="metric", values="value"
+    )
+    columns = ["rel_change", "cosine", "norm_change", "rotation_tokens", "qk_rel_change"]
+    print("\nThe query spans that changed most")
+    print(_table(told.nlargest(10, "rel_change")[columns].reset_index(), "{:.4g}", index=False))
+
+
+def _table(frame: pd.DataFrame, number: str, *, index: bool = True) -> str:
+    return frame.rename_axis(columns=None).to_string(index=index, float_format=number.format, na_rep="-")
 
 
 def _torch_dtype(dtype: _Dtype | None) -> torch.dtype | None:

@@ -185,6 +185,91 @@ def test_a_text_task_without_a_tokenizer_that_loads_is_bad_input(reader, checkpo
         assert named in stderr
 
 
+@pytest.fixture(scope="module")
+def extended(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "extended"
+    zoo.llama(rope_parameters={"rope_type": "default", "rope_theta": 1e5}, max_position_embeddings=512).save_pretrained(
+        folder, max_shard_size="10KB"
+    )
+    shard = sorted(folder.glob("model-*.safetensors"))[1]
+    weights = load_file(shard)
+    save_file({name: x + 0.01 * torch.randn_like(x) for name, x in weights.items()}, shard, {"format": "pt"})
+    return folder
+
+
+def test_spans_writes_a_run_with_statistics_and_landmarks(checkpoint, extended, tmp_path, capsys):
+    code, stdout, stderr = rope_probe(capsys, "spans", checkpoint, extended, "--out", tmp_path / "run", "--short", "16")
+    assert code == 0, stderr
+    assert stdout.splitlines()[-1] == str(tmp_path / "run")
+    assert "The query spans that changed most" in stdout
+    frame, manifest = read_run(tmp_path / "run")
+    assert set(frame["arm"]) == {"weights", "statistics", "landmarks"}
+    pairs = frame[(frame["site"] == "blocks.0.attn.W_Q") & (frame["metric"] == "rel_change") & frame["pair"].notna()]
+    assert len(pairs) == 16
+    assert (pairs["wavelength_after"] >= pairs["wavelength"]).all()
+    geometry = frame[frame["arm"] == "landmarks"].set_index(["phase", "metric"])["value"]
+    assert geometry["after", "rope_theta"] == 1e5
+    assert frame[frame["arm"] == "landmarks"].groupby("phase")["seq_len"].first().to_dict() == {
+        "before": 16,
+        "after": 512,
+    }
+    hashes = manifest["models"][str(extended)]["files_sha256"]
+    assert len(hashes) > 1
+    assert all(len(digest) == 64 for digest in hashes.values())
+
+
+def test_spans_compares_states_if_asked(checkpoint, extended, tmp_path, capsys):
+    code, _, _ = rope_probe(capsys, "spans", checkpoint, extended, "--out", tmp_path / "run", "--states", "--masked",
+                            "--window", "32", "--document-length", "8")  # fmt: skip
+    assert code == 0
+    frame, manifest = read_run(tmp_path / "run")
+    states = frame[frame["arm"] == "states"]
+    assert set(states["document"]) == {0, 1, 2, 3}
+    assert (states["seq_len"] == 32).all()
+    assert manifest["mask"] == "documents"
+
+
+def other(tmp_path, **changes):
+    zoo.llama(**changes).save_pretrained(tmp_path / "other")
+    return tmp_path / "other"
+
+
+def stored_as(checkpoint, tmp_path, dtype):
+    copy = shutil.copytree(checkpoint, tmp_path / "stored")
+    shard = sorted(copy.glob("model-*.safetensors"))[1]
+    save_file({name: x.to(dtype) for name, x in load_file(shard).items()}, shard, {"format": "pt"})
+    return copy
+
+
+BAD_SPANS = {
+    "no checkpoint": (lambda c, t: [c, "/no/such/model"], "/no/such/model"),
+    "missing shard": (lambda c, t: [c, broken(c, t, "missing")], "lacks 'model-00002-of"),
+    "corrupt shard": (lambda c, t: [broken(c, t, "corrupt"), c], "is corrupt"),
+    "NaN weights": (lambda c, t: [c, broken(c, t, "nan")], "tensor 'model.layers."),
+    "quantised weights": (lambda c, t: [c, stored_as(c, t, torch.int8)], "is stored as I8, quantised"),
+    "unknown layout": (lambda c, t: [gpt2(t), t / "gpt2"], "layout of rotary pairs"),
+    "another architecture": (lambda c, t: [c, gpt2(t)], "gpt2"),
+    "other heads": (lambda c, t: [c, other(t, num_attention_heads=2)], "num_attention_heads is 4 before and 2 after"),
+    "another width": (lambda c, t: [c, other(t, hidden_size=64)], "hidden_size is 32 before and 64 after"),
+    "one checkpoint": (lambda c, t: [c], "'after'"),
+    "a window for no states": (lambda c, t: [c, c, "--window", "64"], "are for --states"),
+    "a window of nothing": (lambda c, t: [c, c, "--long", "0"], "--long"),
+    "broken documents": (lambda c, t: [c, c, "--states", "--window", "100"], "100"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_SPANS)
+def test_bad_input_to_spans_is_one_line_exit_code_2_and_nothing_written(case, checkpoint, tmp_path, capsys):
+    arguments, named = BAD_SPANS[case]
+    arguments = arguments(checkpoint, tmp_path)
+    before = sorted(tmp_path.iterdir())
+    code, stdout, stderr = rope_probe(capsys, "spans", *arguments, "--out", tmp_path / "run")
+    assert (code, stdout, stderr.count("\n")) == (2, "", 1)
+    assert stderr.startswith("error: ")
+    assert named in stderr
+    assert sorted(tmp_path.iterdir()) == before
+
+
 def test_report_draws_a_run(checkpoint, tmp_path, capsys):
     rope_probe(capsys, "trace", checkpoint, "--out", tmp_path / "run", "--window", "20", "--document-length", "10",
                "--shift", "2", "--shift", "4")  # fmt: skip

@@ -3,7 +3,7 @@
 from rope_probe.spans.causal import fraction_to_carry, gradient_times_change, query_spans, span_effects
 from rope_probe.spans.parts import Span, whole
 from rope_probe.spans.states import compare_states
-from rope_probe.spans.statistics import contrast, enrichment, gini, span_statistics, stability, top_share
+from rope_probe.spans.statistics import contrast, enrichment, gini, landmarks, span_statistics, stability, top_share
 from rope_probe.spans.transplant import transplant_spans, transplanted
 from rope_probe.spans.weights import compare_spans
 
@@ -16,6 +16,7 @@ __all__ = [
     "fraction_to_carry",
     "gini",
     "gradient_times_change",
+    "landmarks",
     "query_spans",
     "span_effects",
     "span_statistics",

@@ -1,6 +1,7 @@
 """How a change is spread over heads and pairs, how firmly that is known, and what sets one change off another."""
 
 import itertools
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -8,6 +9,8 @@ import numpy.typing as npt
 import pandas as pd
 from scipy import stats
 
+from rope_probe import rope
+from rope_probe.architectures import Rotary
 from rope_probe.errors import InputError
 from rope_probe.results import tidy
 
@@ -54,20 +57,38 @@ def enrichment(by_pair: Values, inside: npt.ArrayLike, *, permutations: int = 10
     if not 0 < band.sum() < len(band):
         raise InputError(f"a band must hold some of the {len(band)} pairs and not all, but it holds {band.sum()}")
 
-    found = stats.permutation_test(
-        (values[band], values[~band]),
-        lambda x, y, axis: np.log(x.mean(axis) / y.mean(axis)),
-        n_resamples=permutations,
-        vectorized=True,
-        rng=np.random.default_rng(seed),
-    )
-    return Enrichment(float(np.exp(found.statistic)), float(found.pvalue))
+    count, inside_of = len(values), int(band.sum())
+    if math.comb(count, inside_of) <= permutations:
+        drawn = np.array(list(itertools.combinations(range(count), inside_of)))
+    else:
+        rng = np.random.default_rng(seed)
+        drawn = np.vstack([np.flatnonzero(band), rng.random((permutations, count)).argsort(1)[:, :inside_of]])
+    sums = values[drawn].sum(1)
+    ratios = np.log((sums / inside_of) / ((values.sum() - sums) / (count - inside_of)))
+    found = np.log(values[band].mean() / values[~band].mean())
+    slack = 1e-9 * max(1.0, abs(found))  # the same band, summed in another order
+    p_value = 2 * min((ratios >= found - slack).mean(), (ratios <= found + slack).mean())
+    return Enrichment(float(np.exp(found)), float(min(1.0, p_value)))
 
 
 def bands(wavelengths: Values, short: float, long: float) -> np.ndarray:
     """For each wavelength "fast" (a turn within `short` tokens), "middle" (within `long`) or "slow"."""
     lengths = np.asarray(wavelengths, float)
     return np.array(BANDS)[(lengths > short).astype(int) + (lengths > long)]
+
+
+def landmarks(rotary: Rotary, theta: float | None, window: int) -> dict[str, float]:
+    """Where a window lies in a rotary spectrum: `turning_pairs`, those that complete a turn in it, and `spectrum_use`.
+
+    For plain RoPE, whose `theta` is given, with the formulas of the literature too: `critical_dimension` (arXiv
+    2310.05209), and `base_bound` (arXiv 2405.14591), to be compared with the `rope_theta` beside it.
+    """
+    use = rope.spectrum_use(rotary.inv_freq, window)
+    found = {"turning_pairs": use * len(rotary.inv_freq), "spectrum_use": use}
+    if theta is not None:
+        found["critical_dimension"] = rope.critical_dimension(rotary.rotary_dim, theta, window)
+        found |= {"base_bound": rope.base_bound(rotary.rotary_dim, window), "rope_theta": theta}
+    return found
 
 
 def span_statistics(

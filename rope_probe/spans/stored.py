@@ -1,11 +1,12 @@
 """Weights tensor by tensor: of a model in memory, or of a checkpoint's safetensors files without ever loading it."""
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -65,16 +66,16 @@ class _Stored:
         architecture_of(config)
         self.model = skeleton(config)
         ignored = self.model._keys_to_ignore_on_load_unexpected or ()
-        self._files = {
+        self.files = {
             name: file
             for name, file in _files(label).items()
             if not name.endswith((".inv_freq", *(f".{pattern}" for pattern in ignored)))
         }
-        self.names = list(self._files)
+        self.names = list(self.files)
 
     @contextmanager
     def read(self, name: str) -> Iterator[Tensor]:
-        with _reading(self.label, self._files[name]), safe_open(self._files[name], framework="pt") as file:
+        with _reading(self.label, self.files[name]), safe_open(self.files[name], framework="pt") as file:
             dtype = file.get_slice(name).get_dtype()
             if dtype not in _READABLE:
                 raise InputError(
@@ -96,6 +97,24 @@ def weights_of(model: Model) -> Weights:
         architecture_of(model.config)
         return _Loaded(model)
     return _Stored(os.fspath(model))
+
+
+def describe_checkpoint(model: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a manifest says of a checkpoint that is read but not loaded: its rope parameters in full, and file hashes.
+
+    Raises InputError as `weights_of`.
+    """
+    stored = _Stored(os.fspath(model))
+    digests = {}
+    for file in sorted(set(stored.files.values())):
+        with open(file, "rb") as shard:
+            digests[Path(file).name] = hashlib.file_digest(shard, "sha256").hexdigest()
+    return {
+        "model_type": stored.model.config.model_type,
+        "rope_parameters": dict(stored.model.config.rope_parameters),
+        "parameters": stored.model.num_parameters(),
+        "files_sha256": digests,
+    }
 
 
 def require_alike(before: PreTrainedConfig, after: PreTrainedConfig) -> None:
