@@ -227,6 +227,25 @@ def test_gradient_times_change_is_the_first_order_of_a_small_transplant():
                 assert clean - loss(host).item() == pytest.approx(value, rel=1e-3, abs=1e-12)
 
 
+def test_contributions_along_the_path_add_up_to_what_the_loss_falls_by():
+    before, after = (zoo.model(zoo.CONFIGS["llama"](), seed=seed).double() for seed in (0, 1))
+    for one, other in zip(after.parameters(), before.parameters(), strict=True):
+        one.data.mul_(0.1).add_(other.data)
+    host, kept, ids = load_model(before), weights(before), zoo.tokens(2, 12)
+
+    def loss(model):
+        return model(ids[:, :-1]).log_softmax(-1).gather(-1, ids[:, 1:, None]).mean().neg()
+
+    parts = [span for span in whole(before) if span.part != "rope"]
+    with torch.no_grad():
+        falls = (loss(host) - loss(load_model(copy.deepcopy(after)))).item()
+    assert sum(gradient_times_change(host, after, parts, loss, steps=32)) == pytest.approx(falls, rel=1e-3)
+    assert abs(sum(gradient_times_change(host, after, parts, loss)) - falls) > 0.05 * abs(falls)
+    one, *others = gradient_times_change(host, after, [Span(), *query_spans(before)], loss, steps=4)
+    assert one == pytest.approx(sum(others), rel=1e-9)
+    assert same(weights(before), kept)
+
+
 def test_query_spans_are_all_there_are():
     assert len(query_spans(zoo.llama())) == 2 * 4 * 4
     assert len(query_spans(zoo.model(zoo.CONFIGS["smollm3_nope_layer"]()))) == 3 * 4 * 4

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from rope_probe.errors import InputError
 from rope_probe.hooked import HookedCausalLM
-from rope_probe.spans.parts import Span, pieces, projections_of
+from rope_probe.spans.parts import Piece, Span, pieces, projections_of
 from rope_probe.spans.stored import require_alike
 from rope_probe.spans.transplant import transplanted
 
@@ -55,28 +55,45 @@ def gradient_times_change(
     donor: PreTrainedModel,
     spans: Sequence[Span],
     loss: Callable[[HookedCausalLM], Tensor],
+    *,
+    steps: int = 0,
 ) -> list[float]:
-    """To first order, how much transplanting each span from `donor` into `host` lowers the loss: - gradient . change.
+    """How much each span contributes to the loss that falls from `host` to `donor`, by gradients: - gradient . change.
 
-    One forward and backward pass for all spans, where `span_effects` takes a pass for each.
+    With `steps` of 0 the gradient is the host's own: the effect of transplanting a span alone, to first order, by one
+    forward and backward pass for all spans. With more it is the mean over as many points on the straight path on which
+    all weights go from the host's to the donor's (integrated gradients, arXiv 1703.01365): contributions of all weights
+    then add up to what the loss falls by, and a span's counts with the others around it at every stage.
+
+    The host is as it was when this returns. Raises InputError as `transplant_spans`.
     """
     require_alike(host.config, donor.config)
     of_span = [pieces(host.original_model, span) for span in spans]
-    parameters = {piece.name: host.original_model.get_parameter(piece.name) for some in of_span for piece in some}
-    with torch.enable_grad():
-        gradients = torch.autograd.grad(loss(host), list(parameters.values()))
-    first_order = {
-        name: -(gradient * (donor.get_parameter(name).detach().to(gradient) - parameter.detach())).double()
-        for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True)
-    }
+    own = dict(host.original_model.named_parameters())
+    parameters = {piece.name: own[piece.name] for some in of_span for piece in some}
+    change = {name: donor.get_parameter(name).detach().to(value) - value.detach() for name, value in own.items()}
+    kept = {name: value.detach().clone() for name, value in own.items()}
+    total = {name: torch.zeros_like(value) for name, value in parameters.items()}
+    try:
+        for at in [0.0] if steps == 0 else [(step + 0.5) / steps for step in range(steps)]:
+            for name, value in own.items():
+                value.data.copy_(kept[name] + at * change[name])
+            with torch.enable_grad():
+                gradients = torch.autograd.grad(loss(host), list(parameters.values()))
+            for name, gradient in zip(parameters, gradients, strict=True):
+                total[name] -= gradient / max(1, steps)
+    finally:
+        for name, value in own.items():
+            value.data.copy_(kept[name])
+    contributions = {name: (total[name] * change[name]).double() for name in total}
 
-    def total(piece: Any) -> float:
-        values = first_order[piece.name]
+    def of_piece(piece: Piece) -> float:
+        values = contributions[piece.name]
         if piece.indices is not None:
             values = values.index_select(piece.dim, piece.indices.to(values.device))
         return values.sum().item()
 
-    return [sum(map(total, some)) for some in of_span]
+    return [sum(map(of_piece, some)) for some in of_span]
 
 
 def fraction_to_carry(fractions: Sequence[float], values: Sequence[float], share: float) -> float:
