@@ -65,6 +65,7 @@ from rope_probe.spans import (
     compare_spans,
     compare_states,
     gradient_times_change,
+    landmarks,
     query_spans,
     span_effects,
     span_statistics,
@@ -126,7 +127,10 @@ def measure(
         weights = run.record(compare_spans(base, after), model=name, seed=seed, arm="weights")
         run.record(span_statistics(weights, short=SHORT, long=LONG), model=name, seed=seed, arm="statistics")
         end = load_model(after)
-        start = load_model(checkpoints.with_rope(checkpoints.load(base), phase_scaling.ARMS[name].theta))
+        plain = checkpoints.load(base)
+        start = load_model(checkpoints.with_rope(plain, phase_scaling.ARMS[name].theta))
+        geometry = landmarks(plain, end.original_model, short=SHORT, long=LONG)
+        run.record(geometry, model=name, seed=seed, arm="landmarks")
         windows = [packed_documents(derive(seed, f"states {i}")) for i in range(4)]
         states = run.record(compare_states(start, end, windows), model=name, seed=seed, arm="states")
         run.manifest["tokens_sha256"] = [hash_tokens(window.tokens) for window in windows]

@@ -14,7 +14,6 @@ from accelerate import PartialState
 from typer.exceptions import TyperException
 
 from rope_probe import checkpoints, packing, report
-from rope_probe.architectures import rotary_layers
 from rope_probe.attention import KERNELS
 from rope_probe.cone import LOGITS
 from rope_probe.corpora import KeyValueStream
@@ -25,10 +24,10 @@ from rope_probe.perturbations import Perturbation, PositionShift
 from rope_probe.progress import progress
 from rope_probe.propagation import attribute
 from rope_probe.propagation import trace as trace_deltas
-from rope_probe.results import describe_model, hash_tokens, new_run, read_run, tidy
+from rope_probe.results import describe_model, hash_tokens, new_run, read_run
 from rope_probe.retrieval import KeyValueTask, RetrievalTask, retrieval_accuracy, trials_hash
 from rope_probe.spans import compare_spans, compare_states, landmarks, span_statistics
-from rope_probe.spans.stored import Weights, describe_checkpoint, weights_of
+from rope_probe.spans.stored import describe_checkpoint, weights_of
 from rope_probe.sweeps import SWEEPS, doses
 from rope_probe.sweeps import sweep as sweep_of
 from rope_probe.tasks import TEXT_TASKS, TextTask
@@ -181,13 +180,12 @@ def spans(
             run.manifest |= {"mask": "documents" if masked else "none", "positions": "continuous"}
         with progress("weights compared", one.model.num_parameters()) as advance:
             changed = run.record(compare_spans(before, after, progress=advance), model=after, arm="weights")
-        windows = [
-            given or weights.model.config.max_position_embeddings
-            for given, weights in zip((short, long), (one, other), strict=True)
-        ]
-        statistics = span_statistics(changed, short=windows[0], long=windows[1], seed=seed)
+        short, long = (
+            given or weights.model.config.max_position_embeddings for given, weights in ((short, one), (long, other))
+        )
+        statistics = span_statistics(changed, short=short, long=long, seed=seed)
         run.record(statistics, model=after, seed=seed, arm="statistics")
-        geometry = _landmarks([one, other], windows)
+        geometry = landmarks(one.model, other.model, short=short, long=long)
         run.record(geometry, model=after, arm="landmarks")
         run.manifest["models"] = {name: describe_checkpoint(name) for name in (before, after)}
     _print_spans(changed, statistics, geometry)
@@ -281,18 +279,6 @@ def report_command(
 ) -> None:
     """Draw the figures of some runs into an offline HTML gallery."""
     print(report.gallery(runs, out))
-
-
-def _landmarks(models: Sequence[Weights], windows: Sequence[int]) -> pd.DataFrame:
-    rows = []
-    for phase, weights, window in zip(("before", "after"), models, windows, strict=True):
-        rotary = next((one for one in rotary_layers(weights.model) if one is not None), None)
-        if rotary is not None:
-            parameters = weights.model.config.rope_parameters
-            theta = parameters["rope_theta"] if parameters.get("rope_type") == "default" else None
-            told = landmarks(rotary, theta, window)
-            rows += [{"phase": phase, "seq_len": window, "metric": name, "value": told[name]} for name in told]
-    return tidy(rows)
 
 
 def _print_spans(changed: pd.DataFrame, statistics: pd.DataFrame, geometry: pd.DataFrame) -> None:

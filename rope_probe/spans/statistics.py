@@ -8,9 +8,10 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 from scipy import stats
+from transformers import PreTrainedModel
 
 from rope_probe import rope
-from rope_probe.architectures import Rotary
+from rope_probe.architectures import rotary_layers
 from rope_probe.errors import InputError
 from rope_probe.results import tidy
 
@@ -77,18 +78,28 @@ def bands(wavelengths: Values, short: float, long: float) -> np.ndarray:
     return np.array(BANDS)[(lengths > short).astype(int) + (lengths > long)]
 
 
-def landmarks(rotary: Rotary, theta: float | None, window: int) -> dict[str, float]:
-    """Where a window lies in a rotary spectrum: `turning_pairs`, those that complete a turn in it, and `spectrum_use`.
+def landmarks(before: PreTrainedModel, after: PreTrainedModel, *, short: int, long: int) -> pd.DataFrame:
+    """Where the window of each phase lies in the rotary spectrum of its checkpoint; a tidy frame.
 
-    For plain RoPE, whose `theta` is given, with the formulas of the literature too: `critical_dimension` (arXiv
-    2310.05209), and `base_bound` (arXiv 2405.14591), to be compared with the `rope_theta` beside it.
+    Phases are `before` with the window `short` and `after` with `long` (as `seq_len`). Metrics: `turning_pairs`, those
+    that complete a turn in the window, and `spectrum_use`, their share; for plain RoPE `critical_dimension` too (arXiv
+    2310.05209), and `base_bound` (arXiv 2405.14591), to be compared with `rope_theta`. By the first layer that rotates;
+    no rows for a model without one.
     """
-    use = rope.spectrum_use(rotary.inv_freq, window)
-    found = {"turning_pairs": use * len(rotary.inv_freq), "spectrum_use": use}
-    if theta is not None:
-        found["critical_dimension"] = rope.critical_dimension(rotary.rotary_dim, theta, window)
-        found |= {"base_bound": rope.base_bound(rotary.rotary_dim, window), "rope_theta": theta}
-    return found
+    rows = []
+    for phase, model, window in (("before", before, short), ("after", after, long)):
+        rotary = next((one for one in rotary_layers(model) if one is not None), None)
+        if rotary is None:
+            continue
+        use = rope.spectrum_use(rotary.inv_freq, window)
+        found = {"turning_pairs": use * len(rotary.inv_freq), "spectrum_use": use}
+        parameters = model.config.rope_parameters
+        if parameters.get("rope_type") == "default":
+            theta = parameters["rope_theta"]
+            found["critical_dimension"] = rope.critical_dimension(rotary.rotary_dim, theta, window)
+            found |= {"base_bound": rope.base_bound(rotary.rotary_dim, window), "rope_theta": theta}
+        rows += [{"phase": phase, "seq_len": window, "metric": name, "value": found[name]} for name in found]
+    return tidy(rows)
 
 
 def span_statistics(
