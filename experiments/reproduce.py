@@ -21,18 +21,28 @@ from typing import Annotated
 import pandas as pd
 import typer
 
-from experiments import phase_scaling, positional_channel, propagation, text, theta_grid, toy_checkpoints
+from experiments import (
+    phase_scaling,
+    positional_channel,
+    propagation,
+    query_span_verdicts,
+    query_spans,
+    text,
+    theta_grid,
+    toy_checkpoints,
+)
 from rope_probe import rope
 from rope_probe.errors import InputError
 from rope_probe.report import gallery
 from rope_probe.results import is_complete, read_frames, read_run
 
 WORKERS = 2
-QUICK_ARMS = ("base", "theta_swapped", "ce_phase_wise", "kd_phase_wise", "kd_small_theta", "kd_large_theta")
+QUICK_ARMS = ("base", "theta_swapped", "ce_phase_wise", "kd_phase_wise", "kd_small_theta", "ce_more_short")
+QUICK_SPANS = ("kd_phase_wise", "ce_phase_wise", "ce_more_short")
 QUICK_CHANNELS = ("scrubbed",)
 QUICK_STUDENTS = ("theta_swapped", "kd_phase_wise")
 BASE_SEEDS = 5
-SCRIPTS = ("toy_checkpoints", "phase_scaling", "positional_channel", "theta_grid", "propagation", "text")
+SCRIPTS = ("toy_checkpoints", "phase_scaling", "positional_channel", "theta_grid", "propagation", "query_spans", "text")
 
 
 @dataclass(frozen=True)
@@ -63,6 +73,7 @@ def main(
         "positional_channel": partial(_print_positional_channel, runs["phase_scaling"]),
         "theta_grid": _print_theta_grid,
         "propagation": _print_propagation,
+        "query_spans": _print_query_spans,
         "text": _print_text,
     }
     for script, print_tables in printers.items():
@@ -119,6 +130,12 @@ def plan(out: Path, seeds: int, full: bool) -> dict[str, Stage]:
         run = out / f"propagation-{seed}"
         config = partial(propagation.config_of, runs)
         stages[run.name] = Stage(("propagation", str(run), *map(str, runs)), run, config, traced)
+        for arm in query_spans.ARMS if full else QUICK_SPANS:
+            run = out / "query_spans" / f"{arm}-{seed}"
+            command = ("query_spans", arm, str(seed), str(run), "--checkpoints", str(out))
+            config = partial(query_spans.config_of, arm, seed, out, quick=not full)
+            needs = (f"{phase_scaling.ARMS[arm].base}-{seed}", f"extension {arm}-{seed}")
+            stages[f"spans {run.name}"] = Stage((*command, *([] if full else ["--quick"])), run, config, needs)
     return stages
 
 
@@ -224,6 +241,31 @@ def _print_theta_grid(runs: Sequence[Path]) -> None:
         print(shown.to_string(float_format="{:.2f}".format))
     print("\nTheta grid: predictions (experiments/theta_grid.py)")
     print(theta_grid.verdicts(frame).to_string(index=False, float_format="{:.3f}".format))
+
+
+def _print_query_spans(runs: Sequence[Path]) -> None:
+    frame = read_frames(runs)
+    tables = {
+        "relative change of each part, mean over layers": query_span_verdicts.part_changes(frame),
+        "how many times as much the query spans changed in one arm as in another": query_span_verdicts.contrasts(frame),
+        "share of the gain that transplants from the end bring": query_span_verdicts.gains(
+            frame, query_spans.INTO_START
+        ).T,
+        "share of the gain that is left after transplants from the start": query_span_verdicts.gains(
+            frame, query_spans.INTO_END
+        ).T,
+        "fraction of the query spans that brings half and 90% of the gain": query_span_verdicts.carrying(frame),
+    }
+    if frame["seed"].nunique() > 1:
+        tables["agreement of seeds on which pairs change"] = query_span_verdicts.agreement(frame)
+    for what, table in tables.items():
+        print(f"\nQuery spans: {what}")
+        print(table.to_string(float_format="{:.2f}".format))
+    foreseen = query_span_verdicts.foresight(frame).groupby(["model", "foreseen", "predictor"])["rho"].mean()
+    print("\nQuery spans: rank correlation of what is cheap to know with which spans matter, mean over seeds")
+    print(foreseen.unstack("predictor").to_string(float_format="{:.2f}".format))
+    print("\nQuery spans: predictions (experiments/query_spans.py)")
+    print(query_span_verdicts.verdicts(frame).to_string(index=False, float_format="{:.3f}".format))
 
 
 def _print_text(runs: Sequence[Path]) -> None:

@@ -1,11 +1,13 @@
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from experiments import phase_scaling, propagation, reproduce, toy_checkpoints
-from rope_probe import InputError
+from experiments import phase_scaling, propagation, query_span_verdicts, query_spans, reproduce, toy_checkpoints
+from rope_probe import InputError, Span, load_model
 from rope_probe.results import new_run, tidy
 from rope_probe.seeds import derive
+from tests import zoo
 
 
 @pytest.mark.parametrize("full", [False, True])
@@ -20,11 +22,16 @@ def test_every_stage_needs_stages_that_are_planned_and_has_a_place_of_its_own(fu
     assert all((scripts / f"{stage.command[0]}.py").is_file() for stage in stages.values())
 
 
-def test_every_arm_that_trains_has_the_same_budget_and_optimiser():
-    phases = [phase_scaling.phase_of(arm) for arm in phase_scaling.ARMS.values() if arm.objective is not None]
-    assert len(phases) == 9
-    for name in ("window", "steps", "batch_tokens", "lr", "matrix_lr", "schedule", "warmup", "weight_decay"):
-        assert len({getattr(phase, name) for phase in phases}) == 1
+def test_every_arm_that_trains_has_the_same_budget_and_says_in_its_name_what_else_differs():
+    arms = {name: arm for name, arm in phase_scaling.ARMS.items() if arm.objective is not None}
+    phases = {name: phase_scaling.phase_of(arm) for name, arm in arms.items()}
+    assert len(phases) == 13
+    for same in ("steps", "batch_tokens", "schedule", "warmup", "weight_decay", "clip_norm"):
+        assert len({getattr(phase, same) for phase in phases.values()}) == 1
+    for name, phase in phases.items():
+        assert (phase.matrix_lr is None) == name.endswith("adamw")
+        assert phase.window == (64 if "more_short" in name else 1024)
+    assert len({(phase.lr, phase.matrix_lr) for phase in phases.values()}) == 2
 
 
 def test_every_base_has_one_stopping_rule():
@@ -93,3 +100,56 @@ def test_verdicts_of_phase_scaling_are_arithmetic():
     assert few.loc[4, "held"] == "undecided"
     one = phase_scaling.verdicts(tidy(rows[:1])).iloc[0]
     assert (one["seeds"], one["low"], one["high"]) == (1, 0.0, 1.0)
+
+
+def spans_frame(seeds=(0, 1)):
+    """Rows of query_spans for one arm whose W_Q changed twice as much as its W_K, and whose curves are known."""
+    rows = []
+    for seed in seeds:
+        at = {"model": "kd_adamw", "seed": seed, "seq_len": 1024}
+        for layer in (0, 1):
+            for part, value in (("W_Q", 0.4), ("W_K", 0.2 + 0.1 * seed), ("W_V", 0.8)):
+                place = {"arm": "weights", "layer": layer, "site": f"blocks.{layer}.attn.{part}"}
+                rows.append({**at, **place, "metric": "rel_change", "value": value})
+        accuracy = {**at, "metric": "accuracy", "distance": 128}
+        for what, into_start, into_end in (("nothing", 0.1, 0.9), ("W_Q", 0.5, 0.3), ("everything", 0.9, 0.1)):
+            rows.append({**accuracy, "arm": query_spans.INTO_START, "perturbation": what, "value": into_start})
+            rows.append({**accuracy, "arm": query_spans.INTO_END, "perturbation": what, "value": into_end})
+        for order, values in (
+            ("greedy", (0.1, 0.5, 0.9)),
+            ("random 0", (0.1, 0.1, 0.7)),
+            ("random 1", (0.1, 0.1, 0.5)),
+        ):
+            for n, value in zip((0, 32, 64), values, strict=True):
+                kind = query_spans.WITH_KEYS.format(order)
+                rows.append({**accuracy, "arm": kind, "perturbation": f"{n} of 64", "value": value})
+    return tidy(rows)
+
+
+def test_what_is_said_of_query_spans_is_arithmetic():
+    frame = spans_frame()
+    changes = query_span_verdicts.part_changes(frame)
+    np.testing.assert_allclose(changes["W_Q"], 0.4)
+    np.testing.assert_allclose(changes["W_K"], [0.2, 0.3])
+    brought, left = (query_span_verdicts.gains(frame, arm) for arm in (query_spans.INTO_START, query_spans.INTO_END))
+    np.testing.assert_allclose(brought["W_Q"], 0.5)
+    np.testing.assert_allclose(left["W_Q"], 0.25)
+    curves = query_span_verdicts.curves(frame, query_spans.WITH_KEYS)
+    np.testing.assert_allclose(curves.loc["kd_adamw", 0, "random"], [0.1, 0.1, 0.6])
+    table = query_span_verdicts.carrying(frame).set_index("what")
+    greedy, random = (table.loc[query_spans.WITH_KEYS.format(order)] for order in ("greedy", "random"))
+    assert greedy["half"] == "0.50 [0.50, 0.50]"
+    assert greedy["90%"] == "0.90 [0.90, 0.90]"
+    assert random["half"].startswith("0.90")
+    assert random["90%"] == "not on 2 of 2"
+    assert random["most"].startswith("0.62")
+
+
+def test_the_query_spans_of_a_toy_model_go_in_bands_and_parts():
+    model = load_model(zoo.model(toy_checkpoints.architecture({"rope_type": "default", "rope_theta": 20_000.0})))
+    bands = query_spans._bands(model)
+    assert (bands["fast"], bands["slow"][0]) == ([0, 1, 2, 3], 9)
+    groups = query_spans._groups(model)
+    assert [span.part for span in groups["all but W_Q, W_K"]] == ["W_V", "W_O", "mlp", "norms", "W_E", "W_U"]
+    assert groups["W_Q, W_K, layer 1 head 0"] == [Span(1, 0), Span(1, 0, part="W_K")]
+    assert sum(len(groups[f"W_Q, {band} pairs"]) for band in bands) == 16

@@ -192,12 +192,12 @@ def test_retrieval_marks_the_documents_and_the_window_that_most_models_trained_o
     assert "training window of 1,024 tokens" in notes(figure)
 
 
-def test_retrieval_lists_eleven_arms_from_best_to_worst_and_no_two_look_alike():
+def test_retrieval_lists_fifteen_arms_from_best_to_worst_and_no_two_look_alike():
     arms = sorted(phase_scaling.ARMS)
     frame = pd.concat([accuracy(arm, 0, (1, 1, i / 10)) for i, arm in enumerate(arms)])
     lines = plots.retrieval_by_distance(frame).data
     assert [line.name for line in lines] == arms[::-1]
-    assert len({(line.line.color, line.line.dash) for line in lines}) == 11
+    assert len({(line.line.color, line.line.dash) for line in lines}) == 15
 
 
 def test_rotations_are_drawn_once_for_every_geometry():
@@ -208,14 +208,15 @@ def test_rotations_are_drawn_once_for_every_geometry():
         "short phase, window 64, theta 300: 7 of 16 pairs turn",
         "short phase, window 64, theta 20,000: 4 of 16 pairs turn",
         "extension phase, window 1,024, theta 300: 15 of 16 pairs turn",
+        "extension phase, window 64, theta 300: 7 of 16 pairs turn",
         "extension phase, window 1,024, theta 20,000: 9 of 16 pairs turn",
     ]
     turns = rope.rotations(rope.inv_freq({"rope_type": "default", "rope_theta": 300.0}, 32), 64)
     np.testing.assert_allclose(figure.data[0].y, turns)
     assert figure.layout.yaxis.type == "log"
     assert figure.layout.shapes[0].y0 == 1
-    assert len({(line.line.color, line.line.dash) for line in figure.data}) == 4
-    assert "11 models" in notes(figure)[-1]
+    assert len({(line.line.color, line.line.dash) for line in figure.data}) == 5
+    assert "15 models" in notes(figure)[-1]
 
 
 def test_wavelengths_of_no_theta_are_named_by_the_slowest_pair():

@@ -11,7 +11,7 @@ import transformers as hf
 from rope_probe import InputError, KeyValueStream, KeyValueTask, load_model, retrieval_accuracy, transplant_spans
 from rope_probe.spans import (
     Span,
-    fraction_to_carry,
+    fraction_to_reach,
     gradient_times_change,
     query_spans,
     span_effects,
@@ -252,14 +252,15 @@ def test_query_spans_are_all_there_are():
     assert query_spans(zoo.model(zoo.CONFIGS["phi3_partial"]()))[-1] == Span(1, 3, 1)
 
 
-def test_the_fraction_that_carries_a_share():
+def test_the_fraction_at_which_a_curve_reaches_a_level():
     fractions = [0, 0.25, 0.5, 1]
-    assert fraction_to_carry(fractions, [0, 0, 1, 1], 0.5) == 0.375
-    assert fraction_to_carry(fractions, [0.2, 0.2, 0.2, 1.0], 0.5) == 0.75
-    assert fraction_to_carry(fractions, [0, 0.9, 0.4, 1.0], 0.5) == pytest.approx(0.5 + 0.5 * 0.1 / 0.6)
-    assert fraction_to_carry(np.array(fractions), np.array([0, 1, 1, 1]), 0.9) == pytest.approx(0.225)
-    with pytest.raises(InputError, match="gains nothing"):
-        fraction_to_carry(fractions, [1, 0, 0, 1], 0.5)
+    assert fraction_to_reach(fractions, [0, 0, 1, 1], 0.5) == 0.375
+    assert fraction_to_reach(fractions, [0, 0.9, 0.4, 1.0], 0.9) == 0.25
+    assert fraction_to_reach(np.array(fractions), np.array([0, 1, 1, 1]), 0.9) == pytest.approx(0.225)
+    assert fraction_to_reach(fractions, [0.5, 0, 0, 1], 0.5) == 0
+    assert fraction_to_reach(fractions, [0, 0.2, 0.3, 0.4], 0.5) == np.inf
+    with pytest.raises(InputError, match="which rise"):
+        fraction_to_reach([0, 0.5, 0.5], [0, 1, 1], 0.5)
 
 
 def test_models_of_other_precision_give_their_values_rounded():

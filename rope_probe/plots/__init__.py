@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pandas as pd
 import plotly.graph_objects as go
 
-from rope_probe.plots import cost, geometry, grid, propagation, retrieval, sensitivity, signal, training
+from rope_probe.plots import cost, geometry, grid, propagation, retrieval, sensitivity, signal, spans, training
 from rope_probe.plots.cost import trace_cost
 from rope_probe.plots.geometry import rotations_by_pair
 from rope_probe.plots.grid import theta_grid
@@ -14,11 +14,14 @@ from rope_probe.plots.propagation import copy_heatmap, dose_response, restrictio
 from rope_probe.plots.retrieval import retrieval_by_distance
 from rope_probe.plots.sensitivity import injected_by_read, sensitivity_by_pair
 from rope_probe.plots.signal import signal_of_distillation
+from rope_probe.plots.spans import causal_curves, change_by_part, span_heads, span_heatmap, transplants
 from rope_probe.plots.training import loss_curves
 
 __all__ = [
     "DRAWINGS",
     "Drawing",
+    "causal_curves",
+    "change_by_part",
     "copy_heatmap",
     "dose_response",
     "injected_by_read",
@@ -28,8 +31,11 @@ __all__ = [
     "rotations_by_pair",
     "sensitivity_by_pair",
     "signal_of_distillation",
+    "span_heads",
+    "span_heatmap",
     "theta_grid",
     "trace_cost",
+    "transplants",
 ]
 
 
@@ -53,7 +59,7 @@ class Drawing:
 
 
 def _is_retrieval(frame: pd.DataFrame) -> pd.Series:
-    return retrieval.is_accuracy(frame) & ~grid.is_cell(frame)
+    return retrieval.is_accuracy(frame) & ~grid.is_cell(frame) & frame["perturbation"].isna()
 
 
 def _task(frame: pd.DataFrame) -> pd.Series:
@@ -65,6 +71,10 @@ def _phase(frame: pd.DataFrame) -> pd.Series:
     """The phase after which something was measured, "" where that is the same throughout."""
     phase = frame["phase"].fillna("")
     return phase if phase.nunique() > 1 else phase.mask(phase != "", "")
+
+
+def _model(frame: pd.DataFrame) -> list[pd.Series]:
+    return [frame["model"]]
 
 
 def _kind(frame: pd.DataFrame) -> pd.Series:
@@ -91,8 +101,13 @@ DRAWINGS = (
         dose_response,
         lambda rows: [rows["model"], rows["arm"], _kind(rows), restriction(rows)],
     ),
-    Drawing("injected_by_read", sensitivity.is_of_layer, injected_by_read, lambda rows: [rows["model"]]),
-    Drawing("sensitivity_by_pair", sensitivity.is_of_pair, sensitivity_by_pair, lambda rows: [rows["model"]]),
+    Drawing("injected_by_read", sensitivity.is_of_layer, injected_by_read, _model),
+    Drawing("sensitivity_by_pair", sensitivity.is_of_pair, sensitivity_by_pair, _model),
+    Drawing("transplants", spans.is_transplant, transplants, _model),
+    Drawing("causal_curves", spans.is_curve, causal_curves, _model),
+    Drawing("change_by_part", spans.is_change_of_part, change_by_part, _model),
+    Drawing("span_heatmap", spans.is_change_of_pair, span_heatmap, _model, spans.is_landmark),
+    Drawing("span_heads", spans.is_change_of_pair, span_heads, _model, spans.is_landmark),
     Drawing("signal_of_distillation", signal.is_signal, signal_of_distillation),
     Drawing("trace_cost", cost.is_cost, trace_cost),
 )

@@ -1,6 +1,6 @@
 """What changed between two checkpoints, span by span, and which of the changes cause what the second can do."""
 
-from rope_probe.spans.causal import fraction_to_carry, gradient_times_change, query_spans, span_effects
+from rope_probe.spans.causal import fraction_to_reach, gradient_times_change, query_spans, span_effects
 from rope_probe.spans.parts import Span, whole
 from rope_probe.spans.states import compare_states
 from rope_probe.spans.statistics import contrast, enrichment, gini, landmarks, span_statistics, stability, top_share
@@ -13,7 +13,7 @@ __all__ = [
     "compare_states",
     "contrast",
     "enrichment",
-    "fraction_to_carry",
+    "fraction_to_reach",
     "gini",
     "gradient_times_change",
     "landmarks",

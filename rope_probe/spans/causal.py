@@ -1,5 +1,6 @@
 """Which changed spans cause what a checkpoint can do: transplant them, measure, and see what foresees the result."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -96,15 +97,18 @@ def gradient_times_change(
     return [sum(map(of_piece, some)) for some in of_span]
 
 
-def fraction_to_carry(fractions: Sequence[float], values: Sequence[float], share: float) -> float:
-    """The fraction of spans from which on a curve has gained `share` of what lies between its first and last value.
+def fraction_to_reach(fractions: Sequence[float], values: Sequence[float], level: float) -> float:
+    """The smallest fraction of spans at which a curve, straight between its points, reaches a level; else inf.
 
-    Curves begin with none of the spans and end with all; between its points a curve is taken as straight. Where it
-    falls below again, the last crossing counts. Raises InputError for a curve that ends no higher than it begins.
+    Raises InputError for fractions that do not rise.
     """
     x, y = np.asarray(fractions, float), np.asarray(values, float)
-    if not y[-1] > y[0]:
-        raise InputError(f"this curve gains nothing: it begins at {y[0]:g} and ends at {y[-1]:g}")
-    level = y[0] + share * (y[-1] - y[0])
-    below = int(np.flatnonzero(y < level)[-1])
-    return float(x[below] + (level - y[below]) / (y[below + 1] - y[below]) * (x[below + 1] - x[below]))
+    if len(x) != len(y) or not (np.diff(x) > 0).all():
+        raise InputError(f"a curve needs a value for each of its fractions, which rise, but they are {x.tolist()}")
+    reached = np.flatnonzero(y >= level)
+    if not len(reached):
+        return math.inf
+    at = int(reached[0])
+    if at == 0:
+        return float(x[0])
+    return float(x[at - 1] + (level - y[at - 1]) / (y[at] - y[at - 1]) * (x[at] - x[at - 1]))

@@ -1,0 +1,270 @@
+"""What the runs of experiments.query_spans say of its predictions, and how many query spans carry the gain."""
+
+import math
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from experiments.query_spans import (
+    ALONE,
+    BY_EFFECT,
+    CAUSAL,
+    INTO_END,
+    INTO_START,
+    KEPT,
+    PREDICTORS,
+    TOGETHER,
+    WITH_KEYS,
+)
+from experiments.toy_checkpoints import LONG, SHORT
+from rope_probe.retrieval import student_interval
+from rope_probe.spans import contrast, enrichment, fraction_to_reach, stability
+
+MAIN = "kd_adamw"
+RANDOM = "random"
+_PARTS = {"W_Q": "W_Q", "W_K": "W_K", "W_V": "W_V", "W_O": "W_O", "mlp": "MLP", "ln": "norms"}
+_EMBEDDINGS = {"W_E": "W_E", "W_U": "W_U"}
+
+
+def part_changes(frame: pd.DataFrame, metric: str = "rel_change") -> pd.DataFrame:
+    """Change of each part, the mean over layers: a row for each arm and seed."""
+    rows = frame[(frame["arm"] == "weights") & (frame["metric"] == metric) & frame["head"].isna()]
+    rows = rows.assign(part=rows["site"].str.rpartition(".")[2].map({**_PARTS, **_EMBEDDINGS}))
+    return rows.pivot_table(index=["model", "seed"], columns="part", values="value")
+
+
+def accuracies(frame: pd.DataFrame, arm: str, seq_len: int = LONG) -> pd.DataFrame:
+    """Accuracy, the mean over distances, after each transplant of a kind: by arm of training and seed."""
+    rows = frame[(frame["arm"] == arm) & (frame["metric"] == "accuracy") & (frame["seq_len"] == seq_len)]
+    return rows.pivot_table(index=["model", "seed"], columns="perturbation", values="value", sort=False)
+
+
+def gains(frame: pd.DataFrame, arm: str) -> pd.DataFrame:
+    """Share of the gain that is there after each transplant of a kind: 0 as at the start, 1 as at the end."""
+    table = accuracies(frame, arm)
+    start, end = ("nothing", "everything") if arm == INTO_START else ("everything", "nothing")
+    return table.sub(table[start], axis=0).div(table[end] - table[start], axis=0)
+
+
+def curves(frame: pd.DataFrame, kind: str) -> pd.DataFrame:
+    """Accuracy against how many query spans are at the end's value: by arm, seed and order; random ones averaged."""
+    prefix = kind.format("")
+    rows = frame[frame["arm"].str.startswith(prefix) & (frame["metric"] == "accuracy") & (frame["seq_len"] == LONG)]
+    counts = rows["perturbation"].str.extract(r"(\d+) of (\d+)").astype(float)
+    rows = rows.assign(
+        order=rows["arm"].str.removeprefix(prefix).str.replace(r"random \d+", RANDOM, regex=True),
+        fraction=counts[0] / counts[1],
+    )
+    return rows.pivot_table(index=["model", "seed", "order"], columns="fraction", values="value")
+
+
+def carrying(frame: pd.DataFrame) -> pd.DataFrame:
+    """The fraction of the query spans that brings half, and 90%, of the gain; the mean over seeds and its interval.
+
+    `most` is the share of the gain that the best size reaches; a fraction is inf on seeds where that is not enough.
+    """
+    rows = []
+    ends = accuracies(frame, INTO_START)
+    for kind in (WITH_KEYS, TOGETHER, KEPT):
+        for (model, order), part in curves(frame, kind).groupby(["model", "order"], sort=False):
+            found: dict[str, list[float]] = {"half": [], "90%": [], "most": []}
+            for (_, seed, _), values in part.iterrows():
+                start, end = (ends.loc[(model, seed), name] for name in ("nothing", "everything"))
+                for name, share in (("half", 0.5), ("90%", 0.9)):
+                    level = start + share * (end - start)
+                    found[name].append(fraction_to_reach(values.index.to_list(), values.to_list(), level))
+                found["most"].append((values.max() - start) / (end - start))
+            told = {"what": kind.format(order), "model": model, "seeds": len(part)}
+            rows.append(told | {name: _told(values) for name, values in found.items()})
+    return pd.DataFrame(rows)
+
+
+def _told(values: list[float]) -> str:
+    if not np.isfinite(values).all():
+        return f"not on {np.isinf(values).sum()} of {len(values)}"
+    low, high = student_interval(pd.Series(values))
+    return f"{np.mean(values):.2f}" + (f" [{low:.2f}, {high:.2f}]" if len(values) > 1 else "")
+
+
+def single_effects(frame: pd.DataFrame) -> pd.DataFrame:
+    """Nats that the answer loses when one query span is reverted in the end, and what was to foresee it; by span."""
+    keys = ["model", "seed", "layer", "head", "pair"]
+    rows = frame[(frame["arm"] == ALONE) & (frame["metric"] == "answer_logprob_nats")]
+    foreseen = frame[frame["arm"] == "predictor"].pivot_table(index=keys, columns="metric", values="value")
+    return foreseen.assign(effect=-rows.groupby(keys)["value"].mean())
+
+
+def foresight(frame: pd.DataFrame) -> pd.DataFrame:
+    """Spearman's correlation of each predictor with the single effects, and with the greedy order of causes."""
+    table = single_effects(frame)
+    targets = {"effect": 1, "greedy_rank": -1, "greedy_rank_together": -1}
+    rows = []
+    for (model, seed), part in table.groupby(level=["model", "seed"]):
+        for target, sign in targets.items():
+            if target in part:
+                for name, metric in PREDICTORS.items():
+                    rho = sign * stats.spearmanr(part[metric], part[target]).statistic
+                    rows.append({"model": model, "seed": seed, "foreseen": target, "predictor": name, "rho": rho})
+    return pd.DataFrame(rows)
+
+
+def contrasts(frame: pd.DataFrame) -> pd.DataFrame:
+    """How many times as much the query spans changed in one arm as in another, the geometric mean; and agreement."""
+    weights = frame[frame["arm"] == "weights"]
+    rows = []
+    for arm, other in (
+        (MAIN, "ce_adamw"),
+        (MAIN, "ce_more_short_adamw"),
+        ("kd_phase_wise", "ce_phase_wise"),
+        ("kd_phase_wise", "ce_more_short"),
+        ("kd_phase_wise", "kd_large_theta"),
+        ("kd_phase_wise", "kd_small_theta"),
+    ):
+        by_seed = {}
+        for seed in sorted(set(_seeds(weights, arm)) & set(_seeds(weights, other))):
+            one, two = (weights[(weights["model"] == name) & (weights["seed"] == seed)] for name in (arm, other))
+            ratio = contrast(one, two)
+            queries = ratio[ratio["site"].str.endswith("W_Q") & ratio["pair"].notna()]
+            by_seed[seed] = 2 ** queries["value"].mean()
+        if by_seed:
+            low, high = student_interval(pd.Series(by_seed))
+            rows.append((f"{arm} over {other}", len(by_seed), np.mean(list(by_seed.values())), low, high))
+    return pd.DataFrame(rows, columns=["query spans changed, times", "seeds", "mean", "low", "high"])
+
+
+def agreement(frame: pd.DataFrame) -> pd.DataFrame:
+    """Whether seeds agree on which pairs of W_Q and W_K change: Spearman's correlation between their profiles."""
+    weights = frame[frame["arm"] == "weights"]
+    found = {arm: stability(part) for arm, part in weights.groupby("model") if part["seed"].nunique() > 1}
+    return pd.DataFrame({arm: table.set_index("site")["value"] for arm, table in found.items()}).T
+
+
+def _seeds(frame: pd.DataFrame, arm: str) -> Iterable[int]:
+    return frame.loc[frame["model"] == arm, "seed"].unique()
+
+
+def verdicts(frame: pd.DataFrame) -> pd.DataFrame:
+    """The predictions that these runs can judge: mean over seeds, Student's interval, whether it held by the mean."""
+    rows: list[tuple] = []
+
+    def judge(number: int, what: str, by_seed: Iterable[float], holds: Callable[[float], bool]) -> None:
+        values = pd.Series(list(by_seed), dtype=float)
+        if len(values):
+            low, high = student_interval(values)
+            mean = values.mean()
+            rows.append((number, what, len(values), mean, low, high, "yes" if holds(mean) else "no"))
+
+    changes = part_changes(frame)
+    for number, arm in ((1, MAIN), (2, "kd_phase_wise")):
+        if arm not in changes.index:
+            continue
+        mine = changes.loc[arm]
+        for other in ("W_K", "W_V", "W_O", "MLP"):
+            even = number == 2 or other == "W_K"
+            wanted = "within .8 to 1.25" if even else "above 1"
+            holds = _within(0.8, 1.25) if even else _above(1)
+            judge(number, f"{arm}: change of W_Q over {other} {wanted}", mine["W_Q"] / mine[other], holds)
+    if MAIN in changes.index:
+        _judge_spectrum(frame, judge)
+        for number, other, low, high in ((5, "ce_more_short_adamw", 2, math.inf), (6, "ce_adamw", 1 / 1.5, 1.5)):
+            if other in changes.index:
+                ratio = (changes.loc[MAIN]["W_Q"] / changes.loc[other]["W_Q"]).dropna()
+                wanted = "2 or more" if number == 5 else "within 1/1.5 to 1.5"
+                judge(number, f"change of W_Q, {MAIN} over {other} {wanted}", ratio, _within(low, high))
+    into_start, into_end, short = gains(frame, INTO_START), gains(frame, INTO_END), accuracies(frame, INTO_END, SHORT)
+    seen = foresight(frame)
+    for arm in CAUSAL:
+        if arm not in into_start.index:
+            continue
+        brought, left = into_start.loc[arm], into_end.loc[arm]
+        judge(7, f"{arm}: gain that W_Q alone brings below .1", brought["W_Q"], _below(0.1))
+        judge(7, f"{arm}: gain that W_Q, W_K, W_V, W_O bring .5 or more", brought["W_Q, W_K, W_V, W_O"], _above(0.5))
+        judge(8, f"{arm}: gain left with W_Q reverted below .1", left["W_Q"], _below(0.1))
+        judge(8, f"{arm}: gain left with the MLP reverted above .5", left["mlp"], _above(0.5))
+        _judge_curves(curves(frame, KEPT).loc[arm], arm, judge)
+        cost = left["W_Q, slow pairs"] - left["W_Q, fast pairs"]
+        judge(
+            10,
+            f"{arm}: gain lost without W_Q's fast pairs, less without slow ones, above 0",
+            cost,
+            _above(0, strictly=True),
+        )
+        of_effect = seen[(seen["model"] == arm) & (seen["foreseen"] == "effect")].pivot(
+            index="seed", columns="predictor", values="rho"
+        )
+        gradient = of_effect["by gradient times change"]
+        judge(11, f"{arm}: correlation of gradient times change with effects .5 or more", gradient, _above(0.5))
+        rivals = of_effect[["by change of weights", "by change of states"]].max(axis=1)
+        judge(11, f"{arm}: less the better of weights and states, above 0", gradient - rivals, _above(0, strictly=True))
+        judge(12, f"{arm}: short-window accuracy with W_Q reverted below .5", short.loc[arm]["W_Q"], _below(0.5))
+        _judge_path(frame, arm, judge)
+    columns = ["prediction", "what", "seeds", "mean", "low", "high", "held"]
+    return pd.DataFrame(rows, columns=columns).sort_values("prediction", kind="stable")
+
+
+def _judge_spectrum(frame: pd.DataFrame, judge: Callable) -> None:
+    """Predictions 3 and 4."""
+    weights = frame[(frame["arm"] == "weights") & (frame["model"] == MAIN) & frame["pair"].notna()]
+    for layer in sorted(weights["layer"].unique()):
+        queries = weights[(weights["site"] == f"blocks.{layer}.attn.W_Q")]
+        changed = queries[queries["metric"] == "rel_change"]
+        left = (changed["wavelength"] <= SHORT) & (changed["wavelength_after"] > SHORT)
+        profile = changed.assign(left=left).groupby(["seed", "pair"]).agg({"value": "mean", "left": "first"})
+        of_seed = [enrichment(part["value"], part["left"]).ratio for _, part in profile.groupby("seed")]
+        mean = profile.groupby("pair").agg({"value": "mean", "left": "first"})
+        p_value = enrichment(mean["value"], mean["left"]).p_value
+        what = f"{MAIN}: layer {layer}, pairs that no longer turn over the others above 1, p {p_value:.3f} below .05"
+        judge(3, what, of_seed, lambda ratio, p=p_value: ratio > 1 and p < 0.05)
+    turns = weights[(weights["site"] == "blocks.0.attn.W_Q") & (weights["metric"] == "qk_rotation_radians")]
+    frequency = 2 * np.pi / turns["wavelength"] - 2 * np.pi / turns["wavelength_after"]
+    by_pair = turns.assign(frequency=frequency).groupby(["seed", "pair"])[["value", "frequency"]].mean()
+    rho = [stats.spearmanr(part["value"], part["frequency"]).statistic for _, part in by_pair.groupby("seed")]
+    judge(4, f"{MAIN}: layer 0, correlation of turns with lost frequency above .5", rho, _above(0.5))
+
+
+def _judge_curves(kept: pd.DataFrame, arm: str, judge: Callable) -> None:
+    """Prediction 9: of what the query spans add to the end without them, between none and all."""
+    found: dict[tuple[str, float], dict[int, float]] = {}
+    for (seed, order), values in kept.iterrows():
+        first, last = values.iloc[0], values.iloc[-1]
+        for share in (0.5, 0.9):
+            level = first + share * (last - first)
+            found.setdefault((order, share), {})[seed] = fraction_to_reach(
+                values.index.to_list(), values.to_list(), level
+            )
+    half = pd.Series(found[BY_EFFECT, 0.5])
+    judge(9, f"{arm}: fraction of query spans by single effect for half .25 or less", half, _below(0.25))
+    judge(9, f"{arm}: the same for 90% .5 or less", found[BY_EFFECT, 0.9].values(), _below(0.5))
+    judge(9, f"{arm}: random over single effect, for half, above 2", pd.Series(found[RANDOM, 0.5]) / half, _above(2))
+
+
+def _judge_path(frame: pd.DataFrame, arm: str, judge: Callable) -> None:
+    """Prediction 13, by the area under the curves where a fraction is inf."""
+    table = curves(frame, WITH_KEYS).loc[arm]
+    ends = accuracies(frame, INTO_START).loc[arm]
+    halves: dict[str, dict[int, float]] = {}
+    for (seed, order), values in table.iterrows():
+        level = ends.loc[seed, "nothing"] + 0.5 * (ends.loc[seed, "everything"] - ends.loc[seed, "nothing"])
+        halves.setdefault(order, {})[seed] = fraction_to_reach(values.index.to_list(), values.to_list(), level)
+    path = np.mean(list(halves["by gradients along the path"].values()))
+    best = min(np.mean(list(halves[name].values())) for name in PREDICTORS if "path" not in name)
+    judge(
+        13,
+        f"{arm}: fraction for half by gradients along the path, over the best other below 1",
+        [path / best],
+        _below(1),
+    )
+
+
+def _above(bound: float, *, strictly: bool = False) -> Callable[[float], bool]:
+    return lambda value: value > bound if strictly else value >= bound
+
+
+def _below(bound: float) -> Callable[[float], bool]:
+    return lambda value: value < bound
+
+
+def _within(low: float, high: float) -> Callable[[float], bool]:
+    return lambda value: low <= value <= high

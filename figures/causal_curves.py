@@ -1,0 +1,22 @@
+"""Accuracy against the share of query spans transplanted, by order.
+
+python -m figures.causal_curves figure.html runs/query_spans/kd_adamw-*
+"""
+
+from pathlib import Path
+
+import typer
+
+from rope_probe import plots
+from rope_probe.report import write_figure
+from rope_probe.results import read_frames
+
+
+def draw(out: Path, runs: list[Path]) -> None:
+    """Draw one model, all seeds of it together, into the page `out`."""
+    frame = read_frames(runs)
+    print(write_figure(plots.causal_curves(frame, ", ".join(frame["model"].dropna().unique())), out))
+
+
+if __name__ == "__main__":
+    typer.run(draw)

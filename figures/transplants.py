@@ -1,0 +1,22 @@
+"""Accuracy after transplanting each group of weights between two checkpoints.
+
+python -m figures.transplants figure.html runs/query_spans/kd_adamw-*
+"""
+
+from pathlib import Path
+
+import typer
+
+from rope_probe import plots
+from rope_probe.report import write_figure
+from rope_probe.results import read_frames
+
+
+def draw(out: Path, runs: list[Path]) -> None:
+    """Draw one model, all seeds of it together, into the page `out`."""
+    frame = read_frames(runs)
+    print(write_figure(plots.transplants(frame, ", ".join(frame["model"].dropna().unique())), out))
+
+
+if __name__ == "__main__":
+    typer.run(draw)

@@ -1,0 +1,261 @@
+"""What changed between two checkpoints, by part, head and rotary pair; and what transplants of spans do."""
+
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from rope_probe.errors import InputError
+from rope_probe.plots.style import BESIDE, line_style, listed, styled
+
+_PARTS = {"W_Q": "W_Q", "W_K": "W_K", "W_V": "W_V", "W_O": "W_O", "mlp": "MLP"}
+_ROTARY = ("W_Q", "W_K")
+_CURVE = r"^(?P<kind>.*), (?P<order>by .*|greedy|random \d+)$"
+_COUNT = r"^(?P<count>\d+) of (?P<of>\d+)$"
+_GREY = "#999999"
+
+
+def is_change_of_pair(frame: pd.DataFrame) -> pd.Series:
+    """Rows that `span_heatmap` and `span_heads` draw: relative change of a pair in W_Q or W_K."""
+    rotary = frame["site"].str.endswith(_ROTARY).fillna(False)
+    return rotary & frame["pair"].notna() & (frame["metric"] == "rel_change")
+
+
+def is_change_of_part(frame: pd.DataFrame) -> pd.Series:
+    """Rows that `change_by_part` draws: relative change of a part of a layer."""
+    part = frame["site"].str.split(".").str[-1].isin(list(_PARTS)).fillna(False)
+    return part & frame["layer"].notna() & frame["head"].isna() & (frame["metric"] == "rel_change")
+
+
+def is_landmark(frame: pd.DataFrame) -> pd.Series:
+    """Rows with how many pairs complete a turn in the window before, and after."""
+    return frame["metric"] == "turning_pairs"
+
+
+def is_curve(frame: pd.DataFrame) -> pd.Series:
+    """Rows that `causal_curves` draws: accuracy with so many of the spans transplanted, in some order."""
+    counted = frame["perturbation"].str.match(_COUNT).fillna(False) & frame["arm"].str.match(_CURVE).fillna(False)
+    return counted & (frame["metric"] == "accuracy")
+
+
+def is_transplant(frame: pd.DataFrame) -> pd.Series:
+    """Rows that `transplants` draws: accuracy with a part transplanted into one of two checkpoints."""
+    return frame["arm"].str.startswith("into the ").fillna(False) & (frame["metric"] == "accuracy")
+
+
+def span_heatmap(frame: pd.DataFrame, label: str = "") -> go.Figure:
+    """Relative change of W_Q and W_K, layer x rotary pair: the mean over heads and seeds.
+
+    The axis has each pair's wavelength before and after; lines stand behind the last pair that completes a turn in the
+    window before, and after, where the frame has these. Raises InputError where the frame has no changes by pair.
+    """
+    rows = _by_pair(frame)
+    sites = [part for part in _ROTARY if rows["part"].eq(part).any()]
+    figure = make_subplots(rows=1, cols=len(sites), shared_yaxes=True, subplot_titles=sites, horizontal_spacing=0.04)
+    for column, part in enumerate(sites, start=1):
+        table = rows[rows["part"] == part].pivot_table(index="layer", columns="pair", values="value")
+        _heatmap(figure, table, [f"layer {layer}" for layer in table.index], _lengths(rows), frame, column)
+    figure.update_yaxes(autorange="reversed")
+    title = "Which rotary pairs changed"
+    return styled(figure, title, label, _pair_note(rows, "mean over heads"), height=330 + 30 * len(table), below=95)
+
+
+def span_heads(frame: pd.DataFrame, label: str = "") -> go.Figure:
+    """Relative change of W_Q and W_K by pair, for every head of every layer; otherwise as `span_heatmap`.
+
+    With several seeds that of the first is drawn, since one seed's first head is not another's.
+    """
+    rows = _by_pair(frame)
+    rows = rows[rows["seed"].fillna(-1) == rows["seed"].fillna(-1).min()]
+    sites = [part for part in _ROTARY if rows["part"].eq(part).any()]
+    figure = make_subplots(rows=1, cols=len(sites), subplot_titles=sites, horizontal_spacing=0.1)
+    for column, part in enumerate(sites, start=1):
+        table = rows[rows["part"] == part].pivot_table(index=["layer", "head"], columns="pair", values="value")
+        names = [f"{layer}.{head} " for layer, head in table.index]
+        _heatmap(figure, table, names, _lengths(rows), frame, column)
+    figure.update_yaxes(autorange="reversed", type="category", title="layer.head")
+    tallest = rows.groupby("part").apply(lambda part: len(part[["layer", "head"]].drop_duplicates())).max()
+    height = 330 + min(22 * int(tallest), 1600)
+    return styled(figure, "Which pairs of which heads changed", label, _pair_note(rows, ""), height=height, below=95)
+
+
+def change_by_part(frame: pd.DataFrame, label: str = "") -> go.Figure:
+    """Relative change of W_Q against W_K, W_V, W_O and the MLP, by layer: the mean over seeds, every seed as a point.
+
+    Raises InputError where the frame has no changes of whole parts.
+    """
+    rows = frame[is_change_of_part(frame)]
+    if rows.empty:
+        raise InputError("these results hold no changes of parts; compare two checkpoints with compare_spans")
+    rows = rows.assign(part=rows["site"].str.split(".").str[-1])
+    figure = go.Figure()
+    for i, (part, name) in enumerate(_PARTS.items()):
+        mine = rows[rows["part"] == part]
+        mean = mine.groupby("layer")["value"].mean()
+        colour, dash, symbol = line_style(i)
+        line = {"color": colour, "dash": dash, "width": 2.5}
+        marker = {"symbol": symbol, "size": 10}
+        figure.add_trace(go.Scatter(x=mean.index, y=mean, name=name, mode="lines+markers", line=line, marker=marker))
+        if mine["seed"].nunique() > 1:
+            points = {"x": mine["layer"], "y": mine["value"], "mode": "markers", "showlegend": False}
+            figure.add_trace(
+                go.Scatter(**points, marker={"color": colour, "size": 5, "opacity": 0.5}, hoverinfo="skip")
+            )
+    layers = sorted(rows["layer"].unique())
+    ticks = {"tickvals": layers} if len(layers) <= 16 else {}
+    figure.update_xaxes(title="layer", **ticks)
+    figure.update_yaxes(title="norm of change / norm before", rangemode="tozero")
+    return styled(figure, "How much each part changed", label, _note(rows, ""), height=460)
+
+
+def causal_curves(frame: pd.DataFrame, label: str = "") -> go.Figure:
+    """Accuracy against the share of query spans transplanted, a line for each order, a panel for each kind of set.
+
+    Lines are means over distances and seeds; random orders are a grey line with the range of all of them. Raises
+    InputError where the frame has no such curves.
+    """
+    rows = frame[is_curve(frame) & (frame["seq_len"] == frame.loc[is_curve(frame), "seq_len"].max())]
+    if rows.empty:
+        raise InputError("these results hold no curves of transplanted spans; see experiments/query_spans.py")
+    told = rows["arm"].str.extract(_CURVE)
+    counts = rows["perturbation"].str.extract(_COUNT).astype(float)
+    rows = rows.assign(kind=told["kind"], order=told["order"], share=counts["count"] / counts["of"])
+    rows = rows.groupby(["kind", "order", "seed", "share"], sort=False, as_index=False)["value"].mean()
+    kinds = rows["kind"].unique().tolist()
+    named = [order for order in rows["order"].unique() if not order.startswith("random")]
+    figure = make_subplots(
+        rows=1, cols=len(kinds), shared_yaxes=True, subplot_titles=[_wrapped(kind) for kind in kinds]
+    )
+    for column, kind in enumerate(kinds, start=1):
+        part = rows[rows["kind"] == kind]
+        at = {"row": 1, "col": column}
+        random = part[part["order"].str.startswith("random")].groupby("share")["value"].agg(["mean", "min", "max"])
+        if len(random):
+            band = {"x": [*random.index, *random.index[::-1]], "y": [*random["max"], *random["min"][::-1]]}
+            filled = {"fill": "toself", "fillcolor": "rgba(153,153,153,.25)", "line": {"width": 0}, "mode": "lines"}
+            figure.add_trace(go.Scatter(**band, **filled, showlegend=False, hoverinfo="skip"), **at)
+            line = {"color": _GREY, "width": 3}
+            shared = {"name": "random", "legendgroup": "random", "showlegend": column == 1}
+            figure.add_trace(go.Scatter(x=random.index, y=random["mean"], mode="lines", line=line, **shared), **at)
+        for i, order in enumerate(named):
+            mean = part[part["order"] == order].groupby("share")["value"].mean()
+            if mean.empty:
+                continue
+            colour, dash, symbol = line_style(i)
+            figure.add_trace(
+                go.Scatter(
+                    x=mean.index,
+                    y=mean,
+                    name=order,
+                    legendgroup=order,
+                    showlegend=not any(trace.name == order for trace in figure.data),
+                    mode="lines+markers",
+                    line={"color": colour, "dash": dash},
+                    marker={"symbol": symbol, "size": 7},
+                ),
+                **at,
+            )
+    figure.update_xaxes(title="share of the query spans", tickformat=".0%", range=[-0.02, 1.02])
+    figure.update_yaxes(title="accuracy", range=[-0.03, 1.03], col=1)
+    note = f"mean over distances and seeds {listed(rows['seed'])}; grey: random orders, their mean and range"
+    figure = styled(figure, "How many query spans carry the skill", label, note, height=520)
+    return figure.update_layout(legend={**BESIDE, "title": {"text": "order of spans"}}, margin={"t": 125})
+
+
+def transplants(frame: pd.DataFrame, label: str = "") -> go.Figure:
+    """Accuracy after transplanting each group of weights, from the later checkpoint into the earlier and the other way.
+
+    Bars are means over seeds, lines their range; panels for the long window and the short one. Raises InputError where
+    the frame has no transplants.
+    """
+    rows = frame[is_transplant(frame)]
+    if rows.empty:
+        raise InputError("these results hold no transplants; see experiments/query_spans.py")
+    rows = rows.groupby(["arm", "perturbation", "seed", "seq_len"], sort=False, as_index=False)["value"].mean()
+    windows = sorted(rows["seq_len"].unique(), reverse=True)
+    order = rows["perturbation"].unique().tolist()
+    titles = [f"window of {window:,} tokens" for window in windows]
+    figure = make_subplots(rows=1, cols=len(windows), shared_yaxes=True, subplot_titles=titles, horizontal_spacing=0.05)
+    for column, window in enumerate(windows, start=1):
+        for i, (arm, part) in enumerate(rows[rows["seq_len"] == window].groupby("arm", sort=False)):
+            found = part.groupby("perturbation")["value"].agg(["mean", "min", "max"]).reindex(order)
+            bars = {"array": found["max"] - found["mean"], "arrayminus": found["mean"] - found["min"], "width": 3}
+            trace = go.Bar(
+                x=found["mean"],
+                y=found.index,
+                orientation="h",
+                error_x={**bars, "thickness": 1.2},
+                marker={"color": line_style(i)[0]},
+                name=arm,
+                legendgroup=arm,
+                showlegend=column == 1,
+            )
+            figure.add_trace(trace, row=1, col=column)
+    figure.update_layout(barmode="group", bargap=0.25)
+    figure.update_xaxes(title="accuracy", range=[-0.03, 1.03])
+    figure.update_yaxes(autorange="reversed", automargin=True)
+    note = f"mean over distances and seeds {listed(rows['seed'])}; lines: smallest to largest seed"
+    figure = styled(figure, "What transplanted weights do", label, note, height=280 + 26 * len(order))
+    return figure.update_layout(legend={**BESIDE})
+
+
+def _by_pair(frame: pd.DataFrame) -> pd.DataFrame:
+    rows = frame[is_change_of_pair(frame)]
+    if rows.empty:
+        raise InputError("these results hold no changes by rotary pair; compare two checkpoints with compare_spans")
+    return rows.assign(part=rows["site"].str.split(".").str[-1])
+
+
+def _lengths(rows: pd.DataFrame) -> pd.DataFrame:
+    return rows.groupby("pair")[["wavelength", "wavelength_after"]].first()
+
+
+def _heatmap(
+    figure: go.Figure, table: pd.DataFrame, names: list[str], lengths: pd.DataFrame, frame: pd.DataFrame, column: int
+) -> None:
+    """One panel: rows by name, pairs along a common axis with their wavelengths, and where windows end in it."""
+    trace = go.Heatmap(
+        z=table.to_numpy(),
+        x=table.columns,
+        y=names,
+        coloraxis="coloraxis",
+        hovertemplate="%{y}, pair %{x}: %{z:.4g}<extra></extra>",
+    )
+    figure.add_trace(trace, row=1, col=column)
+    step = max(1, len(lengths) // 8)
+    shown = lengths.iloc[::step]
+    text = [f"{_short(row.wavelength)}<br>{_short(row.wavelength_after)}" for row in shown.itertuples()]
+    title = "wavelength before, and after"
+    figure.update_xaxes(tickvals=shown.index, ticktext=text, title=title, row=1, col=column)
+    ends = frame[is_landmark(frame)].groupby(["phase", "seq_len"])["value"].first()
+    for (phase, window), turning in ends.items():
+        dash = "dot" if phase == "before" else "solid"
+        figure.add_vline(x=turning - 0.5, line={"color": "white", "width": 3, "dash": dash}, row=1, col=column)
+        figure.add_annotation(
+            x=turning - 0.5, y=1, yref="paper", yanchor="bottom", text=f"{window:,}", showarrow=False,
+            font={"size": 11, "color": "#555555"}, row=1, col=column,
+        )  # fmt: skip
+    figure.update_layout(coloraxis={"colorscale": "Viridis", "colorbar": {"title": "relative<br>change"}})
+
+
+def _note(rows: pd.DataFrame, how: str) -> str:
+    seeds = listed(rows["seed"])
+    return "; ".join(
+        part for part in ("norm of the change over the norm before", how, f"seeds {seeds}" if seeds else "") if part
+    )
+
+
+def _pair_note(rows: pd.DataFrame, how: str) -> str:
+    lines = (
+        "wavelengths in tokens; white lines: the last pair that turns in the window before (dotted) and after (solid)"
+    )
+    return f"{_note(rows, how)}; {lines}"
+
+
+def _short(tokens: float) -> str:
+    """A wavelength in few letters."""
+    return f"{tokens / 1000:.3g}k" if tokens >= 1000 else f"{tokens:.3g}"
+
+
+def _wrapped(title: str) -> str:
+    words = title.split()
+    return " ".join(words[: len(words) // 2]) + "<br>" + " ".join(words[len(words) // 2 :])
