@@ -208,8 +208,8 @@ def test_rotations_are_drawn_once_for_every_geometry():
         "short phase, window 64, theta 300: 7 of 16 pairs turn",
         "short phase, window 64, theta 20,000: 4 of 16 pairs turn",
         "extension phase, window 1,024, theta 300: 15 of 16 pairs turn",
-        "extension phase, window 64, theta 300: 7 of 16 pairs turn",
         "extension phase, window 1,024, theta 20,000: 9 of 16 pairs turn",
+        "extension phase, window 64, theta 300: 7 of 16 pairs turn",
     ]
     turns = rope.rotations(rope.inv_freq({"rope_type": "default", "rope_theta": 300.0}, 32), 64)
     np.testing.assert_allclose(figure.data[0].y, turns)

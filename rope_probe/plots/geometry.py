@@ -26,7 +26,7 @@ def rotations_by_pair(frame: pd.DataFrame, label: str = "") -> go.Figure:
     """Full turns of each rotary pair over the window of each phase, a line for each geometry that the models have.
 
     Models whose phase has the same window and wavelengths share a line. Colours tell the wavelengths apart, dashes and
-    markers the phases. Raises InputError where the frame has no rotations by pair.
+    markers the phases and windows. Raises InputError where the frame has no rotations by pair.
     """
     rows = frame[is_rotations(frame)]
     if rows.empty:
@@ -37,14 +37,14 @@ def rotations_by_pair(frame: pd.DataFrame, label: str = "") -> go.Figure:
         pairs = part.drop_duplicates("pair").sort_values("pair")
         line = (*at[1:], *(tuple(pairs[column]) for column in ("pair", "wavelength", "value")))
         lines.setdefault(line, []).append(at)
-    phases = list(dict.fromkeys(line[0] for line in lines))
+    phases = list(dict.fromkeys(line[:2] for line in lines))
     spectra = sorted({line[3] for line in lines})
     figure = go.Figure()
-    ordered = sorted(lines.items(), key=lambda line: (phases.index(line[0][0]), line[0][3]))
+    ordered = sorted(lines.items(), key=lambda line: (phases.index(line[0][:2]), line[0][3]))
     for (phase, window, pairs, lengths, turns), shared in ordered:
         turning = f": {use[shared[0]] * len(pairs):.0f} of {len(pairs)} pairs turn" if shared[0] in use.index else ""
         models = "<br>".join(str(model) for model, *_ in shared)
-        look = phases.index(phase) % len(DASHES)
+        look = phases.index((phase, window)) % len(DASHES)
         figure.add_trace(
             go.Scatter(
                 x=pairs,
