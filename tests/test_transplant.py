@@ -8,13 +8,22 @@ import pytest
 import torch
 import transformers as hf
 
-from rope_probe import InputError, KeyValueStream, KeyValueTask, load_model, retrieval_accuracy, transplant_spans
+from rope_probe import (
+    InputError,
+    KeyValueStream,
+    KeyValueTask,
+    compare_spans,
+    load_model,
+    retrieval_accuracy,
+    transplant_spans,
+)
 from rope_probe.spans import (
     Span,
     fraction_to_reach,
     gradient_times_change,
     query_spans,
     span_effects,
+    spans_of,
     transplanted,
     whole,
 )
@@ -65,6 +74,23 @@ def test_a_model_with_rope_parameters_per_layer_type_keeps_its_own_rotation():
     assert same(weights(made), weights(after))
     with pytest.raises(InputError, match="rope parameters per layer type"):
         transplant_spans(before, after, [Span(part="rope")])
+
+
+def test_what_stands_out_in_a_comparison_can_be_transplanted():
+    before, after = pair_of("llama")
+    frame = compare_spans(before, after)
+    top = frame[frame["pair"].notna() & (frame["metric"] == "rel_change")].nlargest(3, "value")
+    spans = spans_of(top)
+    assert [span.layer for span in spans] == top["layer"].tolist()
+    assert {span.part for span in spans} <= {"W_Q", "W_K"}
+    made = compare_spans(before, transplant_spans(before, after, spans))
+    changed = made[made["pair"].notna() & (made["metric"] == "rel_change") & (made["value"] > 0)]
+    assert set(spans_of(changed)) == set(spans)
+    parts = frame[frame["head"].isna() & (frame["site"] != "ln_final")]
+    assert Span(1, part="norms") in spans_of(parts)
+    assert Span(part="W_E") in spans_of(parts)
+    with pytest.raises(InputError, match="'ln_final' are of no span"):
+        spans_of(frame)
 
 
 def test_transplanting_nothing_leaves_a_copy():

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
+import pandas as pd
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -126,6 +127,21 @@ def site_of(part: Part, layer: int | None) -> str:
 
 def _in_layer(site: str, layer: int | None) -> str:
     return site if layer is None else f"blocks.{layer}.{site}"
+
+
+def spans_of(frame: pd.DataFrame) -> list[Span]:
+    """The spans that rows of `compare_spans` speak of, each once, in their order: to transplant what stands out there.
+
+    Raises InputError for a row of no span by itself, as those of the final norm.
+    """
+    parts = {site.rpartition(".")[2]: part for part, site in _SITES.items()} | {part: part for part in ATTENTION}
+    found = []
+    for row in frame[["site", "layer", "head", "pair"]].drop_duplicates().itertuples(index=False):
+        part = parts.get(str(row.site).rpartition(".")[2])
+        if part is None:
+            raise InputError(f"rows at site {row.site!r} are of no span; take rows of {', '.join(parts)}")
+        found.append(Span(*(None if pd.isna(value) else int(value) for value in row[1:]), part))  # type: ignore[arg-type]
+    return found
 
 
 class Piece(NamedTuple):
