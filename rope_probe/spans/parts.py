@@ -140,7 +140,8 @@ def spans_of(frame: pd.DataFrame) -> list[Span]:
         part = parts.get(str(row.site).rpartition(".")[2])
         if part is None:
             raise InputError(f"rows at site {row.site!r} are of no span; take rows of {', '.join(parts)}")
-        found.append(Span(*(None if pd.isna(value) else int(value) for value in row[1:]), part))  # type: ignore[arg-type]
+        layer, head, pair = (None if pd.isna(value) else int(value) for value in (row.layer, row.head, row.pair))
+        found.append(Span(layer, head, pair, part))  # type: ignore[arg-type]
     return found
 
 
