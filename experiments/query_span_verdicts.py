@@ -14,6 +14,7 @@ from experiments.query_spans import (
     INTO_END,
     INTO_START,
     KEPT,
+    PATH,
     PREDICTORS,
     TOGETHER,
     WITH_KEYS,
@@ -241,21 +242,19 @@ def _judge_curves(kept: pd.DataFrame, arm: str, judge: Callable) -> None:
 
 
 def _judge_path(frame: pd.DataFrame, arm: str, judge: Callable) -> None:
-    """Prediction 13, by the area under the curves where a fraction is inf."""
+    """Prediction 13, seed by seed; 0 where no other predictor gets to half of the gain at all."""
     table = curves(frame, WITH_KEYS).loc[arm]
     ends = accuracies(frame, INTO_START).loc[arm]
-    halves: dict[str, dict[int, float]] = {}
-    for (seed, order), values in table.iterrows():
-        level = ends.loc[seed, "nothing"] + 0.5 * (ends.loc[seed, "everything"] - ends.loc[seed, "nothing"])
-        halves.setdefault(order, {})[seed] = fraction_to_reach(values.index.to_list(), values.to_list(), level)
-    path = np.mean(list(halves["by gradients along the path"].values()))
-    best = min(np.mean(list(halves[name].values())) for name in PREDICTORS if "path" not in name)
-    judge(
-        13,
-        f"{arm}: fraction for half by gradients along the path, over the best other below 1",
-        [path / best],
-        _below(1),
-    )
+    ratios = []
+    for seed, orders in table.groupby("seed"):
+        start, end = ends.loc[seed, "nothing"], ends.loc[seed, "everything"]
+        level = start + 0.5 * (end - start)
+        half = {
+            order: fraction_to_reach(values.index.to_list(), values.to_list(), level)
+            for (_, order), values in orders.iterrows()
+        }
+        ratios.append(half[PATH] / min(half[name] for name in PREDICTORS if name != PATH))
+    judge(13, f"{arm}: fraction for half by gradients along the path, over the best other below 1", ratios, _below(1))
 
 
 def _above(bound: float, *, strictly: bool = False) -> Callable[[float], bool]:

@@ -82,12 +82,12 @@ ALONE, TOGETHER_ALONE = "query span reverted in the end", "query and key span re
 KEPT = "query spans kept in the end, {}"
 WITH_KEYS = "query spans brought into the start after W_K, {}"
 TOGETHER = "query and key spans brought into the start, {}"
-BY_EFFECT, GREEDY = "by single effect", "greedy"
+BY_EFFECT, GREEDY, PATH = "by single effect", "greedy", "by gradients along the path"
 PREDICTORS = {
     "by change of weights": "change_norm",
     "by change of states": "state_change",
     "by gradient times change": "gradient_times_change",
-    "by gradients along the path": "path_gradients",
+    PATH: "path_gradients",
 }
 Measure = Callable[[HookedCausalLM], pd.DataFrame]
 
