@@ -51,6 +51,7 @@ def span_heatmap(frame: pd.DataFrame, label: str = "") -> go.Figure:
     rows = _by_pair(frame)
     sites = [part for part in _ROTARY if rows["part"].eq(part).any()]
     figure = make_subplots(rows=1, cols=len(sites), shared_yaxes=True, subplot_titles=sites, horizontal_spacing=0.04)
+    figure.update_annotations(yshift=14)
     for column, part in enumerate(sites, start=1):
         table = rows[rows["part"] == part].pivot_table(index="layer", columns="pair", values="value")
         _heatmap(figure, table, [f"layer {layer}" for layer in table.index], _lengths(rows), frame, column)
@@ -68,6 +69,7 @@ def span_heads(frame: pd.DataFrame, label: str = "") -> go.Figure:
     rows = rows[rows["seed"].fillna(-1) == rows["seed"].fillna(-1).min()]
     sites = [part for part in _ROTARY if rows["part"].eq(part).any()]
     figure = make_subplots(rows=1, cols=len(sites), subplot_titles=sites, horizontal_spacing=0.1)
+    figure.update_annotations(yshift=14)
     for column, part in enumerate(sites, start=1):
         table = rows[rows["part"] == part].pivot_table(index=["layer", "head"], columns="pair", values="value")
         names = [f"{layer}.{head} " for layer, head in table.index]
@@ -230,10 +232,17 @@ def _heatmap(
     for (phase, window), turning in ends.items():
         dash = "dot" if phase == "before" else "solid"
         figure.add_vline(x=turning - 0.5, line={"color": "white", "width": 3, "dash": dash}, row=1, col=column)
+        axis = "" if column == 1 else str(column)
         figure.add_annotation(
-            x=turning - 0.5, y=1, yref="paper", yanchor="bottom", text=f"{window:,}", showarrow=False,
-            font={"size": 11, "color": "#555555"}, row=1, col=column,
-        )  # fmt: skip
+            x=turning - 0.5,
+            y=1,
+            xref=f"x{axis}",
+            yref=f"y{axis} domain",
+            yanchor="bottom",
+            text=f"{window:,}",
+            showarrow=False,
+            font={"size": 11, "color": "#555555"},
+        )
     figure.update_layout(coloraxis={"colorscale": "Viridis", "colorbar": {"title": "relative<br>change"}})
 
 
