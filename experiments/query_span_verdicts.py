@@ -50,35 +50,51 @@ def gains(frame: pd.DataFrame, arm: str) -> pd.DataFrame:
 
 
 def curves(frame: pd.DataFrame, kind: str) -> pd.DataFrame:
-    """Accuracy against how many query spans are at the end's value: by arm, seed and order; random ones averaged."""
+    """Accuracy against the fraction of query spans transplanted: a row for each arm of training, seed and order."""
     prefix = kind.format("")
     rows = frame[frame["arm"].str.startswith(prefix) & (frame["metric"] == "accuracy") & (frame["seq_len"] == LONG)]
     counts = rows["perturbation"].str.extract(r"(\d+) of (\d+)").astype(float)
-    rows = rows.assign(
-        order=rows["arm"].str.removeprefix(prefix).str.replace(r"random \d+", RANDOM, regex=True),
-        fraction=counts[0] / counts[1],
-    )
+    rows = rows.assign(order=rows["arm"].str.removeprefix(prefix), fraction=counts[0] / counts[1])
     return rows.pivot_table(index=["model", "seed", "order"], columns="fraction", values="value")
+
+
+def reached(frame: pd.DataFrame, kind: str, share: float) -> pd.DataFrame:
+    """The fraction of query spans at which each order has `share` of the gain; by arm and seed, random orders' mean.
+
+    inf where no size reaches it.
+    """
+    ends = accuracies(frame, INTO_START)
+    found = []
+    for (model, seed, order), values in curves(frame, kind).iterrows():
+        start, end = (ends.loc[(model, seed), name] for name in ("nothing", "everything"))
+        level = start + share * (end - start)
+        fraction = fraction_to_reach(values.index.to_list(), values.to_list(), level)
+        found.append({"model": model, "seed": seed, "order": order.split(" ")[0] if RANDOM in order else order})
+        found[-1] |= {"fraction": fraction}
+    table = pd.DataFrame(found).groupby(["model", "seed", "order"])["fraction"].mean()
+    return table.unstack("order")
 
 
 def carrying(frame: pd.DataFrame) -> pd.DataFrame:
     """The fraction of the query spans that brings half, and 90%, of the gain; the mean over seeds and its interval.
 
-    `most` is the share of the gain that the best size reaches; a fraction is inf on seeds where that is not enough.
+    `most` is the share of the gain that the best size reaches.
     """
     rows = []
     ends = accuracies(frame, INTO_START)
     for kind in (WITH_KEYS, TOGETHER, KEPT):
-        for (model, order), part in curves(frame, kind).groupby(["model", "order"], sort=False):
-            found: dict[str, list[float]] = {"half": [], "90%": [], "most": []}
-            for (_, seed, _), values in part.iterrows():
-                start, end = (ends.loc[(model, seed), name] for name in ("nothing", "everything"))
-                for name, share in (("half", 0.5), ("90%", 0.9)):
-                    level = start + share * (end - start)
-                    found[name].append(fraction_to_reach(values.index.to_list(), values.to_list(), level))
-                found["most"].append((values.max() - start) / (end - start))
-            told = {"what": kind.format(order), "model": model, "seeds": len(part)}
-            rows.append(told | {name: _told(values) for name, values in found.items()})
+        if curves(frame, kind).empty:
+            continue
+        shares = {name: reached(frame, kind, share) for name, share in (("half", 0.5), ("90%", 0.9))}
+        best = curves(frame, kind).max(axis=1).rename("best").reset_index("order")
+        best["order"] = best["order"].str.replace(r"random \d+", RANDOM, regex=True)
+        best = best.set_index("order", append=True)["best"].groupby(["model", "seed", "order"]).mean().unstack("order")
+        most = best.sub(ends["nothing"], axis=0).div(ends["everything"] - ends["nothing"], axis=0)
+        for model in most.index.unique("model"):
+            for order in most.columns[most.loc[model].notna().any()]:
+                told = {name: _told(table.loc[model][order].to_list()) for name, table in shares.items()}
+                told["most"] = _told(most.loc[model][order].to_list())
+                rows.append({"what": kind.format(order), "model": model, "seeds": len(most.loc[model]), **told})
     return pd.DataFrame(rows)
 
 
@@ -153,7 +169,7 @@ def verdicts(frame: pd.DataFrame) -> pd.DataFrame:
     def judge(number: int, what: str, by_seed: Iterable[float], holds: Callable[[float], bool]) -> None:
         values = pd.Series(list(by_seed), dtype=float)
         if len(values):
-            low, high = student_interval(values)
+            low, high = student_interval(values) if np.isfinite(values).all() else (math.nan, math.nan)
             mean = values.mean()
             rows.append((number, what, len(values), mean, low, high, "yes" if holds(mean) else "no"))
 
@@ -165,7 +181,7 @@ def verdicts(frame: pd.DataFrame) -> pd.DataFrame:
         for other in ("W_K", "W_V", "W_O", "MLP"):
             even = number == 2 or other == "W_K"
             wanted = "within .8 to 1.25" if even else "above 1"
-            holds = _within(0.8, 1.25) if even else _above(1)
+            holds = _within(0.8, 1.25) if even else _above(1, strictly=True)
             judge(number, f"{arm}: change of W_Q over {other} {wanted}", mine["W_Q"] / mine[other], holds)
     if MAIN in changes.index:
         _judge_spectrum(frame, judge)
@@ -183,7 +199,7 @@ def verdicts(frame: pd.DataFrame) -> pd.DataFrame:
         judge(7, f"{arm}: gain that W_Q alone brings below .1", brought["W_Q"], _below(0.1))
         judge(7, f"{arm}: gain that W_Q, W_K, W_V, W_O bring .5 or more", brought["W_Q, W_K, W_V, W_O"], _above(0.5))
         judge(8, f"{arm}: gain left with W_Q reverted below .1", left["W_Q"], _below(0.1))
-        judge(8, f"{arm}: gain left with the MLP reverted above .5", left["mlp"], _above(0.5))
+        judge(8, f"{arm}: gain left with the MLP reverted above .5", left["mlp"], _above(0.5, strictly=True))
         _judge_curves(curves(frame, KEPT).loc[arm], arm, judge)
         cost = left["W_Q, slow pairs"] - left["W_Q, fast pairs"]
         judge(
@@ -222,39 +238,35 @@ def _judge_spectrum(frame: pd.DataFrame, judge: Callable) -> None:
     frequency = 2 * np.pi / turns["wavelength"] - 2 * np.pi / turns["wavelength_after"]
     by_pair = turns.assign(frequency=frequency).groupby(["seed", "pair"])[["value", "frequency"]].mean()
     rho = [stats.spearmanr(part["value"], part["frequency"]).statistic for _, part in by_pair.groupby("seed")]
-    judge(4, f"{MAIN}: layer 0, correlation of turns with lost frequency above .5", rho, _above(0.5))
+    judge(4, f"{MAIN}: layer 0, correlation of turns with lost frequency above .5", rho, _above(0.5, strictly=True))
 
 
 def _judge_curves(kept: pd.DataFrame, arm: str, judge: Callable) -> None:
-    """Prediction 9: of what the query spans add to the end without them, between none and all."""
-    found: dict[tuple[str, float], dict[int, float]] = {}
+    """Prediction 9: of what the query spans add to the end without them, between none and all; seeds where they do."""
+    found: dict[tuple[str, float], dict[int, list[float]]] = {}
     for (seed, order), values in kept.iterrows():
         first, last = values.iloc[0], values.iloc[-1]
+        if last <= first:
+            continue
         for share in (0.5, 0.9):
-            level = first + share * (last - first)
-            found.setdefault((order, share), {})[seed] = fraction_to_reach(
-                values.index.to_list(), values.to_list(), level
-            )
-    half = pd.Series(found[BY_EFFECT, 0.5])
-    judge(9, f"{arm}: fraction of query spans by single effect for half .25 or less", half, _below(0.25))
-    judge(9, f"{arm}: the same for 90% .5 or less", found[BY_EFFECT, 0.9].values(), _below(0.5))
-    judge(9, f"{arm}: random over single effect, for half, above 2", pd.Series(found[RANDOM, 0.5]) / half, _above(2))
+            fraction = fraction_to_reach(values.index.to_list(), values.to_list(), first + share * (last - first))
+            by = RANDOM if order.startswith(RANDOM) else order
+            found.setdefault((by, share), {}).setdefault(seed, []).append(fraction)
+    means = {at: pd.Series({seed: np.mean(values) for seed, values in of.items()}) for at, of in found.items()}
+    half = means[BY_EFFECT, 0.5]
+    judge(9, f"{arm}: fraction of query spans by single effect for half .25 or less", half, _at_most(0.25))
+    judge(9, f"{arm}: the same for 90% .5 or less", means[BY_EFFECT, 0.9], _at_most(0.5))
+    judge(
+        9, f"{arm}: random over single effect, for half, above 2", means[RANDOM, 0.5] / half, _above(2, strictly=True)
+    )
 
 
 def _judge_path(frame: pd.DataFrame, arm: str, judge: Callable) -> None:
-    """Prediction 13, seed by seed; 0 where no other predictor gets to half of the gain at all."""
-    table = curves(frame, WITH_KEYS).loc[arm]
-    ends = accuracies(frame, INTO_START).loc[arm]
-    ratios = []
-    for seed, orders in table.groupby("seed"):
-        start, end = ends.loc[seed, "nothing"], ends.loc[seed, "everything"]
-        level = start + 0.5 * (end - start)
-        half = {
-            order: fraction_to_reach(values.index.to_list(), values.to_list(), level)
-            for (_, order), values in orders.iterrows()
-        }
-        ratios.append(half[PATH] / min(half[name] for name in PREDICTORS if name != PATH))
-    judge(13, f"{arm}: fraction for half by gradients along the path, over the best other below 1", ratios, _below(1))
+    """Prediction 13: the mean over seeds, inf where a predictor does not get to half of the gain on one of them."""
+    half = reached(frame, WITH_KEYS, 0.5).loc[arm]
+    best = half[[name for name in PREDICTORS if name != PATH]].mean().min()
+    what = f"{arm}: fraction for half by gradients along the path below {best:.2f}, the best other predictor's"
+    judge(13, what, half[PATH], _below(best))
 
 
 def _above(bound: float, *, strictly: bool = False) -> Callable[[float], bool]:
@@ -263,6 +275,10 @@ def _above(bound: float, *, strictly: bool = False) -> Callable[[float], bool]:
 
 def _below(bound: float) -> Callable[[float], bool]:
     return lambda value: value < bound
+
+
+def _at_most(bound: float) -> Callable[[float], bool]:
+    return lambda value: value <= bound
 
 
 def _within(low: float, high: float) -> Callable[[float], bool]:

@@ -152,7 +152,9 @@ def spans(
     window: Annotated[
         int | None, typer.Option(min=1, help="Tokens in that window [default: all of --tokens, or 512].")
     ] = None,
-    document_length: Annotated[int, typer.Option(min=1, help="Length of the random document repeated in it.")] = 64,
+    document_length: Annotated[
+        int | None, typer.Option(min=1, help="Length of the random document repeated in it [default: 64].")
+    ] = None,
     tokens: Annotated[
         Path | None, typer.Option(help="File of documents to pack instead: token ids, one document a line.")
     ] = None,
@@ -167,14 +169,15 @@ def spans(
     Weights are read tensor by tensor from safetensors files, so models of any size fit.
     """
     config = {key: value for key, value in locals().items() if key != "out"}
-    if not states and (window, tokens, masked, device, dtype, attn) != (None, None, False, "cpu", None, _SDPA):
-        raise InputError("--window, --tokens, --masked, --device, --dtype and --attn are for --states; add it")
+    of_states = (window, document_length, tokens, masked, device, dtype, attn)
+    if not states and of_states != (None, None, None, False, "cpu", None, _SDPA):
+        raise InputError("--window, --document-length, --tokens, --masked, --device, --dtype and --attn need --states")
     with new_run(out, "spans", config) as run:
         one, other = weights_of(before), weights_of(after)
         if states:
             kind: dict[str, Any] = {"attn": attn.value, "dtype": _torch_dtype(dtype), "device": device}
             start, end = (load_model(name, **kind) for name in (before, after))
-            read = _window(start, window, None, document_length, tokens, seed)
+            read = _window(start, window, None, document_length or 64, tokens, seed)
             run.record(compare_states(start, end, read, masked=masked), model=after, seed=seed, arm="states")
             run.manifest |= {"tokens_sha256": hash_tokens(read.tokens), "attention_kernel": attn.value}
             run.manifest |= {"mask": "documents" if masked else "none", "positions": "continuous"}
@@ -302,7 +305,7 @@ def _print_spans(changed: pd.DataFrame, statistics: pd.DataFrame, geometry: pd.D
     )
     columns = ["rel_change", "cosine", "norm_change", "rotation_tokens", "qk_rel_change"]
     print("\nThe query spans that changed most")
-    print(_table(told.nlargest(10, "rel_change")[columns].reset_index(), "{:.4g}", index=False))
+    print(_table(told.nlargest(10, "rel_change").reindex(columns=columns).reset_index(), "{:.4g}", index=False))
 
 
 def _table(frame: pd.DataFrame, number: str, *, index: bool = True) -> str:

@@ -252,7 +252,7 @@ BAD_SPANS = {
     "other heads": (lambda c, t: [c, other(t, num_attention_heads=2)], "num_attention_heads is 4 before and 2 after"),
     "another width": (lambda c, t: [c, other(t, hidden_size=64)], "hidden_size is 32 before and 64 after"),
     "one checkpoint": (lambda c, t: [c], "'after'"),
-    "a window for no states": (lambda c, t: [c, c, "--window", "64"], "are for --states"),
+    "a window for no states": (lambda c, t: [c, c, "--window", "64"], "need --states"),
     "a window of nothing": (lambda c, t: [c, c, "--long", "0"], "--long"),
     "broken documents": (lambda c, t: [c, c, "--states", "--window", "100"], "100"),
 }

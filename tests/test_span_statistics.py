@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from rope_probe import InputError, compare_spans
-from rope_probe.spans import contrast, enrichment, gini, span_statistics, stability, top_share
+from rope_probe import InputError, compare_spans, rope
+from rope_probe.spans import contrast, enrichment, gini, landmarks, span_statistics, stability, top_share
 from rope_probe.spans.statistics import bands
 from tests import zoo
 
-SHARES = st.lists(st.floats(0, 1e6), min_size=1, max_size=30)
+SHARES = st.lists(st.floats(0, 1e6, allow_subnormal=False).map(lambda x: round(x, 6)), min_size=1, max_size=30)
 
 
 @given(SHARES)
@@ -47,6 +47,20 @@ def test_enrichment_counts_every_way_to_draw_the_band():
         ratios.append(math.log(values[drawn].mean() / values[~drawn].mean()))
     as_far = np.mean(np.array(ratios) >= math.log(3) - 1e-12)
     assert found.p_value == pytest.approx(2 * as_far)
+
+
+def test_enrichment_of_one_pair_that_alone_changed_is_as_likely_as_it_is():
+    found = enrichment([0, 0, 0, 1], [False, False, False, True])
+    assert (found.ratio, found.p_value) == (math.inf, 0.5)
+    assert math.isnan(enrichment([1, math.inf, 1, 1], [True, False, False, False]).p_value)
+    assert math.isnan(enrichment([0, 0, 0], [True, False, False]).p_value)
+
+
+def test_rank_correlation_has_the_p_value_of_permutations():
+    profile = np.array([8.0, 7, 6, 5, 4, 1, 2, 3])
+    found = span_statistics(frame_of(profile), short=64, long=1000).set_index("metric")["value"]
+    wanted = stats.spearmanr(np.arange(8), profile)
+    assert found["rank_correlation_p"] == pytest.approx(wanted.pvalue, abs=0.01)
 
 
 def test_no_enrichment_is_found_in_noise_more_often_than_it_says():
@@ -121,3 +135,17 @@ def test_a_contrast_is_in_doublings_and_knows_its_spans():
     assert found.groupby("pair")["value"].mean().to_dict() == {0: 2.0, 1: 0.0, 2: -2.0}
     assert (found["metric"] == "log2_ratio").all()
     assert found["wavelength_after"].notna().all()
+
+
+def test_landmarks_leave_out_what_has_no_meaning():
+    plain, flat = (zoo.llama(rope_parameters={"rope_type": "default", "rope_theta": theta}) for theta in (100.0, 1.0))
+    scaled = zoo.llama(rope_parameters=zoo.ROPE_TYPES["yarn"])
+    frame = landmarks(plain, scaled, short=16, long=64).set_index(["phase", "metric"])["value"]
+    assert frame["before", "rope_theta"] == 100
+    assert frame["before", "turning_pairs"] == 1
+    assert frame["before", "base_bound"] == pytest.approx(rope.base_bound(8, 16))
+    assert frame["before", "critical_dimension"] == rope.critical_dimension(8, 100.0, 16)
+    assert set(frame["after"].index) == {"turning_pairs", "spectrum_use"}
+    assert set(landmarks(flat, flat, short=16, long=16)["metric"]) == {"turning_pairs", "spectrum_use"}
+    one_pair = zoo.llama(head_dim=2)
+    assert "base_bound" not in set(landmarks(one_pair, one_pair, short=16, long=16)["metric"])

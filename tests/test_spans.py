@@ -401,7 +401,10 @@ SPOILED = {
     "no weights": (_lose_all, "has no model.safetensors and no model.safetensors.index.json"),
     "int8": (_edit(lambda w: w.to(torch.int8)), "'model.layers.1.self_attn.q_proj.weight' .* is stored as I8"),
     "float8": (_edit(lambda w: w.to(torch.float8_e4m3fn)), "is stored as F8_E4M3"),
-    "other shape": (_edit(lambda w: w[:16].clone()), r"'model.layers.1.self_attn.q_proj.weight' is \[32, 32\] before"),
+    "other shape": (
+        _edit(lambda w: w[:16].clone()),
+        r"q_proj.weight of .*after' is \[16, 32\], but its config asks for \[32, 32\]",
+    ),
     "NaN": (_edit(_put(math.nan)), "'model.layers.1.self_attn.q_proj.weight' of .*after.* holds values that are not"),
     "infinity": (_edit(_put(math.inf)), "'model.layers.1.self_attn.q_proj.weight' of .* not finite"),
     "quantised": (_quantised_config, "is quantised; give one in float32"),
@@ -416,6 +419,88 @@ def test_a_spoiled_checkpoint_is_refused_by_what_is_wrong_with_it(how, saved):
     spoil(folders[1])
     with pytest.raises(InputError, match=told):
         compare_spans(*folders)
+
+
+@pytest.mark.parametrize("change", ["num_hidden_layers", "num_key_value_heads"])
+@pytest.mark.parametrize("more", [False, True])
+def test_a_config_that_is_not_of_its_weights_is_refused(change, more, saved):
+    folders = [saved(zoo.llama(), name) for name in ("before", "after")]
+    for folder in folders:
+        config = json.loads((folder / "config.json").read_text())
+        config[change] += 1 if more else -1
+        (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        InputError, match=r"lacks 'model.layers.2|is of layer 1, but the config has 1|asks for|no causal LM"
+    ):
+        compare_spans(*folders)
+
+
+@pytest.mark.parametrize("lost", ["model.layers.1.self_attn.q_proj.weight", "model.layers.0.mlp.up_proj.weight"])
+def test_a_weight_that_both_lack_is_missed(lost, saved):
+    folders = [saved(zoo.llama(), name) for name in ("before", "after")]
+    for folder in folders:
+        tensors = load_file(folder / "model.safetensors")
+        tensors.pop(lost)
+        save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(InputError, match=f"lacks '{lost}', or has it quantised"):
+        compare_spans(*folders)
+
+
+def test_a_head_that_is_stored_though_it_is_tied_counts_once(saved):
+    model = zoo.llama(tie_word_embeddings=True)
+    folders = [saved(model, name) for name in ("before", "after")]
+    tensors = load_file(folders[1] / "model.safetensors")
+    save_file(tensors | {"lm_head.weight": model.lm_head.weight.detach().clone()}, folders[1] / "model.safetensors")
+    frame = compare_spans(*folders)
+    assert "unembed.W_U" not in set(frame["site"])
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float64, torch.float16)])
+def test_checkpoints_of_different_precision_are_compared_in_the_wider_one(dtypes):
+    model = zoo.llama()
+    frame = compare_spans(*(copy.deepcopy(model).to(dtype) for dtype in dtypes))
+    rounding = frame[frame["metric"] == "rel_change"]["value"]
+    assert 1e-5 < rounding.max() < 1e-2
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "phi", "starcoder2_sliding"])
+def test_biases_count_and_are_named_where_they_are_not_finite(name):
+    before = zoo.model(zoo.CONFIGS[name]())
+    for part in ("W_Q", "W_O"):
+        one = next(one for one in projections_of(before) if one.part == part)
+        after = copy.deepcopy(before)
+        after.get_parameter(one.bias).data += 1
+        frame = compare_spans(before, after)
+        assert value(frame, "change_norm", site=one.site, head=None) > 1
+        after.get_parameter(one.bias).data[0] = math.nan
+        with pytest.raises(InputError, match=f"tensor '{one.bias}' of the .* model after holds values"):
+            compare_spans(before, after)
+
+
+def test_heads_of_an_odd_dimension_are_compared():
+    config = hf.GPTNeoXConfig(**{**zoo.NEOX, "hidden_size": 27, "num_attention_heads": 3, "intermediate_size": 30})
+    before, after = (zoo.model(config, seed=seed) for seed in (0, 1))
+    frame = compare_spans(before, after)
+    x, y = (m.gpt_neox.layers[0].attention.query_key_value.weight.detach().double() for m in (before, after))
+    wanted = ((y[18:27] - x[18:27]).norm() / x[18:27].norm()).item()
+    assert value(frame, "rel_change", site="blocks.0.attn.W_V", head=0) == pytest.approx(wanted, rel=1e-3)
+
+
+def test_models_that_rotate_in_other_layers_or_dimensions_are_refused():
+    layers = [hf.SmolLM3Config(**zoo.DEEPER, no_rope_layers=some) for some in ([1, 1, 1, 1], [1, 1, 1, 0])]
+    with pytest.raises(InputError, match="layer 3 rotates 8 dimensions of a head before and 0 after"):
+        compare_spans(*map(zoo.model, layers))
+    with pytest.raises(InputError, match="layer 0 rotates 8 dimensions of a head before and 4 after"):
+        compare_spans(*(zoo.model(zoo.CONFIGS[name]()) for name in ("phi3", "phi3_partial")))
+
+
+def test_weights_in_memory_that_are_no_floats_are_refused():
+    model = zoo.llama()
+    model.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(
+        model.model.layers[0].mlp.up_proj.weight.data.to(torch.int8), requires_grad=False
+    )
+    with pytest.raises(InputError, match=r"up_proj.weight' of the llama model before is stored as int8"):
+        compare_spans(model, zoo.llama())
 
 
 def test_nan_in_a_part_without_heads_is_named_too():

@@ -99,6 +99,13 @@ def test_windows_are_averaged():
     both = compare_states(before, after, windows)
     each = [compare_states(before, after, window) for window in windows]
     keys = ["site", "head", "pair", "document", "metric"]
+    phases = [
+        frame[frame["metric"] == "phase_radians"].set_index(keys)["value"].sort_index() for frame in (*each, both)
+    ]
+    away = np.exp(1j * (phases[0] - phases[2])) + np.exp(1j * (phases[1] - phases[2]))
+    np.testing.assert_allclose(away.to_numpy().imag, 0, atol=1e-9)
+    assert (away.to_numpy().real >= -1e-9).all()
+    both, *each = (frame[frame["metric"] != "phase_radians"] for frame in (both, *each))
     mean = (each[0].set_index(keys)["value"] + each[1].set_index(keys)["value"]) / 2
     np.testing.assert_allclose(both.set_index(keys)["value"].sort_index(), mean.sort_index(), rtol=1e-12)
 

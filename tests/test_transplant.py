@@ -54,7 +54,7 @@ def same(one, other):
     return all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("name", [name for name in zoo.CONFIGS if name != "gemma3"])
+@pytest.mark.parametrize("name", zoo.CONFIGS)
 def test_transplanting_everything_makes_the_other_model_bit_for_bit(name):
     before, after = pair_of(name)
     kept = weights(before), weights(after)
@@ -68,12 +68,25 @@ def test_transplanting_everything_makes_the_other_model_bit_for_bit(name):
     assert same(weights(after), kept[1])
 
 
-def test_a_model_with_rope_parameters_per_layer_type_keeps_its_own_rotation():
-    before, after = pair_of("gemma3")
-    made = transplant_spans(before, after, [span for span in whole(before) if span.part != "rope"])
-    assert same(weights(made), weights(after))
-    with pytest.raises(InputError, match="rope parameters per layer type"):
-        transplant_spans(before, after, [Span(part="rope")])
+def test_rotation_comes_with_all_that_it_depends_on():
+    before = zoo.model(zoo.CONFIGS["phi3"]())
+    longer = {**zoo.ROPE_TYPES["longrope"], "original_max_position_embeddings": 32}
+    after = zoo.model(hf.Phi3Config(**{**zoo.SIZES, "max_position_embeddings": 512}, rope_parameters=longer), seed=1)
+    made = transplant_spans(before, after, whole(before))
+    assert made.model.rotary_emb.attention_scaling == after.model.rotary_emb.attention_scaling > 1
+    assert made.config.max_position_embeddings == 512
+    with torch.no_grad():
+        for length in (20, 60):
+            ids = zoo.tokens(2, length)
+            assert torch.equal(made(ids).logits, after(ids).logits)
+    with pytest.raises(InputError, match="layer 0 rotates 8 dimensions of a head before and 4 after"):
+        transplant_spans(before, zoo.model(zoo.CONFIGS["phi3_partial"]()), [Span(part="rope")])
+
+
+def test_a_donor_without_the_weights_is_refused():
+    before = zoo.model(hf.LlamaConfig(**zoo.SIZES, attention_bias=True))
+    with pytest.raises(InputError, match=r"q_proj.bias is not in both models in one shape; W_Q cannot"):
+        transplant_spans(before, zoo.llama(), [Span()])
 
 
 def test_what_stands_out_in_a_comparison_can_be_transplanted():
@@ -270,6 +283,15 @@ def test_contributions_along_the_path_add_up_to_what_the_loss_falls_by():
     one, *others = gradient_times_change(host, after, [Span(), *query_spans(before)], loss, steps=4)
     assert one == pytest.approx(sum(others), rel=1e-9)
     assert same(weights(before), kept)
+    for parameter in before.parameters():
+        parameter.requires_grad_(False)
+    assert gradient_times_change(host, load_model(after), [Span()], loss, steps=4) == pytest.approx([one])
+    assert not any(parameter.requires_grad for parameter in before.parameters())
+    assert gradient_times_change(host, after, [], loss) == []
+    with pytest.raises(InputError, match="steps must be 0 or more, but it is -1"):
+        gradient_times_change(host, after, parts, loss, steps=-1)
+    with pytest.raises(InputError, match="there are no groups"):
+        span_effects(host, after, {}, loss)
 
 
 def test_query_spans_are_all_there_are():

@@ -10,6 +10,7 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 MHA = {**SIZES, "num_key_value_heads": 4}
+NEOX = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}
 DEEPER = {**SIZES, "num_hidden_layers": 4}
 HALF_ROTARY = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
 
@@ -31,8 +32,8 @@ CONFIGS = {
     ),
     "phi3": lambda: hf.Phi3Config(**SIZES),
     "phi3_partial": lambda: hf.Phi3Config(**SIZES, rope_parameters=HALF_ROTARY),
-    "gpt_neox": lambda: hf.GPTNeoXConfig(**MHA),
-    "gpt_neox_sequential": lambda: hf.GPTNeoXConfig(**MHA, use_parallel_residual=False),
+    "gpt_neox": lambda: hf.GPTNeoXConfig(**NEOX),
+    "gpt_neox_sequential": lambda: hf.GPTNeoXConfig(**NEOX, use_parallel_residual=False),
     "olmo": lambda: hf.OlmoConfig(**SIZES),
     "olmo2": lambda: hf.Olmo2Config(**SIZES),
     "smollm3_nope_layer": lambda: hf.SmolLM3Config(**DEEPER),

@@ -14,7 +14,7 @@ from rope_probe.errors import InputError
 from rope_probe.hooked import HookedCausalLM
 from rope_probe.spans.parts import Piece, Span, pieces, projections_of
 from rope_probe.spans.stored import require_alike
-from rope_probe.spans.transplant import transplanted
+from rope_probe.spans.transplant import plain_model, transplanted
 
 
 def query_spans(model: PreTrainedModel) -> list[Span]:
@@ -30,7 +30,7 @@ def query_spans(model: PreTrainedModel) -> list[Span]:
 
 def span_effects(
     host: HookedCausalLM,
-    donor: PreTrainedModel,
+    donor: PreTrainedModel | HookedCausalLM,
     groups: Mapping[str, Iterable[Span]],
     measure: Callable[[HookedCausalLM], pd.DataFrame],
     *,
@@ -42,6 +42,8 @@ def span_effects(
     necessary. The host is as it was when this returns. `progress` is called with the groups just measured. Raises
     InputError as `transplanted`.
     """
+    if not groups:
+        raise InputError("there are no groups of spans to transplant; {'nothing': []} is one")
     frames = []
     for name, spans in groups.items():
         with transplanted(host, donor, spans):
@@ -53,7 +55,7 @@ def span_effects(
 
 def gradient_times_change(
     host: HookedCausalLM,
-    donor: PreTrainedModel,
+    donor: PreTrainedModel | HookedCausalLM,
     spans: Sequence[Span],
     loss: Callable[[HookedCausalLM], Tensor],
     *,
@@ -68,11 +70,18 @@ def gradient_times_change(
 
     The host is as it was when this returns. Raises InputError as `transplant_spans`.
     """
+    if steps < 0:
+        raise InputError(f"steps must be 0 or more, but it is {steps}")
+    donor = plain_model(donor)
     require_alike(host.config, donor.config)
-    of_span = [pieces(host.original_model, span) for span in spans]
+    projections = projections_of(host.original_model)
+    of_span = [pieces(host.original_model, span, projections) for span in spans]
+    if not of_span:
+        return []
     own = dict(host.original_model.named_parameters())
     parameters = {piece.name: own[piece.name] for some in of_span for piece in some}
     change = {name: donor.get_parameter(name).detach().to(value) - value.detach() for name, value in own.items()}
+    wanted = {name: value.requires_grad for name, value in own.items()}
     kept = {name: value.detach().clone() for name, value in own.items()}
     total = {name: torch.zeros_like(value) for name, value in parameters.items()}
     try:
@@ -80,12 +89,15 @@ def gradient_times_change(
             for name, value in own.items():
                 value.data.copy_(kept[name] + at * change[name])
             with torch.enable_grad():
+                for value in parameters.values():
+                    value.requires_grad_()
                 gradients = torch.autograd.grad(loss(host), list(parameters.values()))
             for name, gradient in zip(parameters, gradients, strict=True):
                 total[name] -= gradient / max(1, steps)
     finally:
         for name, value in own.items():
             value.data.copy_(kept[name])
+            value.requires_grad_(wanted[name])
     contributions = {name: (total[name] * change[name]).double() for name in total}
 
     def of_piece(piece: Piece) -> float:

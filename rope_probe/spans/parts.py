@@ -1,7 +1,7 @@
 """What a model's weights are made of: parts, and in the attention's projections heads and rotary pairs."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
@@ -70,7 +70,9 @@ def projections_of(model: PreTrainedModel) -> list[Projection]:
     found = []
     for layer, rotary in enumerate(rotary_layers(model)):
         prefix = f"{model.base_model_prefix}.layers.{layer}"
-        counts = {"q": config.num_attention_heads, "k": config.num_key_value_heads, "v": config.num_key_value_heads}
+        queries = config.num_attention_heads
+        keys = getattr(config, "num_key_value_heads", None) or queries
+        counts = {"q": queries, "k": keys, "v": keys}
         for name, some in query_key_value_rows(model, layer).items():
             index = some.rows.view(counts[name], -1)
             pairs = _NO_PAIRS if rotary is None or name == "v" else rotary.pairs(index.shape[1])
@@ -99,6 +101,8 @@ def part_of(model: PreTrainedModel, name: str) -> tuple[Part | None, int | None]
     base = model.base_model_prefix
     if match := re.match(rf"{base}\.layers\.(\d+)\.(.+)", name):
         layer, inside = int(match[1]), match[2]
+        if layer >= len(model.base_model.layers):
+            raise InputError(f"tensor {name!r} is of layer {layer}, but the config has {len(model.base_model.layers)}")
         if "norm" in inside:
             return "norms", layer
         if not inside.startswith(f"{architecture.attn}."):
@@ -153,8 +157,8 @@ class Piece(NamedTuple):
     dim: int = 0
 
 
-def pieces(model: PreTrainedModel, span: Span) -> list[Piece]:
-    """The elements of a model's parameters that a span names.
+def pieces(model: PreTrainedModel, span: Span, projections: Sequence[Projection] | None = None) -> list[Piece]:
+    """The elements of a model's parameters that a span names; its `projections_of` are worked out unless given.
 
     Raises InputError for a part, layer, head or pair that is not there, and for "rope", which is no weight.
     """
@@ -164,7 +168,8 @@ def pieces(model: PreTrainedModel, span: Span) -> list[Piece]:
     if span.layer is not None and (span.part not in _OF_LAYERS or not 0 <= span.layer < layers):
         raise InputError(f"span {span} is not there: {_which(span.part, 'layers', layers)}")
     if span.part in ATTENTION:
-        return [piece for one in projections_of(model) if _names(span, one) for piece in _of_projection(span, one)]
+        of_model = projections_of(model) if projections is None else projections
+        return [piece for one in of_model if _names(span, one) for piece in _of_projection(span, one)]
     if span.head is not None or span.pair is not None:
         raise InputError(f"span {span} is not there: {span.part} has no heads and no pairs")
     named = [(name, part_of(model, name)) for name, _ in model.named_parameters()]

@@ -1,6 +1,6 @@
 """How the queries and keys of two checkpoints differ on the same windows, by layer, head, rotary pair and document."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from rope_probe.errors import InputError
 from rope_probe.hooked import HookedCausalLM
 from rope_probe.packing import Window
 from rope_probe.results import tidy
-from rope_probe.spans.stored import require_alike
+from rope_probe.spans.stored import require_alike, require_same_pairs
 
 Site = tuple[int, str]
 
@@ -33,7 +33,7 @@ def compare_states(
 
     Sites are `blocks.{i}.attn.unrotated_q|k`, in layers that rotate. Pairs of a state are taken as complex numbers
     z = first + i second. Rows by layer, head, pair and `document` of the window (with `by_position`, by `position` too,
-    T times as many), means over windows:
+    T times as many), means over windows, angles by their directions:
 
     - `norm_before`, `norm_after`: root mean square of |z| over the document's positions;
     - `rel_change`, root of the sum of |z' - z|^2 over that of |z|^2; `cosine`, between all of the document's z and z';
@@ -45,6 +45,7 @@ def compare_states(
     architecture, and for no windows.
     """
     require_alike(before.config, after.config)
+    require_same_pairs(before.rotary, after.rotary)
     windows = [windows] if isinstance(windows, Window) else list(windows)
     if not windows:
         raise InputError("states are compared on windows, but there are none")
@@ -53,16 +54,26 @@ def compare_states(
         mine, theirs = (_states(model, window, masked) for model in (before, after))
         groups = torch.arange(len(window)) if by_position else window.document_of
         for (layer, side), x in mine.items():
-            rotary = before.rotary[layer]
-            assert rotary is not None  # only such layers are read
-            rows = _compared(x, theirs[layer, side], groups, rotary)
+            rotaries = before.rotary[layer], after.rotary[layer]
+            assert rotaries[0] is not None  # only such layers are read
+            rows = _compared(x, theirs[layer, side], groups, rotaries[0])
             heads, pairs = rows["cosine"].shape[1:]
-            at = _columns(window, groups, heads, pairs, rotary, after.rotary[layer], by_position)
+            at = _columns(window, groups, heads, pairs, rotaries, by_position)
             at |= {"layer": layer, "site": f"blocks.{layer}.attn.unrotated_{side}", "seq_len": len(window)}
             frames += [pd.DataFrame({**at, "metric": m, "value": v.flatten().numpy()}) for m, v in rows.items()]
     frame = pd.concat(frames, ignore_index=True)
     keys = [column for column in frame.columns if column != "value"]
-    return tidy(frame.groupby(keys, sort=False, as_index=False)["value"].mean() if len(windows) > 1 else frame)
+    return tidy(_over_windows(frame, keys) if len(windows) > 1 else frame)
+
+
+def _over_windows(frame: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+    """Means over windows; of angles, the direction of the mean of their unit vectors."""
+    turns = frame["metric"] == "phase_radians"
+    vectors = np.exp(1j * frame.loc[turns, "value"])
+    angles = frame[turns].assign(real=vectors.to_numpy().real, imaginary=vectors.to_numpy().imag)
+    mean = angles.groupby(keys, sort=False, as_index=False)[["real", "imaginary"]].mean()
+    mean["value"] = np.arctan2(mean.pop("imaginary"), mean.pop("real"))
+    return pd.concat([frame[~turns].groupby(keys, sort=False, as_index=False)["value"].mean(), mean])
 
 
 def _states(model: HookedCausalLM, window: Window, masked: bool) -> dict[Site, Float[Tensor, "T H D"]]:
@@ -108,13 +119,14 @@ def _complex(x: Float[Tensor, "T H D"], rotary: Rotary) -> Complex[Tensor, "T H 
 
 
 def _columns(
-    window: Window, groups: Tensor, heads: int, pairs: int, before: Rotary, after: Rotary | None, by_position: bool
+    window: Window, groups: Tensor, heads: int, pairs: int, rotaries: Sequence[Rotary | None], by_position: bool
 ) -> dict[str, Any]:
     count = int(groups.max()) + 1
     each = np.repeat(np.arange(count), heads * pairs)
     columns = {"position": each, "document": window.document_of.numpy()[each]} if by_position else {"document": each}
     columns["head"] = np.tile(np.repeat(np.arange(heads), pairs), count)
     columns["pair"] = np.tile(np.arange(pairs), count * heads)
-    for name, rotary in (("wavelength", before), ("wavelength_after", after or before)):
+    for name, rotary in zip(("wavelength", "wavelength_after"), rotaries, strict=True):
+        assert rotary is not None
         columns[name] = np.tile(rope.wavelengths(rotary.inv_freq).numpy(), count * heads)
     return columns

@@ -17,6 +17,8 @@ from rope_probe.results import tidy
 
 Values = npt.ArrayLike
 BANDS = ("fast", "middle", "slow")
+_PERMUTATIONS = 10_000
+_LONGEST_BOUND = 2**17
 _SPAN = ["site", "layer", "head", "pair"]
 
 
@@ -49,10 +51,12 @@ def top_share(values: Values, share: float = 0.1) -> float:
 
 
 def enrichment(by_pair: Values, inside: npt.ArrayLike, *, permutations: int = 10_000, seed: int = 0) -> Enrichment:
-    """How far the pairs of a band stand out, by a permutation test of which pairs are in it (two-sided, in log ratio).
+    """How far the pairs of a band stand out, by a two-sided permutation test of which pairs are in it.
 
-    `by_pair` has one positive value a pair, the mean over heads: heads of a layer rotate alike, so they count as one.
-    Every permutation is tried where there are few enough. Raises InputError for a band of no pair or of all.
+    `by_pair` has one value a pair, 0 or more, the mean over heads: heads of a layer rotate alike, so they count as one.
+    The null takes pairs as exchangeable. Changes that go smoothly with wavelength are not, and get small p values from
+    that alone; what several seeds agree on is firmer. Every permutation is tried where there are few enough. NaN for
+    values that are not finite, or all 0. Raises InputError for a band of no pair or of all.
     """
     values, band = np.asarray(by_pair, float), np.asarray(inside, bool)
     if not 0 < band.sum() < len(band):
@@ -64,12 +68,15 @@ def enrichment(by_pair: Values, inside: npt.ArrayLike, *, permutations: int = 10
     else:
         rng = np.random.default_rng(seed)
         drawn = np.vstack([np.flatnonzero(band), rng.random((permutations, count)).argsort(1)[:, :inside_of]])
-    sums = values[drawn].sum(1)
-    ratios = np.log((sums / inside_of) / ((values.sum() - sums) / (count - inside_of)))
-    found = np.log(values[band].mean() / values[~band].mean())
-    slack = 1e-9 * max(1.0, abs(found))  # the same band, summed in another order
-    p_value = 2 * min((ratios >= found - slack).mean(), (ratios <= found + slack).mean())
-    return Enrichment(float(np.exp(found)), float(min(1.0, p_value)))
+    if not np.isfinite(values).all() or not values.any():
+        return Enrichment(math.nan, math.nan)
+    sums = values[drawn].sum(1)  # which rise with the ratio
+    slack = 1e-9 * values.sum()  # the same band, summed in another order
+    found = values[band].sum()
+    p_value = 2 * min((sums >= found - slack).mean(), (sums <= found + slack).mean())
+    outside = values[~band].mean()
+    ratio = values[band].mean() / outside if outside else math.inf
+    return Enrichment(float(ratio), float(min(1.0, p_value)))
 
 
 def bands(wavelengths: Values, short: float, long: float) -> np.ndarray:
@@ -83,8 +90,8 @@ def landmarks(before: PreTrainedModel, after: PreTrainedModel, *, short: int, lo
 
     Phases are `before` with the window `short` and `after` with `long` (as `seq_len`). Metrics: `turning_pairs`, those
     that complete a turn in the window, and `spectrum_use`, their share; for plain RoPE `critical_dimension` too (arXiv
-    2310.05209), and `base_bound` (arXiv 2405.14591), to be compared with `rope_theta`. By the first layer that rotates;
-    no rows for a model without one.
+    2310.05209), and `base_bound` (arXiv 2405.14591; in windows of up to 131,072), to be compared with `rope_theta`. By
+    the first layer that rotates; no rows for a model without one.
     """
     rows = []
     for phase, model, window in (("before", before, short), ("after", after, long)):
@@ -94,10 +101,12 @@ def landmarks(before: PreTrainedModel, after: PreTrainedModel, *, short: int, lo
         use = rope.spectrum_use(rotary.inv_freq, window)
         found = {"turning_pairs": use * len(rotary.inv_freq), "spectrum_use": use}
         parameters = model.config.rope_parameters
-        if parameters.get("rope_type") == "default":
-            theta = parameters["rope_theta"]
+        theta = parameters.get("rope_theta", 0.0)
+        if parameters.get("rope_type") == "default" and theta > 1:
             found["critical_dimension"] = rope.critical_dimension(rotary.rotary_dim, theta, window)
-            found |= {"base_bound": rope.base_bound(rotary.rotary_dim, window), "rope_theta": theta}
+            found["rope_theta"] = theta
+            if rotary.rotary_dim > 2 and window <= _LONGEST_BOUND:
+                found["base_bound"] = rope.base_bound(rotary.rotary_dim, window)
         rows += [{"phase": phase, "seq_len": window, "metric": name, "value": found[name]} for name in found]
     return tidy(rows)
 
@@ -109,7 +118,7 @@ def span_statistics(
 
     - `gini`, `top_tenth_share`: how the squared `metric` is concentrated over heads and pairs;
     - `rank_correlation`: Spearman's between a pair's wavelength (after) and its mean over heads, `low` and `high` by
-      Fisher's transformation; `rank_correlation_p`, by permutations of the pairs;
+      Fisher's transformation; `rank_correlation_p`, by permutations of the pairs (as exchangeable, see `enrichment`);
     - `enrichment_fast`, `_middle`, `_slow` (see `bands`, of wavelengths after) and their `_p`; no row for a band that
       holds no pair, or all.
     """
@@ -120,8 +129,8 @@ def span_statistics(
     for site, part in rows.groupby("site", sort=False):
         told = {"site": site, "layer": part["layer"].iloc[0]}
         squares = part.groupby(["head", "pair"])["value"].mean().to_numpy() ** 2
-        profile = part.groupby("wavelength_after")["value"].mean()
-        lengths, values = profile.index.to_numpy(float), profile.to_numpy(float)
+        profile = part.groupby("pair").agg({"wavelength_after": "first", "value": "mean"})
+        lengths, values = (profile[column].to_numpy(float) for column in ("wavelength_after", "value"))
         rho, low, high, p_value = _rank_correlation(lengths, values, seed)
         found += [
             {**told, "metric": "gini", "value": gini(squares)},
@@ -139,19 +148,16 @@ def span_statistics(
 
 
 def _rank_correlation(x: np.ndarray, y: np.ndarray, seed: int) -> tuple[float, float, float, float]:
-    if len(x) < 4 or np.ptp(y) == 0:
+    if len(x) < 4 or np.ptp(x) == 0 or np.ptp(y) == 0 or not np.isfinite(y).all():
         return (float("nan"),) * 4
-    rho = float(stats.spearmanr(x, y).statistic)
+    ranks, others = (stats.zscore(stats.rankdata(values)) for values in (x, y))
+    rho = float(ranks @ others / len(x))
     half = 1.96 / np.sqrt(len(x) - 3)
     low, high = np.tanh(np.arctanh(np.clip(rho, -1 + 1e-12, 1 - 1e-12)) + np.array([-half, half]))
-    test = stats.permutation_test(
-        (x,),
-        lambda drawn: stats.spearmanr(drawn, y).statistic,
-        permutation_type="pairings",
-        n_resamples=2000,
-        rng=np.random.default_rng(seed),
-    )
-    return rho, float(low), float(high), float(test.pvalue)
+    order = np.random.default_rng(seed).random((_PERMUTATIONS, len(x))).argsort(1)
+    drawn = others[order] @ ranks / len(x)
+    at_least = (np.abs(drawn) >= abs(rho) - 1e-12).sum()
+    return rho, float(low), float(high), float((at_least + 1) / (_PERMUTATIONS + 1))
 
 
 def stability(frame: pd.DataFrame, metric: str = "rel_change") -> pd.DataFrame:
@@ -177,7 +183,8 @@ def contrast(frame: pd.DataFrame, other: pd.DataFrame, metric: str = "rel_change
     """How much more each span changed in one comparison than in another: `log2_ratio`, 1 for twice as much.
 
     Both are frames of `compare_spans` for one pair of checkpoints each, of one architecture. Where the other is mere
-    training on, what stands out here is what the first was for. Spans that did not change in both have no row.
+    training on, what stands out here is what the first was for. Spans that one of the two left as they were have no
+    row.
     """
     one, two = (part[part["metric"] == metric].set_index(_SPAN) for part in (frame, other))
     both = one.join(two["value"].rename("against"), how="inner").reset_index()

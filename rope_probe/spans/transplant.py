@@ -8,11 +8,14 @@ import torch
 from transformers import PreTrainedModel
 
 from rope_probe import checkpoints
+from rope_probe.architectures import rotary_layers
 from rope_probe.attention import is_hooked
 from rope_probe.errors import InputError
 from rope_probe.hooked import HookedCausalLM
-from rope_probe.spans.parts import Piece, Span, pieces
-from rope_probe.spans.stored import Model, require_alike
+from rope_probe.spans.parts import Piece, Span, pieces, projections_of
+from rope_probe.spans.stored import Model, require_alike, require_same_pairs
+
+_ROTATION = ("rope_parameters", "max_position_embeddings", "original_max_position_embeddings", "partial_rotary_factor")
 
 
 def transplant_spans(before: Model, after: Model, spans: Iterable[Span | tuple]) -> PreTrainedModel:
@@ -20,22 +23,29 @@ def transplant_spans(before: Model, after: Model, spans: Iterable[Span | tuple])
 
     Spans are `Span`s, or (layer, head, pair) of W_Q with None for all; `whole(before)` names everything. Exchange the
     two models to ask what is necessary instead of what suffices. How the result rotates is as `before` does, unless
-    Span(part="rope") is among them. Queries and keys have a gauge in common (a pair of W_Q turned or scaled, and that
-    of W_K turned or scaled back, is the same model), so parts trained together may only work together.
+    Span(part="rope") is among them; other entries of the config stay as they are. Queries and keys have a gauge in
+    common (a pair of W_Q turned or scaled, and that of W_K turned or scaled back, is the same model), so parts trained
+    together may only work together.
 
     Raises InputError for a span that is not there, and for models of different architecture or shape.
     """
     named = [Span(*span) for span in spans]
-    donor = _plain(after)
+    donor = plain_model(after)
     result = _copy(before)
-    if any(span.part == "rope" for span in named):
-        result = checkpoints.with_rope(result, donor.config.rope_parameters)
-    for parameter, piece in _matched(result, donor, [span for span in named if span.part != "rope"]):
+    matched = _matched(result, donor, [span for span in named if span.part != "rope"])
+    for parameter, piece in matched:
         _write(parameter, piece, donor.get_parameter(piece.name))
+    if any(span.part == "rope" for span in named):
+        require_same_pairs(rotary_layers(result), rotary_layers(donor))
+        result.base_model.rotary_emb = copy.deepcopy(donor.base_model.rotary_emb).to(result.device)
+        for entry in _ROTATION:
+            if hasattr(donor.config, entry):
+                setattr(result.config, entry, copy.deepcopy(getattr(donor.config, entry)))
     return result
 
 
-def _plain(model: Model) -> PreTrainedModel:
+def plain_model(model: Model) -> PreTrainedModel:
+    """The transformers model of a folder, a hub id, a hooked model or itself."""
     if isinstance(model, HookedCausalLM):
         return model.original_model
     return model if isinstance(model, PreTrainedModel) else checkpoints.load(model)
@@ -54,28 +64,38 @@ def _copy(model: Model) -> PreTrainedModel:
 
 @contextmanager
 def transplanted(
-    host: HookedCausalLM, donor: PreTrainedModel, spans: Iterable[Span | tuple]
+    host: HookedCausalLM, donor: PreTrainedModel | HookedCausalLM, spans: Iterable[Span | tuple]
 ) -> Iterator[HookedCausalLM]:
     """Within it, `host` has `spans` of its weights as `donor` has them, in place; then its own again, bit for bit.
 
     Raises InputError as `transplant_spans`, and for "rope", which is no weight.
     """
-    model = host.original_model
-    matched = _matched(model, donor, [Span(*span) for span in spans])
-    kept = {piece.name: parameter.detach().clone() for parameter, piece in matched}
+    model = plain_model(donor)
+    matched = _matched(host.original_model, model, [Span(*span) for span in spans])
+    parameters = {piece.name: parameter for parameter, piece in matched}
+    kept = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     try:
         for parameter, piece in matched:
-            _write(parameter, piece, donor.get_parameter(piece.name))
+            _write(parameter, piece, model.get_parameter(piece.name))
         yield host
     finally:
-        for parameter, piece in matched:
-            parameter.data.copy_(kept[piece.name])
+        for name, parameter in parameters.items():
+            parameter.data.copy_(kept[name])
 
 
 def _matched(host: PreTrainedModel, donor: PreTrainedModel, spans: Iterable[Span]) -> list[tuple[torch.Tensor, Piece]]:
     """Where to write, and what."""
     require_alike(host.config, donor.config)
-    return [(host.get_parameter(piece.name), piece) for span in spans for piece in pieces(host, span)]
+    theirs = dict(donor.named_parameters(remove_duplicate=False))
+    projections = projections_of(host)
+    found = []
+    for span in spans:
+        for piece in pieces(host, span, projections):
+            parameter = host.get_parameter(piece.name)
+            if piece.name not in theirs or theirs[piece.name].shape != parameter.shape:
+                raise InputError(f"{piece.name} is not in both models in one shape; {span} cannot be transplanted")
+            found.append((parameter, piece))
+    return found
 
 
 def _write(target: torch.Tensor, piece: Piece, source: torch.Tensor) -> None:

@@ -16,11 +16,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rope_probe import rope
-from rope_probe.architectures import architecture_of
+from rope_probe.architectures import architecture_of, rotary_layers
 from rope_probe.errors import InputError
 from rope_probe.results import tidy
 from rope_probe.spans.parts import ATTENTION, Projection, part_of, projections_of, site_of
-from rope_probe.spans.stored import Model, Weights, require_alike, weights_of
+from rope_probe.spans.stored import Model, Weights, require_alike, require_same_pairs, weights_of
 
 _BLOCK = 2**20
 Sums = dict[str, Tensor]
@@ -45,14 +45,16 @@ def compare_spans(before: Model, after: Model, *, progress: Callable[[int], Any]
       a function of two residual streams (the outer product of its rows in W_Q and W_K), in which a turn or scaling
       of q that k undoes does not show;
     - the same of the effective weights, `effective_` before a metric's name: what multiplies the normalised residual
-      stream, with the gains (and biases) of the norm before it and of any norm of q and k folded in.
+      stream, with gain and bias of the norm before it folded in, and the gain of a norm of q and k.
 
-    Sums are taken in float32 for weights stored in 16 bits, in float64 else. `progress` is called with the elements
+    Sums are taken in float32 where both store 16 bits, in float64 else; what cancels only in the scores is then left at
+    1e-3 or 1e-8 of them. `progress` is called with the elements
     just read. Raises InputError for checkpoints of different architecture or shape, for what `weights_of` refuses, and
     for weights that are not finite, naming the tensor.
     """
-    one, other = weights_of(before), weights_of(after)
+    one, other = weights_of(before, "before"), weights_of(after, "after")
     require_alike(one.model.config, other.model.config)
+    require_same_pairs(rotary_layers(one.model), rotary_layers(other.model))
     _require_same_tensors(one, other)
     compared = _Comparison(one, other, progress or (lambda count: None))
     frames = [compared.layer(layer) for layer in range(len(one.model.base_model.layers))]
@@ -62,7 +64,7 @@ def compare_spans(before: Model, after: Model, *, progress: Callable[[int], Any]
 def _require_same_tensors(before: Weights, after: Weights) -> None:
     for one, other in ((before, after), (after, before)):
         if lost := sorted(set(one.names) - set(other.names)):
-            raise InputError(f"{other.label!r} has no tensor {lost[0]!r}, which {one.label!r} has")
+            raise InputError(f"{other.label} has no tensor {lost[0]!r}, which {one.label} has")
 
 
 class _Comparison:
@@ -80,7 +82,8 @@ class _Comparison:
         for part in ATTENTION:
             projection = self.projections[part, layer]
             sums, complex_sums[part] = self._projection(projection)
-            frames += list(_head_rows(projection, sums))
+            bias = self._tensor(projection.bias) if part == "W_O" and projection.bias else None
+            frames += list(_head_rows(projection, sums, bias))
             if len(projection.pairs):
                 frames += self._pair_rows(projection, sums, complex_sums[part])
         query = self.projections["W_Q", layer]
@@ -94,10 +97,7 @@ class _Comparison:
         for name, part, layer in self.parts:
             if part is None:
                 continue
-            with self.before.read(name) as x, self.after.read(name) as y:
-                _require_same_shape(name, x, y)
-                sums = self._total(name, *(self._gain(part, name, values) for values in (x, y)))
-                self.progress(x.numel())
+            sums = self._tensor(name, gain=part == "norms" and name.endswith(".weight"))
             kept = totals.setdefault((part, layer), dict.fromkeys(sums, torch.zeros((), dtype=torch.float64)))
             totals[part, layer] = {key: kept[key] + value for key, value in sums.items()}
         rows = [
@@ -106,20 +106,20 @@ class _Comparison:
         ]
         return pd.concat(rows, ignore_index=True)
 
-    def _gain(self, part: str, name: str, values: Tensor) -> Tensor:
-        """The weight of a norm as what it multiplies by."""
-        offset = self.architecture.gain_offset
-        return values.double() + offset if part == "norms" and name.endswith(".weight") and offset else values
-
-    def _total(self, name: str, x: Tensor, y: Tensor) -> Sums:
-        wide = _wide(x.dtype)
+    def _tensor(self, name: str, *, gain: bool = False) -> Sums:
+        """Sums of a whole tensor; the weight of a norm, a `gain`, as what it multiplies by."""
+        offset = self.architecture.gain_offset if gain else 0.0
         sums = torch.zeros(4, dtype=torch.float64)
-        for a, b in zip(x.flatten().split(_BLOCK), y.flatten().split(_BLOCK), strict=True):
-            p, q = a.to(wide), b.to(wide)
-            d = q - p
-            sums += torch.stack([p.dot(p), q.dot(q), d.dot(d), p.dot(d)])
-            if not sums.isfinite().all():
-                self._require_finite(name, p, q)
+        with self.before.read(name) as x, self.after.read(name) as y:
+            _require_same_shape(name, x, y)
+            wide = _wide(x, y)
+            for a, b in zip(x.flatten().split(_BLOCK), y.flatten().split(_BLOCK), strict=True):
+                p, q = a.to(wide) + offset if offset else a.to(wide), b.to(wide) + offset if offset else b.to(wide)
+                d = q - p
+                sums += torch.stack([p.dot(p), q.dot(q), d.dot(d), p.dot(d)])
+                if not sums.isfinite().all():
+                    self._require_finite(name, p, q)
+            self.progress(x.numel())
         return dict(zip(("before", "after", "change", "moved"), sums, strict=True))
 
     def _projection(self, projection: Projection) -> tuple[Sums, Sums]:
@@ -129,8 +129,12 @@ class _Comparison:
         with ExitStack() as stack:
             x, y = (stack.enter_context(weights.read(projection.weight)) for weights in (self.before, self.after))
             _require_same_shape(projection.weight, x, y)
-            biases = [self._read_small(weights, projection.bias) for weights in (self.before, self.after)]
+            wide = _wide(x, y)
             output = projection.part == "W_O"
+            bias = None if output else projection.bias
+            biases = [self._read_small(weights, bias) for weights in (self.before, self.after)]
+            if bias is not None:
+                self._require_finite(bias, *biases)
             heads, head_dim = projection.index.shape
             width = x.shape[0] if output else x.shape[1]
             step = max(1, _BLOCK // (head_dim * width))
@@ -139,8 +143,7 @@ class _Comparison:
             for start in range(0, heads, step):
                 index = projection.index[start : start + step]
                 p, q = (
-                    _block(tensor, None if output else bias, index, output)
-                    for tensor, bias in zip((x, y), biases, strict=True)
+                    _block(tensor, shift, index, output, wide) for tensor, shift in zip((x, y), biases, strict=True)
                 )
                 self._require_finite(projection.weight, p, q)
                 found = _by_dimension(p, q)
@@ -229,10 +232,10 @@ class _Comparison:
             "wavelength_after": lengths[1],
         }
 
-    def _require_finite(self, name: str, x: Tensor, y: Tensor) -> None:
+    def _require_finite(self, name: str, x: Tensor | None, y: Tensor | None) -> None:
         for weights, values in ((self.before, x), (self.after, y)):
-            if not torch.linalg.vector_norm(values).isfinite():
-                raise InputError(f"tensor {name!r} of {weights.label!r} holds values that are not finite, or too large")
+            if values is not None and not torch.linalg.vector_norm(values).isfinite():
+                raise InputError(f"tensor {name!r} of {weights.label} holds values that are not finite, or too large")
 
 
 class _Gains(NamedTuple):
@@ -243,14 +246,15 @@ class _Gains(NamedTuple):
     shift: Tensor | None
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def _wide(x: Tensor, y: Tensor) -> torch.dtype:
     """What sums are taken in."""
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else torch.float64
+    return torch.float32 if {x.dtype, y.dtype} <= {torch.bfloat16, torch.float16} else torch.float64
 
 
-def _block(weight: Tensor, bias: Tensor | None, index: Tensor, transposed: bool) -> Float[Tensor, "h D M"]:
+def _block(
+    weight: Tensor, bias: Tensor | None, index: Tensor, transposed: bool, wide: torch.dtype
+) -> Float[Tensor, "h D M"]:
     """Some heads of a weight in the dtype that sums are taken in, with their bias as one more column."""
-    wide = _wide(weight.dtype)
     flat = index.flatten()
     contiguous = bool(flat[-1] - flat[0] + 1 == len(flat))
     start, stop = int(flat[0]), int(flat[-1]) + 1
@@ -295,8 +299,10 @@ def _by_dimension(x: Float[Tensor, "h D M"], y: Float[Tensor, "h D M"]) -> Sums:
 
 
 def _products(x: Float[Tensor, "h D M"], y: Float[Tensor, "h D M"]) -> Float[Tensor, "h D"]:
-    """x . y of every row, two rows to a matrix product, which is what processors do fast."""
+    """x . y of every row, two rows to a matrix product where they are even, which is what processors do fast."""
     heads, head_dim, width = x.shape
+    if head_dim % 2:
+        return (x * y).sum(-1).double()
     twos = (heads * head_dim // 2, 2, width)
     return torch.bmm(x.reshape(twos), y.reshape(twos).mT).diagonal(dim1=-2, dim2=-1).reshape(heads, head_dim).double()
 
@@ -348,10 +354,12 @@ def _unrotated(pairs: Sums) -> Tensor:
     return _ratio((pairs["change"] - turned_away).clamp(min=0), pairs["before"]).sqrt()
 
 
-def _head_rows(projection: Projection, sums: Sums) -> Iterator[pd.DataFrame]:
+def _head_rows(projection: Projection, sums: Sums, bias: Sums | None) -> Iterator[pd.DataFrame]:
+    """Rows of the whole projection, with the bias that belongs to no head, and of each head."""
     additive = {key: sums[key] for key in ("before", "after", "change", "moved")}
     at = {"site": projection.site, "layer": projection.layer}
-    yield _rows(at, _measures({key: value.sum()[None] for key, value in additive.items()}))
+    whole = {key: value.sum() + (0 if bias is None else bias[key]) for key, value in additive.items()}
+    yield _rows(at, _measures({key: value[None] for key, value in whole.items()}))
     by_head = _measures({key: value.sum(-1) for key, value in additive.items()})
     largest, total, fourth = sums["singular"].unbind(-1)
     by_head["top_singular_share"] = _ratio(largest, total)
