@@ -1,10 +1,11 @@
 """compare_spans at the shape of Llama 3.1 8B: time against just reading the two checkpoints once, and peak memory.
 
 Two checkpoints with random bfloat16 weights (theta 500,000, then llama3 scaling; the second is the first and noise of a
-tenth; both drawn from a pool of 2^26 normal values) are written in shards of 5 GB into `--folder`, 16 GB each, and removed at the end. Every measurement is a process
-of its own, after the files were dropped from the page cache, in turns: `read` reads the bytes of all files in order
-into one buffer of 16 MiB and does nothing else; `compare` is compare_spans. Ratios are of medians over rounds; memory
-is the process's high-water mark, mapped files included, as Linux tells it.
+tenth; drawn from a pool of 2^26 normal values) are written in shards of 5 GB into `--folder`, 16 GB each, and removed
+at the end. Every measurement is a process of its own, after the files were dropped from the page cache, in turns:
+`read` reads the bytes of all files in order into one buffer of 16 MiB and does nothing else; `compare` is
+compare_spans. Ratios are of medians over rounds; memory is the process's high-water mark, mapped files included, as
+Linux tells it.
 
     python benchmarks/compare_scale.py --folder /tmp/scale
 """
