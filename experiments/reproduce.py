@@ -37,7 +37,7 @@ from rope_probe.report import gallery
 from rope_probe.results import is_complete, read_frames, read_run
 
 WORKERS = 2
-QUICK_ARMS = ("base", "theta_swapped", "ce_phase_wise", "kd_phase_wise", "kd_small_theta", "ce_more_short")
+QUICK_ARMS = ("kd_phase_wise", "base", "theta_swapped", "ce_phase_wise", "ce_more_short", "kd_small_theta")
 QUICK_SPANS = ("kd_phase_wise", "ce_phase_wise", "ce_more_short")
 QUICK_CHANNELS = ("scrubbed",)
 QUICK_STUDENTS = ("theta_swapped", "kd_phase_wise")
@@ -102,17 +102,20 @@ def plan(out: Path, seeds: int, full: bool) -> dict[str, Stage]:
         needs = tuple(f"{role}-{seed}" for role in script.needs(name))
         stages[f"{kind} {run.name}"] = Stage(command, run, partial(script.config_of, name, seed, out), needs)
 
+    arms = tuple(phase_scaling.ARMS) if full else QUICK_ARMS
+    roles = {role for arm in arms for role in phase_scaling.needs(arm)}
     for seed in range(seeds):
         for role in toy_checkpoints.PHASES:
-            checkpoint(role, seed)
+            if role in roles:
+                checkpoint(role, seed)
         if full:
             run = out / f"nope_teacher-{seed}"
             config = partial(positional_channel.teacher_config, seed)
             stages[run.name] = Stage(("positional_channel", "teacher", str(seed), str(run)), run, config)
+        for arm in arms:
+            student("extension", phase_scaling, arm, seed)
         for channel in positional_channel.CHANNELS if full else QUICK_CHANNELS:
             student("channel", positional_channel, channel, seed)
-        for arm in phase_scaling.ARMS if full else QUICK_ARMS:
-            student("extension", phase_scaling, arm, seed)
     if full:
         for seed in range(seeds, BASE_SEEDS):
             for role in ("base", "base_large_theta"):
