@@ -116,6 +116,12 @@ def plan(out: Path, seeds: int, full: bool) -> dict[str, Stage]:
             student("extension", phase_scaling, arm, seed)
         for channel in positional_channel.CHANNELS if full else QUICK_CHANNELS:
             student("channel", positional_channel, channel, seed)
+        for arm in query_spans.ARMS if full else QUICK_SPANS:
+            run = out / "query_spans" / f"{arm}-{seed}"
+            command = ("query_spans", arm, str(seed), str(run), "--checkpoints", str(out))
+            config = partial(query_spans.config_of, arm, seed, out, quick=not full)
+            needs = (f"{phase_scaling.ARMS[arm].base}-{seed}", f"extension {arm}-{seed}")
+            stages[f"spans {run.name}"] = Stage((*command, *([] if full else ["--quick"])), run, config, needs)
     if full:
         for seed in range(seeds, BASE_SEEDS):
             for role in ("base", "base_large_theta"):
@@ -133,12 +139,6 @@ def plan(out: Path, seeds: int, full: bool) -> dict[str, Stage]:
         run = out / f"propagation-{seed}"
         config = partial(propagation.config_of, runs)
         stages[run.name] = Stage(("propagation", str(run), *map(str, runs)), run, config, traced)
-        for arm in query_spans.ARMS if full else QUICK_SPANS:
-            run = out / "query_spans" / f"{arm}-{seed}"
-            command = ("query_spans", arm, str(seed), str(run), "--checkpoints", str(out))
-            config = partial(query_spans.config_of, arm, seed, out, quick=not full)
-            needs = (f"{phase_scaling.ARMS[arm].base}-{seed}", f"extension {arm}-{seed}")
-            stages[f"spans {run.name}"] = Stage((*command, *([] if full else ["--quick"])), run, config, needs)
     return stages
 
 
