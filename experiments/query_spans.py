@@ -55,7 +55,7 @@ from torch import Tensor
 from experiments import phase_scaling
 from experiments.propagation import packed_documents
 from experiments.toy_checkpoints import LONG, SHORT, SHORT_DOCUMENTS, CheckpointsIn
-from rope_probe import HookedCausalLM, KeyValueTask, checkpoints, load_model, retrieval_accuracy
+from rope_probe import HookedCausalLM, KeyValueTask, checkpoints, load_model, retrieval_accuracy, rope
 from rope_probe.errors import InputError
 from rope_probe.progress import progress
 from rope_probe.results import describe_model, hash_tokens, new_run, read_run, tidy
@@ -71,6 +71,7 @@ from rope_probe.spans import (
     span_statistics,
     transplanted,
 )
+from rope_probe.spans.statistics import BANDS, bands
 
 ARMS = tuple(arm for arm, made in phase_scaling.ARMS.items() if made.objective is not None)
 CAUSAL = ("kd_adamw", "kd_phase_wise")
@@ -236,9 +237,8 @@ def _bands(model: HookedCausalLM) -> dict[str, list[int]]:
     """Pairs by their wavelength: a turn in the short window, in the long one, in neither."""
     rotary = model.rotary[0]
     assert rotary is not None
-    lengths = (2 * torch.pi / rotary.inv_freq).tolist()
-    edges = {"fast": (0, SHORT), "middle": (SHORT, LONG), "slow": (LONG, torch.inf)}
-    return {band: [p for p, x in enumerate(lengths) if low < x <= high] for band, (low, high) in edges.items()}
+    of_pair = bands(rope.wavelengths(rotary.inv_freq), SHORT, LONG)
+    return {band: np.flatnonzero(of_pair == band).tolist() for band in BANDS}
 
 
 def _retrieval(model: HookedCausalLM, *, trials: int, seed: int, short: bool = True) -> pd.DataFrame:

@@ -177,10 +177,11 @@ def attention_modules(model: PreTrainedModel) -> list[Any]:
 def projections(model: PreTrainedModel, layer: int) -> list[Any]:
     """The modules that project to q, k and v of a layer: three of them, or the fused one."""
     attention = attention_modules(model)[layer]
-    return [attention.get_submodule(name) for name in _projection_names(architecture_of(model.config))]
+    return [attention.get_submodule(name) for name in projection_names(architecture_of(model.config))]
 
 
-def _projection_names(architecture: Architecture) -> tuple[str, ...]:
+def projection_names(architecture: Architecture) -> tuple[str, ...]:
+    """Names, in the attention module, of what projects to q, k and v: three modules, or the fused one."""
     return ("q_proj", "k_proj", "v_proj") if architecture.fused is None else architecture.fused[:1]
 
 
@@ -197,7 +198,7 @@ def query_key_value_rows(model: PreTrainedModel, layer: int) -> dict[str, Rows]:
     config = model.config
     architecture = architecture_of(config)
     fused = architecture.fused
-    names = [f"{architecture.attn}.{name}" for name in _projection_names(architecture)]
+    names = [f"{architecture.attn}.{name}" for name in projection_names(architecture)]
     modules = projections(model, layer)
     if fused is None:
         return {

@@ -34,6 +34,18 @@ def rope_probe(capsys, *arguments):
     return stop.value.code or 0, out, err
 
 
+def is_refused(capsys, tmp_path, command, arguments, named):
+    """Exit code 2, one line that names what is wrong, and nothing written."""
+    before = sorted(tmp_path.iterdir())
+    code, stdout, stderr = rope_probe(capsys, command, *arguments, "--out", tmp_path / "run")
+    assert code == 2
+    assert stdout == ""
+    assert stderr.startswith("error: ")
+    assert stderr.count("\n") == 1
+    assert named in stderr
+    assert sorted(tmp_path.iterdir()) == before
+
+
 def test_trace_writes_a_run_and_ends_with_its_path(checkpoint, tmp_path, capsys):
     out = tmp_path / "run"
     options = "--window 40 --document-length 10 --shift 0.5 --shift 4 --side q --side qk --masked"
@@ -261,13 +273,7 @@ BAD_SPANS = {
 @pytest.mark.parametrize("case", BAD_SPANS)
 def test_bad_input_to_spans_is_one_line_exit_code_2_and_nothing_written(case, checkpoint, tmp_path, capsys):
     arguments, named = BAD_SPANS[case]
-    arguments = arguments(checkpoint, tmp_path)
-    before = sorted(tmp_path.iterdir())
-    code, stdout, stderr = rope_probe(capsys, "spans", *arguments, "--out", tmp_path / "run")
-    assert (code, stdout, stderr.count("\n")) == (2, "", 1)
-    assert stderr.startswith("error: ")
-    assert named in stderr
-    assert sorted(tmp_path.iterdir()) == before
+    is_refused(capsys, tmp_path, "spans", arguments(checkpoint, tmp_path), named)
 
 
 def test_report_draws_a_run(checkpoint, tmp_path, capsys):
@@ -350,15 +356,7 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_line_exit_code_2_and_nothing_written(case, checkpoint, tmp_path, capsys):
     arguments, named = BAD[case]
-    arguments = arguments(checkpoint, tmp_path)
-    before = sorted(tmp_path.iterdir())
-    code, stdout, stderr = rope_probe(capsys, "trace", *arguments, "--out", tmp_path / "run")
-    assert code == 2
-    assert stdout == ""
-    assert stderr.startswith("error: ")
-    assert stderr.count("\n") == 1
-    assert named in stderr
-    assert sorted(tmp_path.iterdir()) == before
+    is_refused(capsys, tmp_path, "trace", arguments(checkpoint, tmp_path), named)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")

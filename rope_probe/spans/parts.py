@@ -11,13 +11,13 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rope_probe.architectures import Rotary, architecture_of, query_key_value_rows, rotary_layers
+from rope_probe.architectures import Rotary, architecture_of, projection_names, query_key_value_rows, rotary_layers
 from rope_probe.errors import InputError
 
 Part = Literal["W_Q", "W_K", "W_V", "W_O", "mlp", "norms", "W_E", "W_U", "rope"]
 ATTENTION: tuple[Part, ...] = ("W_Q", "W_K", "W_V", "W_O")
 _OF_LAYERS: tuple[Part, ...] = (*ATTENTION, "mlp", "norms")
-_HEADS_OF_THE_MODEL = ("lm_head", "embed_out")  # the second in files of GPT-NeoX
+OUTPUT_HEADS = ("lm_head", "embed_out")  # the second in files of GPT-NeoX
 _NO_PAIRS = torch.zeros(0, 2, dtype=torch.int64)
 _SITES = {"mlp": "mlp", "norms": "ln", "W_E": "embed.W_E", "W_U": "unembed.W_U"}
 
@@ -108,12 +108,11 @@ def part_of(model: PreTrainedModel, name: str) -> tuple[Part | None, int | None]
         if not inside.startswith(f"{architecture.attn}."):
             return "mlp", layer
         module = inside.removeprefix(f"{architecture.attn}.").rpartition(".")[0]
-        fused = architecture.fused[:1] if architecture.fused else ("q_proj", "k_proj", "v_proj")
-        if module in (*fused, architecture.out_proj):
+        if module in (*projection_names(architecture), architecture.out_proj):
             return None, layer
     elif name.startswith(f"{base}.{architecture.final_norm}."):
         return "norms", None
-    elif name.rpartition(".")[0] in _HEADS_OF_THE_MODEL:
+    elif name.rpartition(".")[0] in OUTPUT_HEADS:
         return "W_U", None
     elif model.get_submodule(base).get_input_embeddings() is _module(model, name):
         return "W_E", None

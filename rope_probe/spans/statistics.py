@@ -61,15 +61,14 @@ def enrichment(by_pair: Values, inside: npt.ArrayLike, *, permutations: int = 10
     values, band = np.asarray(by_pair, float), np.asarray(inside, bool)
     if not 0 < band.sum() < len(band):
         raise InputError(f"a band must hold some of the {len(band)} pairs and not all, but it holds {band.sum()}")
-
+    if not np.isfinite(values).all() or not values.any():
+        return Enrichment(math.nan, math.nan)
     count, inside_of = len(values), int(band.sum())
     if math.comb(count, inside_of) <= permutations:
         drawn = np.array(list(itertools.combinations(range(count), inside_of)))
     else:
         rng = np.random.default_rng(seed)
         drawn = np.vstack([np.flatnonzero(band), rng.random((permutations, count)).argsort(1)[:, :inside_of]])
-    if not np.isfinite(values).all() or not values.any():
-        return Enrichment(math.nan, math.nan)
     sums = values[drawn].sum(1)  # which rise with the ratio
     slack = 1e-9 * values.sum()  # the same band, summed in another order
     found = values[band].sum()

@@ -18,11 +18,10 @@ from rope_probe.architectures import Rotary, architecture_of
 from rope_probe.checkpoints import ABSENT_IS_NONE, quiet
 from rope_probe.errors import InputError
 from rope_probe.hooked import HookedCausalLM
-from rope_probe.spans.parts import part_of
+from rope_probe.spans.parts import OUTPUT_HEADS, part_of
 
 Model: TypeAlias = str | os.PathLike[str] | PreTrainedModel | HookedCausalLM
 _READABLE = {"F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16"}
-_HEAD = ("lm_head.weight", "embed_out.weight")
 _ALIKE = (
     "model_type",
     "num_hidden_layers",
@@ -75,7 +74,9 @@ class _Stored:
             if not name.endswith((".inv_freq", *(f".{pattern}" for pattern in ignored)))
         }
         if config.tie_word_embeddings:
-            self.files = {name: file for name, file in self.files.items() if name not in _HEAD}
+            self.files = {
+                name: file for name, file in self.files.items() if name.rpartition(".")[0] not in OUTPUT_HEADS
+            }
         self.names = list(self.files)
         self._require_whole()
 

@@ -48,9 +48,9 @@ def compare_spans(before: Model, after: Model, *, progress: Callable[[int], Any]
       stream, with gain and bias of the norm before it folded in, and the gain of a norm of q and k.
 
     Sums are taken in float32 where both store 16 bits, in float64 else; what cancels only in the scores is then left at
-    1e-3 or 1e-8 of them. `progress` is called with the elements
-    just read. Raises InputError for checkpoints of different architecture or shape, for what `weights_of` refuses, and
-    for weights that are not finite, naming the tensor.
+    1e-3 or 1e-8 of them. `progress` is called with the elements just read. Raises InputError for checkpoints of
+    different architecture or shape, for what `weights_of` refuses, and for weights that are not finite, naming the
+    tensor.
     """
     one, other = weights_of(before, "before"), weights_of(after, "after")
     require_alike(one.model.config, other.model.config)
