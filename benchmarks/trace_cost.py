@@ -31,7 +31,9 @@ SHAPE = {"width": 256, "heads": 4, "vocabulary": 2048}
 
 def main(out: Path, repeats: Annotated[int, typer.Option(min=1)] = 3) -> None:
     """Measure, fit and print; the run directory `out` holds what the figure draws."""
-    with new_run(out, "trace_cost", {"windows": WINDOWS, "layers": LAYERS, "perturbations": COUNTS, **SHAPE}) as run:
+    with new_run(
+        out, "trace_cost", {"windows": WINDOWS, "layers": LAYERS, "perturbations": COUNTS, **SHAPE}, overwrite=True
+    ) as run:
         frame = measured(repeats)
         work = np.array([terms(*size) for size in frame[["seq_len", "layers", "count"]].itertuples(index=False)])
         seconds = frame["seconds"].to_numpy()

@@ -22,7 +22,7 @@ import typer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rope_probe import PositionShift, load_model, pack, trace
-from rope_probe.attention import KERNELS
+from rope_probe.names import KERNELS
 
 FULL = 131_072
 RESULTS = Path(__file__).parent / "results"

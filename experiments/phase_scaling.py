@@ -114,7 +114,7 @@ def extend(
         raise InputError(f"arm {name!r} is unknown; known are {', '.join(ARMS)}")
     torch.set_num_threads(1)
     arm = ARMS[name]
-    with new_run(out, "phase_scaling", config_of(name, seed, checkpoints_in)) as run:
+    with new_run(out, "phase_scaling", config_of(name, seed, checkpoints_in), overwrite=True) as run:
         base = checkpoints.load(checkpoints_in / f"{arm.base}-{seed}" / "checkpoint")
         student = load_model(checkpoints.with_rope(base, arm.theta))
         if arm.objective is not None:

@@ -140,7 +140,7 @@ def temperature_hooks(model: HookedCausalLM) -> list[Hook]:
 
 def _train_teacher(seed: int, out: Path) -> None:
     missed = None
-    with new_run(out, "positional_channel", teacher_config(seed)) as made:
+    with new_run(out, "positional_channel", teacher_config(seed), overwrite=True) as made:
         phases = toy_checkpoints.PHASES["teacher"]
         plain = checkpoints.build(_nope_architecture(), seed=derive(seed, "nope_teacher", "weights"))
         model = load_model(plain)
@@ -190,7 +190,7 @@ def _nope_architecture() -> SmolLM3Config:
 
 
 def _distil(channel: str, seed: int, out: Path, checkpoints_in: Path) -> None:
-    with new_run(out, "positional_channel", config_of(channel, seed, checkpoints_in)) as made:
+    with new_run(out, "positional_channel", config_of(channel, seed, checkpoints_in), overwrite=True) as made:
         teacher = teacher_of(channel, seed, checkpoints_in)
         if channel != "scrubbed":
             made.record(phase_scaling.measure(teacher, seed), model=f"teacher, {channel}", arm=channel, seed=seed)

@@ -77,7 +77,7 @@ def measure(out: Path, checkpoints: list[Path]) -> None:
     """
     torch.set_num_threads(1)
     teachers: dict[int, HookedCausalLM] = {}
-    with new_run(out, "propagation", config_of(checkpoints)) as run:
+    with new_run(out, "propagation", config_of(checkpoints), overwrite=True) as run:
         run.manifest["models"] = {}
         for checkpoint in checkpoints:
             made = read_run(checkpoint)[1]["config"]

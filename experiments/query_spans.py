@@ -124,7 +124,7 @@ def measure(
     base = checkpoints_in / f"{phase_scaling.ARMS[name].base}-{seed}" / "checkpoint"
     after = checkpoints_in / "phase_scaling" / f"{name}-{seed}" / "checkpoint"
     budget = QUICK if quick else THOROUGH
-    with new_run(out, "query_spans", config_of(name, seed, checkpoints_in, quick=quick)) as run:
+    with new_run(out, "query_spans", config_of(name, seed, checkpoints_in, quick=quick), overwrite=True) as run:
         weights = run.record(compare_spans(base, after), model=name, seed=seed, arm="weights")
         run.record(span_statistics(weights, short=SHORT, long=LONG), model=name, seed=seed, arm="statistics")
         end = load_model(after)

@@ -30,7 +30,7 @@ WINDOW, DISTANCES, TRIALS = 512, (64, 256), 32
 def train_and_probe(out: Path) -> None:
     """Run both into the run directory `out`; the training's own is in it, under `training`."""
     torch.set_num_threads(1)
-    with new_run(out, "text", config_of()) as run:
+    with new_run(out, "text", config_of(), overwrite=True) as run:
         config = dataclasses.replace(training_config(), out=str(run.folder / "training"))
         training, manifest = read_run(distill(config))
         folder = run.folder / "training" / "checkpoints" / config.phases[-1].name

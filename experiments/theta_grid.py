@@ -56,7 +56,7 @@ def make_row(
 ) -> None:
     """Train one base and extend it to every long theta on every budget, into the run directory `out`."""
     torch.set_num_threads(1)
-    with new_run(out, "theta_grid", config_of(head_dim, short_theta, seed, checkpoints_in)) as run:
+    with new_run(out, "theta_grid", config_of(head_dim, short_theta, seed, checkpoints_in), overwrite=True) as run:
         teacher = load_model(checkpoints_in / f"teacher-{seed}" / "checkpoint")
         purpose = ("grid", str(head_dim), f"{short_theta:g}")
         short = toy_checkpoints.short_phase(short_theta)

@@ -76,7 +76,7 @@ def make(role: Role, seed: int, out: Path) -> None:
     """
     torch.set_num_threads(1)
     model, missed = None, None
-    with new_run(out, "toy_checkpoints", config_of(role, seed)) as run:
+    with new_run(out, "toy_checkpoints", config_of(role, seed), overwrite=True) as run:
         for phase in PHASES[role]:
             print(f"{role} {seed}: phase {phase.name}, window {phase.window}, theta {phase.theta:g}", file=sys.stderr)
             rope = {"rope_type": "default", "rope_theta": phase.theta}

@@ -1,5 +1,19 @@
-"""`python -m rope_probe`, as `accelerate launch -m rope_probe distill ...` runs it."""
+"""`rope-probe`, and `python -m rope_probe`, as `accelerate launch -m rope_probe distill ...` runs it."""
 
-from rope_probe.cli import main
+import sys
 
-main()
+INTERRUPTED = 130
+
+
+def main() -> None:
+    """Entry point; see `cli.main`. Ctrl-C ends it without a traceback while things are imported, too."""
+    try:
+        from rope_probe.cli import main as command_line
+
+        command_line()
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+
+
+if __name__ == "__main__":
+    main()

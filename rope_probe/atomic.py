@@ -1,61 +1,268 @@
-"""Folders that are whole or not there: written under a temporary name, then renamed."""
+"""Folders that are whole or not there: written under a temporary name, then renamed. Nobody else's files are touched.
 
+A file `.rope_probe` in each folder says what kind it is, and which files were written with it. From that, a later run
+knows what it may replace: a folder of the same kind that holds nothing else.
+"""
+
+import errno
 import glob
+import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from rope_probe.errors import InputError
 
 MARK = ".rope_probe"
-
-
-def _is_ours(folder: Path, kind: str) -> bool:
-    if not folder.is_dir():
-        return False
-    mark = folder / MARK
-    return mark.read_text() == f"{kind}\n" if mark.is_file() else not any(folder.iterdir())
-
-
-def _put_back(out: Path) -> None:
-    """Undo a replacement that was cut short between its two renames."""
-    if not out.exists():
-        for aside in out.parent.glob(f".{glob.escape(out.name)}.old-*"):
-            os.replace(aside, out)
-            return
+LOCK = ".rope_probe.lock"
+_PARTIAL, _ASIDE, _REMOVED = "partial", "old", "removed"
+_RANDOM_BYTES = 4
+_MAKING_S = 60.0
 
 
 @contextmanager
-def whole_folder(out: str | os.PathLike[str], *, kind: str) -> Iterator[Path]:
+def whole_folder(
+    out: str | os.PathLike[str],
+    *,
+    kind: str,
+    overwrite: bool = False,
+    inputs: Sequence[str | os.PathLike[str]] = (),
+) -> Iterator[Path]:
     """Yields a temporary folder that becomes `out` when the block ends; when it raises, nothing is left behind.
 
-    A file `.rope_probe` in it says its `kind`. A folder of the same kind at `out` is replaced, anything else is not.
-    Raises InputError, before the block runs, when `out` is something else or cannot be written.
+    An empty folder at `out` is taken. With `overwrite`, an older folder of the same `kind` is replaced, if it holds
+    only what was written with it; it stays aside until the new one is in place. `inputs` are paths that the work reads:
+    `out` must not be or hold one of them. Where `out` turns out to be taken only at the end, the finished folder is
+    kept under another name, which the error tells.
+
+    Raises InputError, before the block runs, when `out` cannot be written or replaced; see above for the end.
     """
+    target = _resolved(out)
+    _refuse_inputs_inside(target, inputs)
+    absent = [parent for parent in target.parents if not parent.exists()]
+    own_name = secrets.token_hex(_RANDOM_BYTES)
+    partial, aside = (target.with_name(f".{target.name}.{what}-{own_name}") for what in (_PARTIAL, _ASIDE))
     try:
-        out = Path(out).resolve()
-        _put_back(out)
-        if out.exists() and not _is_ours(out, kind):
-            raise InputError(f"{str(out)!r} exists and is no {kind} of rope_probe's, so it is not replaced")
-        absent = [parent for parent in out.parents if not parent.exists()]
-        mine = secrets.token_hex(4)
-        partial, aside = (out.with_name(f".{out.name}.{what}-{mine}") for what in ("partial", "old"))
+        clean_up_after_killed(target)
+        _refuse_what_is_there(target, kind, overwrite)
+        _try_renaming(target, aside)
         partial.mkdir(parents=True)
     except OSError as error:
-        raise InputError(f"cannot write to {str(out)!r}: {error.strerror}; choose a writable folder") from error
+        raise InputError(f"cannot write to {str(target)!r}: {error.strerror}; choose a writable folder") from error
     try:
-        (partial / MARK).write_text(f"{kind}\n")
-        yield partial
-        if out.exists():
-            os.replace(out, aside)
-        os.replace(partial, out)
-        shutil.rmtree(aside, ignore_errors=True)
+        with FileLock(partial / LOCK):
+            write_mark(partial, kind)
+            yield partial
+            write_mark(partial, kind)  # with all that was written
+            _sync(partial)
+            _put_in_place(partial, target, aside, kind, overwrite)
+            (target / LOCK).unlink(missing_ok=True)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         with suppress(OSError):
             for parent in absent:
                 parent.rmdir()
         raise
+
+
+def write_mark(folder: Path, kind: str) -> None:
+    """Say what kind of folder this is, and which files it holds now."""
+    files = sorted(_files(folder))
+    (folder / MARK).write_text(json.dumps({"kind": kind, "files": files}, indent=1) + "\n")
+
+
+def kind_of(folder: Path) -> str | None:
+    """The kind that a folder's mark says; None where there is no mark that can be read."""
+    return None if (mark := _read_mark(folder)) is None else mark["kind"]
+
+
+def clean_up_after_killed(target: Path) -> None:
+    """Undo what a killed run left beside `target`: put back a folder that was set aside, remove half-written ones.
+
+    Only folders under the temporary names made here are touched, and none that a living process is writing.
+    """
+    name = glob.escape(target.name)
+    for aside in _temporary(target.parent, name, _ASIDE):
+        if not target.exists():
+            os.replace(aside, target)
+        elif _foreign_files(aside) == []:
+            shutil.rmtree(aside, ignore_errors=True)
+    for partial in _temporary(target.parent, name, _PARTIAL):
+        _remove_unless_written(partial)
+
+
+def clean_up_inside(folder: Path) -> None:
+    """Remove what killed runs left in a folder of folders: half-written ones, and half-removed ones."""
+    for partial in _temporary(folder, "*", _PARTIAL):
+        _remove_unless_written(partial)
+    for removed in _temporary(folder, "*", _REMOVED):
+        shutil.rmtree(removed, ignore_errors=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder made here. It is never seen half there."""
+    hidden = folder.with_name(f".{folder.name}.{_REMOVED}-{secrets.token_hex(_RANDOM_BYTES)}")
+    os.replace(folder, hidden)
+    shutil.rmtree(hidden)
+
+
+def _remove_unless_written(partial: Path) -> None:
+    """Remove a half-written folder that no living process holds."""
+    if not any(partial.iterdir()):  # killed just after it was made, unless another process makes it right now
+        if time.time() - partial.stat().st_mtime > _MAKING_S:
+            partial.rmdir()
+    elif (partial / LOCK).exists():
+        with suppress(Timeout), FileLock(partial / LOCK, timeout=0):
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _temporary(parent: Path, name: str, what: str) -> list[Path]:
+    """Folders under the temporary names that whole_folder and remove_folder give; `name` is a pattern."""
+    digits = "[0-9a-f]" * 2 * _RANDOM_BYTES
+    found = parent.glob(f".{name}.{what}-{digits}")
+    return sorted(path for path in found if path.is_dir() and not path.is_symlink())
+
+
+def _resolved(out: str | os.PathLike[str]) -> Path:
+    if not os.fspath(out):
+        raise InputError("the folder to write has no name; give --out a path")
+    try:
+        return Path(out).resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: a loop of links
+        raise InputError(f"{os.fspath(out)!r} is no path that can be written: {error}") from error
+
+
+def _refuse_inputs_inside(target: Path, inputs: Sequence[str | os.PathLike[str]]) -> None:
+    for given in inputs:
+        with suppress(OSError, RuntimeError, ValueError):  # what cannot be resolved is told where it is read
+            if Path(given).exists() and Path(given).resolve().is_relative_to(target):
+                raise InputError(
+                    f"{os.fspath(given)!r} is read for this and lies inside {str(target)!r}, which would be replaced; "
+                    "choose another --out"
+                )
+
+
+def _refuse_what_is_there(target: Path, kind: str, overwrite: bool) -> None:
+    """Raises InputError unless `target` is absent, empty, or may be replaced."""
+    if why := _refusal(target, target, kind, overwrite):
+        raise InputError(why)
+
+
+def _refusal(folder: Path, target: Path, kind: str, overwrite: bool) -> str | None:
+    """Why `folder`, which is at `target` or was set aside from there, may not be replaced; None where it may."""
+    if not os.path.lexists(folder):
+        return None
+    where = repr(str(target))
+    if not folder.is_dir():
+        return f"{where} exists and is no folder; choose another --out"
+    if not any(folder.iterdir()):
+        return None
+    found = kind_of(folder)
+    if found is None:
+        maker = "an older version of rope_probe" if (folder / MARK).exists() else "someone else"
+        return f"{where} exists and was made by {maker}, so it is not replaced; remove it, or choose another --out"
+    if found != kind:
+        return f"{where} exists and is a {found}, not a {kind}, so it is not replaced; choose another --out"
+    if foreign := _foreign_files(folder):
+        return f"{where} holds {foreign[0]!r}, which was not written with it, so it is not replaced; move it elsewhere"
+    if not overwrite:
+        return f"there is a {kind} at {where} already; --overwrite replaces it, or choose another --out"
+    return None
+
+
+def _foreign_files(folder: Path) -> list[str] | None:
+    """The files in a folder that were not written with it; None where it has no mark."""
+    mark = _read_mark(folder)
+    if mark is None:
+        return None
+    return sorted(set(_files(folder)) - set(mark["files"]))
+
+
+def _files(folder: Path) -> Iterator[str]:
+    """Relative paths of all files in a folder, and of folders that hold none."""
+    for where, folders, files in os.walk(folder):
+        names = files if files or folders else ["."]
+        links = [name for name in folders if os.path.islink(os.path.join(where, name))]
+        for name in (*names, *links):
+            path = Path(where, name).relative_to(folder).as_posix()
+            if path not in (MARK, LOCK):
+                yield path
+
+
+def _read_mark(folder: Path) -> dict | None:
+    try:
+        mark = json.loads((folder / MARK).read_text())
+        if isinstance(mark["kind"], str) and isinstance(mark["files"], list):
+            return mark
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return None
+
+
+def _try_renaming(target: Path, aside: Path) -> None:
+    """Find out now, before the work, that `target` can be renamed: a mount point cannot."""
+    if not target.exists():
+        return
+    try:
+        os.rename(target, aside)
+    except OSError as error:
+        raise InputError(
+            f"{str(target)!r} is there and cannot be renamed ({error.strerror}), as a mount point cannot; "
+            "choose a folder inside it"
+        ) from error
+    os.rename(aside, target)
+
+
+def _put_in_place(partial: Path, target: Path, aside: Path, kind: str, overwrite: bool) -> None:
+    """Rename `partial` to `target`, looking once more at what is there; keep it elsewhere where that may not be."""
+    try:
+        why = _refusal(target, target, kind, overwrite)
+        if why is None and target.exists():
+            os.replace(target, aside)
+            if why := _refusal(aside, target, kind, overwrite):  # it may have changed between look and rename
+                os.replace(aside, target)
+        if why is None:
+            os.replace(partial, target)
+            _sync_folder(target.parent)
+            shutil.rmtree(aside, ignore_errors=True)
+            return
+    except OSError as error:
+        why = f"cannot write to {str(target)!r}: {error.strerror}"
+        if aside.exists() and not target.exists():
+            os.replace(aside, target)
+    kept = target.with_name(f"{target.name}-{partial.name[-2 * _RANDOM_BYTES :]}")
+    os.replace(partial, kept)
+    (kept / LOCK).unlink(missing_ok=True)
+    raise InputError(f"{why}. What was computed is kept at {str(kept)!r}")
+
+
+def _sync(folder: Path) -> None:
+    """Have all that a folder holds on the disk before its name is."""
+    for where, _, files in os.walk(folder):
+        for name in files:
+            path = Path(where, name)
+            if path.is_file() and not path.is_symlink():
+                _sync_file(path)
+        _sync_folder(Path(where))
+
+
+def _sync_file(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_folder(folder: Path) -> None:
+    try:
+        _sync_file(folder)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):  # some file systems sync no folders
+            raise

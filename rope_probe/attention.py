@@ -10,6 +10,7 @@
   softmax keeps float64. A soft cap, which sdpa has no kernel for, runs in exact blocks of queries.
 """
 
+import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformer_lens.hook_points import HookPoint
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
@@ -29,8 +31,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rope_probe.architectures import attention_modules
 from rope_probe.errors import InputError
+from rope_probe.names import KERNELS
 
-KERNELS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 QUERY_BLOCK = 512
 _NAMES = {kernel: f"rope_probe_{i}" for i, kernel in enumerate(KERNELS)}  # transformers reads "sdpa", "flash" in names
 
@@ -41,10 +43,13 @@ Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 class Seam:
     """What the seam knows of one attention module: its hook points, and the implementation it had before (`native`).
 
-    Shapes are TransformerLens': rot_q, z [B, T, H, D]; rot_k, v [B, T, K, D]; scores, pattern [B, H, T, S].
+    Shapes are TransformerLens': rot_q, z [B, T, H, D]; rot_k, v [B, T, K, D]; scores, pattern [B, H, T, S]. `handles`
+    are the wrapper's hooks on modules of this layer; `hooks_now` tells which hooks are attached to its hook points.
     """
 
     native: str
+    handles: list[RemovableHandle] = field(default_factory=list)
+    hooks_now: Callable[[], tuple[int, ...]] = tuple
     hook_rot_q: HookPoint = field(default_factory=HookPoint)
     hook_rot_k: HookPoint = field(default_factory=HookPoint)
     hook_v: HookPoint = field(default_factory=HookPoint)
@@ -75,6 +80,8 @@ def attach(model: PreTrainedModel, kernel: str, seams: Sequence[Seam]) -> None:
         raise InputError(f"attention kernel {kernel!r} is unknown; known are {', '.join(KERNELS)}")
     if kernel.startswith("flash"):
         _require_flash(model, kernel)
+    if is_hooked(model):
+        detach(model)
     model.set_attn_implementation(_NAMES[kernel])
     for module, seam in zip(attention_modules(model), seams, strict=True):
         if not getattr(module, "is_causal", True):
@@ -93,25 +100,66 @@ def _require_flash(model: PreTrainedModel, kernel: str) -> None:
 
 def native_kernel(model: PreTrainedModel) -> str:
     """The attention implementation `model` runs, or ran before the seam took over."""
-    seam = getattr(attention_modules(model)[0], "rope_probe_seam", None)
+    seam = _seam_of(attention_modules(model)[0])
     return model.config._attn_implementation if seam is None else seam.native
 
 
 def detach(model: PreTrainedModel) -> None:
-    """Give `model` back the attention it had; undoes `attach`."""
-    model.set_attn_implementation(native_kernel(model))
+    """Give `model` back the attention it had, and take the wrapper's hooks off it; undoes `attach`.
+
+    An implementation that was set since stays.
+    """
+    if model.config._attn_implementation in _NAMES.values():
+        model.set_attn_implementation(native_kernel(model))
     for module in attention_modules(model):
-        del module.rope_probe_seam
+        seam = _seam_of(module)
+        if seam is not None:
+            for handle in seam.handles:
+                handle.remove()
+            del module.rope_probe_seam
+
+
+def plain_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of `model` without seams or a wrapper's hooks; `model` stays as it is."""
+    replaced: dict[int, Any] = {}  # of what is not to be copied: the hook points, with the user's own hooks on them
+    for module in attention_modules(model):
+        seam = _seam_of(module)
+        if seam is not None:
+            replaced[id(seam.hooks_now)] = tuple
+            replaced |= {id(point): HookPoint() for point in vars(seam).values() if isinstance(point, HookPoint)}
+            for handle in seam.handles:
+                hooks = handle.hooks_dict_ref() or {}
+                replaced[id(hooks.get(handle.id))] = _no_hook
+    copied = copy.deepcopy(model, replaced)
+    if is_hooked(copied):
+        detach(copied)
+    return copied
+
+
+def _no_hook(*args: Any, **kwargs: Any) -> None:
+    """Stands for a hook that is not copied."""
 
 
 def is_hooked(model: PreTrainedModel) -> bool:
-    """Whether the model's attention runs through seams."""
-    return getattr(attention_modules(model)[0], "rope_probe_seam", None) is not None
+    """Whether the model's attention has seams."""
+    return _seam_of(attention_modules(model)[0]) is not None
+
+
+def belongs_to(model: PreTrainedModel, seams: Sequence[Seam]) -> bool:
+    """Whether the seams of the model's attention are these: not after `detach`, nor after another `attach`."""
+    return _seam_of(attention_modules(model)[0]) is seams[0]
 
 
 def is_attached(model: PreTrainedModel, seams: Sequence[Seam]) -> bool:
-    """Whether the model's attention runs through these seams: not after `detach`, nor after another `attach`."""
-    return getattr(attention_modules(model)[0], "rope_probe_seam", None) is seams[0]
+    """Whether every layer's attention runs through these seams: not after `set_attn_implementation` either."""
+    return all(
+        _seam_of(module) is seam and module.config._attn_implementation in _NAMES.values()
+        for module, seam in zip(attention_modules(model), seams, strict=True)
+    )
+
+
+def _seam_of(module: Any) -> Seam | None:
+    return getattr(module, "rope_probe_seam", None)
 
 
 def _attend(
@@ -124,11 +172,17 @@ def _attend(
     sliding_window: int | None = None,
     document_bounds: list[int] | None = None,
     tail: "Tail | None" = None,
+    hooks_of_forward: tuple[int, ...] | None = None,
     **kwargs: Any,
 ) -> tuple[Float[Tensor, "B T H D"], None]:
     seam = module.rope_probe_seam
     if attention_mask is not None:
         raise InputError("a 4D attention mask cannot pass the seam; say where documents end with cu_seqlens")
+    if hooks_of_forward is not None and hooks_of_forward != seam.hooks_now():
+        raise InputError(
+            "gradient checkpointing computes this layer again, with other hooks than in the forward pass; call "
+            "backward() where the hooks are still attached"
+        )
     query = seam.hook_rot_q(query.transpose(1, 2)).transpose(1, 2)
     key = seam.hook_rot_k(key.transpose(1, 2)).transpose(1, 2)
     value = seam.hook_v(value.transpose(1, 2)).transpose(1, 2)

@@ -5,14 +5,12 @@ import errno
 import logging
 import math
 import os
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     CONFIG_MAPPING,
@@ -24,18 +22,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers import logging as transformers_logging
-from transformers.utils import cached_file
 
+from rope_probe import attention, weight_files
 from rope_probe.atomic import whole_folder
-from rope_probe.errors import InputError
+from rope_probe.errors import InputError, is_out_of_memory
 
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
-ABSENT_IS_NONE = {
-    "_raise_exceptions_for_missing_entries": False,
-    "_raise_exceptions_for_connection_errors": False,
-    "_raise_exceptions_for_gated_repo": False,
-}
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""What weights can be stored in."""
+_COUNTS = ("num_hidden_layers", "vocab_size", "max_position_embeddings")
 
 
 def config_of(table: Mapping[str, Any]) -> PreTrainedConfig:
@@ -58,18 +53,40 @@ def build(config: Any, *, seed: int) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
 
 
+def read_config(model: str) -> PreTrainedConfig:
+    """The config of a checkpoint by folder or hub id.
+
+    Raises InputError for a folder that is not there, for a config that transformers does not take, and for one without
+    layers, vocabulary or positions.
+    """
+    weight_files.require_place(model)
+    try:
+        with quiet():
+            config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+    except Exception as error:  # a config can be wrong in as many ways as transformers has classes of errors
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(f"cannot read the config of {model!r}: {type(error).__name__}: {reason}") from error
+    for entry in _COUNTS:
+        count = getattr(config, entry, 1)
+        if not isinstance(count, int) or count < 1:
+            raise InputError(f"{entry} in the config of {model!r} must be 1 or more, but it is {count!r}")
+    return config
+
+
 def load(
     model: str | os.PathLike[str], *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
 ) -> PreTrainedModel:
     """Load a causal LM in eval mode from a folder or by hub id, in the dtype it was saved in unless one is given.
 
     Raises InputError for a folder that does not exist, is not a checkpoint, or has a shard that is missing or corrupt,
-    for weights that are missing or of the wrong shape, and for a dtype that the device cannot compute in.
+    for weights that are missing, unused, of the wrong shape or no floating-point numbers, and for a dtype that the
+    device cannot compute in.
     """
     name = os.fspath(model)
     device = require_device("cpu" if device is None else device, dtype or torch.float32)
-    if not Path(name).is_dir() and not _HUB_ID.fullmatch(name):
-        raise InputError(f"no folder at {name!r}; give the folder of a Hugging Face checkpoint, or a hub id")
+    config = read_config(name)
+    if getattr(config, "quantization_config", None) is None:
+        weight_files.require_floats(name, weight_files.files_of_tensors(name))
     try:
         with quiet():  # what transformers would warn of is raised below, as one clear error
             loaded, info = AutoModelForCausalLM.from_pretrained(
@@ -80,17 +97,19 @@ def load(
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
-    except SafetensorError as error:
-        raise InputError(f"checkpoint {name!r} has a corrupt weight file: {error}; copy it again") from error
     except Exception as error:  # a config can be wrong in as many ways as transformers has classes of errors
+        if is_out_of_memory(error):
+            raise
         reason = str(error).strip().split("\n")[0]
         raise InputError(f"cannot load {name!r} as a causal LM: {type(error).__name__}: {reason}") from error
     if absent := sorted(info["missing_keys"]):
         raise InputError(f"checkpoint {name!r} lacks {len(absent)} weights of its model, the first is {absent[0]}")
     for key, stored, wanted in sorted(info["mismatched_keys"]):
         raise InputError(f"{key} of {name!r} is {list(stored)}, but its config asks for {list(wanted)}")
-    if min(loaded.config.num_hidden_layers, loaded.config.vocab_size) < 1:
-        raise InputError(f"the config of {name!r} has no layers or no vocabulary")
+    if unused := sorted(key for key in info["unexpected_keys"] if not key.endswith(".inv_freq")):
+        raise InputError(
+            f"checkpoint {name!r} holds {len(unused)} tensors that its config does not use, the first is {unused[0]}"
+        )
     return loaded.to(device).eval()
 
 
@@ -100,9 +119,10 @@ def load_tokenizer(model: str | os.PathLike[str]) -> PreTrainedTokenizerBase | N
     Raises InputError for one that cannot be loaded, or needs code of its own.
     """
     name = os.fspath(model)
+    weight_files.require_place(name)
     try:
         with quiet():
-            if all(cached_file(name, file, **ABSENT_IS_NONE) is None for file in _TOKENIZER_FILES):
+            if all(weight_files.find(name, file) is None for file in _TOKENIZER_FILES):
                 return None
             return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # tokenizers can be wrong in as many ways as configs
@@ -121,8 +141,8 @@ def cast(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> Pr
 
 
 def save(model: PreTrainedModel, folder: str | os.PathLike[str]) -> Path:
-    """Write a checkpoint to `folder`, whole or not at all, replacing an older one there."""
-    with whole_folder(folder, kind="checkpoint") as partial:
+    """Write a checkpoint to `folder`, whole or not at all, replacing an older one there that holds nothing else."""
+    with whole_folder(folder, kind="checkpoint", overwrite=True) as partial:
         write(model, partial)
     return Path(folder)
 
@@ -158,10 +178,11 @@ def failing_as_os_error(folder: Path) -> Iterator[None]:
 def with_rope(model: PreTrainedModel, rope: float | Mapping[str, Any]) -> PreTrainedModel:
     """A copy of `model` that rotates with another theta, or with other `rope_parameters`; its weights are the same.
 
-    This is how a model passes from one phase to the next. Raises InputError as `rotary_embedding` does.
+    A copy of a hooked model is not hooked. This is how a model passes from one phase to the next. Raises InputError as
+    `rotary_embedding` does.
     """
     embedding, parameters = rotary_embedding(model, rope)
-    switched = copy.deepcopy(model)
+    switched = attention.plain_copy(model)
     switched.config.rope_parameters = parameters
     switched.base_model.rotary_emb = embedding
     return switched

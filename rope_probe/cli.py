@@ -1,38 +1,37 @@
 """The command line, `rope-probe`: typed functions, one line on stderr and exit code 2 for bad input."""
 
 import os
+import re
 import sys
+import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import pandas as pd
-import torch
 import typer
-from accelerate import PartialState
 from typer.exceptions import TyperException
 
-from rope_probe import checkpoints, packing, report
-from rope_probe.attention import KERNELS
-from rope_probe.cone import LOGITS
-from rope_probe.corpora import KeyValueStream
-from rope_probe.distillation import distill, read_config
-from rope_probe.errors import InputError
-from rope_probe.hooked import HookedCausalLM, load_model
-from rope_probe.perturbations import Perturbation, PositionShift
-from rope_probe.progress import progress
-from rope_probe.propagation import attribute
-from rope_probe.propagation import trace as trace_deltas
-from rope_probe.results import describe_model, hash_tokens, new_run, read_run
-from rope_probe.retrieval import KeyValueTask, RetrievalTask, retrieval_accuracy, trials_hash
-from rope_probe.spans import compare_spans, compare_states, landmarks, span_statistics
-from rope_probe.spans.stored import describe_checkpoint, weights_of
-from rope_probe.sweeps import SWEEPS, doses
-from rope_probe.sweeps import sweep as sweep_of
-from rope_probe.tasks import TEXT_TASKS, TextTask
+from rope_probe.errors import InputError, Stopped, is_out_of_memory
+from rope_probe.names import KERNELS, KEY_VALUE, SWEEPS, TEXT_TASKS
 
-MISSED_GATE = 3
+if TYPE_CHECKING:  # what takes seconds to import is imported by the commands that use it
+    import pandas as pd
+    import torch
+
+    from rope_probe.hooked import HookedCausalLM
+    from rope_probe.packing import Window
+    from rope_probe.perturbations import Perturbation
+    from rope_probe.retrieval import RetrievalTask
+
+BAD_INPUT, MISSED_GATE, STOPPED, INTERRUPTED = 2, 3, 4, 130
+_NEEDS_LESS_MEMORY = {
+    "trace": "a shorter --window, --no-control or --dtype bfloat16 needs less",
+    "spans": "a shorter --window, or no --states, needs less",
+    "retrieval": "a shorter --window or --dtype bfloat16 needs less",
+    "distill": "a smaller batch_tokens or window, or a larger accumulate, needs less",
+}
 
 app = typer.Typer(
     add_completion=False,
@@ -59,9 +58,10 @@ class _Dtype(StrEnum):
 _Kernel = StrEnum("_Kernel", {kernel.upper(): kernel for kernel in KERNELS})  # type: ignore[misc]
 _SDPA = _Kernel("sdpa")
 _Sweep = StrEnum("_Sweep", {kind.upper(): kind for kind in SWEEPS})  # type: ignore[misc]
-_Task = StrEnum("_Task", {task.upper(): task for task in (KeyValueTask.name, *TEXT_TASKS)})  # type: ignore[misc]
+_Task = StrEnum("_Task", {task.upper(): task for task in (KEY_VALUE, *TEXT_TASKS)})  # type: ignore[misc]
 
-Out = Annotated[Path, typer.Option(help="Run directory to write; an older run there is replaced.")]
+Out = Annotated[Path, typer.Option(help="Run directory to write.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an older run of this command at --out.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of everything drawn at random.")]
 Device = Annotated[str, typer.Option(help="Torch device: cpu, cuda, cuda:1.")]
 Dtype = Annotated[_Dtype | None, typer.Option(help="Dtype to compute in; as the checkpoint was saved by default.")]
@@ -106,10 +106,22 @@ def trace(
     device: Device = "cpu",
     dtype: Dtype = None,
     attn: Attn = _SDPA,
+    overwrite: Overwrite = False,
 ) -> None:
     """Shift the positions of queries and keys and trace the change through the layers to the logits."""
-    config = {key: value for key, value in locals().items() if key != "out"}
-    with new_run(out, "trace", config) as run:
+    config = _recorded(locals())
+    import pandas as pd
+    import torch
+
+    from rope_probe.cone import LOGITS
+    from rope_probe.hooked import load_model
+    from rope_probe.progress import progress
+    from rope_probe.propagation import attribute
+    from rope_probe.propagation import trace as trace_deltas
+    from rope_probe.results import describe_model, hash_tokens, new_run
+
+    inputs: list[str | Path] = [model, *([tokens] if tokens else [])]
+    with new_run(out, "trace", config, overwrite=overwrite, inputs=inputs) as run:
         hooked = load_model(model, attn=attn.value, dtype=_torch_dtype(dtype), device=device)
         read = _window(hooked, window, document, document_length, tokens, seed)
         arms = _perturbations(hooked, len(read), sweep, shift, side, layer, head, pair)
@@ -129,12 +141,11 @@ def trace(
             "mask": "documents" if masked else "none",
             "positions": "continuous",
         }
-        if control:
-            told = frame["metric"].isin(["rel_l2", "kl_nats"]) & ~frame["site"].str.contains("rot_")
-            told &= (frame["arm"] == "dose") | (frame["site"] == LOGITS)
-            table = attribute(frame[told]).drop(columns=["side", "delta_tokens"])
-            print(table.to_string(index=False, float_format="{:.3e}".format))
-    print(out)
+        shown = frame["metric"].isin(["rel_l2", "kl_nats"]) & ~frame["site"].str.contains("rot_")
+        shown &= (frame["arm"] == "dose") | (frame["site"] == LOGITS)
+        table = attribute(frame[shown]).drop(columns=["side", "delta_tokens"]) if control else None
+    text = [] if table is None else [table.to_string(index=False, float_format="{:.3e}".format)]
+    _show(out, *text)
 
 
 @app.command()
@@ -163,16 +174,24 @@ def spans(
     device: Device = "cpu",
     dtype: Dtype = None,
     attn: Attn = _SDPA,
+    overwrite: Overwrite = False,
 ) -> None:
     """Compare the weights of two checkpoints by layer, head and rotary pair, and their queries and keys if asked.
 
     Weights are read tensor by tensor from safetensors files, so models of any size fit.
     """
-    config = {key: value for key, value in locals().items() if key != "out"}
+    config = _recorded(locals())
+    from rope_probe.hooked import load_model
+    from rope_probe.progress import progress
+    from rope_probe.results import hash_tokens, new_run
+    from rope_probe.spans import compare_spans, compare_states, landmarks, span_statistics
+    from rope_probe.spans.stored import describe_checkpoint, weights_of
+
     of_states = (window, document_length, tokens, masked, device, dtype, attn)
     if not states and of_states != (None, None, None, False, "cpu", None, _SDPA):
         raise InputError("--window, --document-length, --tokens, --masked, --device, --dtype and --attn need --states")
-    with new_run(out, "spans", config) as run:
+    inputs: list[str | Path] = [before, after, *([tokens] if tokens else [])]
+    with new_run(out, "spans", config, overwrite=overwrite, inputs=inputs) as run:
         one, other = weights_of(before), weights_of(after)
         if states:
             kind: dict[str, Any] = {"attn": attn.value, "dtype": _torch_dtype(dtype), "device": device}
@@ -191,8 +210,7 @@ def spans(
         geometry = landmarks(one.model, other.model, short=short, long=long)
         run.record(geometry, model=after, arm="landmarks")
         run.manifest["models"] = {name: describe_checkpoint(name) for name in (before, after)}
-    _print_spans(changed, statistics, geometry)
-    print(out)
+    _show(out, *_spans_tables(changed, statistics, geometry))
 
 
 @app.command()
@@ -216,13 +234,21 @@ def retrieval(
     device: Device = "cpu",
     dtype: Dtype = None,
     attn: Attn = _SDPA,
+    overwrite: Overwrite = False,
 ) -> None:
     """Probe retrieval by distance: accuracy and log-probability of the answer, with 95% intervals.
 
     key_value is for toy vocabularies; the others are text, passkey and tasks of RULER, read by the model's tokenizer.
     """
-    config = {key: value for key, value in locals().items() if key != "out"}
-    with new_run(out, "retrieval", config) as run:
+    config = _recorded(locals())
+    import pandas as pd
+
+    from rope_probe.hooked import load_model
+    from rope_probe.progress import progress
+    from rope_probe.results import describe_model, new_run
+    from rope_probe.retrieval import retrieval_accuracy, trials_hash
+
+    with new_run(out, "retrieval", config, overwrite=overwrite, inputs=[model]) as run:
         hooked = load_model(model, attn=attn.value, dtype=_torch_dtype(dtype), device=device)
         tasks = _tasks(model, task, window, keys, values)
         sweeps = [one.distances() for one in tasks]
@@ -246,8 +272,7 @@ def retrieval(
             "positions": "continuous",
         }
     shown = pd.concat(frames)[["arm", "distance", "metric", "value", "low", "high"]].rename(columns={"arm": "task"})
-    print(shown.to_string(index=False, float_format="{:.3f}".format, na_rep="-"))
-    print(out)
+    _show(out, shown.to_string(index=False, float_format="{:.3f}".format, na_rep="-"))
 
 
 @app.command(name="distill")
@@ -260,17 +285,28 @@ def distill_command(
     dtype: Annotated[_Dtype | None, typer.Option(help="float32, or bfloat16 for autocast.")] = None,
     attn: Annotated[_Kernel | None, typer.Option(help="Attention kernel [default: the config's].")] = None,
 ) -> None:
-    """Train a student through phases of a window and a theta each, by distillation, cross-entropy or a mix."""
+    """Train a student through phases of a window and a theta each, by distillation, cross-entropy or a mix.
+
+    Ctrl-C and SIGTERM end it after the step under way, with a snapshot that --resume goes on from; exit code 4.
+    """
+    from accelerate import PartialState
+
+    from rope_probe.distillation import distill, read_config
+    from rope_probe.results import read_run
+
     changes = {"out": out, "seed": seed, "device": device, "dtype": dtype, "attn": attn}
     given = {key: value if key == "seed" else str(value) for key, value in changes.items() if value is not None}
-    run = distill(read_config(config, **given), resume=resume)
-    missed = read_run(run)[1].get("missed_gate")
-    process = PartialState()
-    if process.is_main_process:
-        if missed:
-            print(missed, file=sys.stderr)
-        print(run)
-    process.destroy_process_group()  # its threads would run into the interpreter's end
+    settings = read_config(config, **given)
+    try:
+        run = distill(settings, resume=resume)
+        missed = read_run(run)[1].get("missed_gate")
+        if PartialState().is_main_process:
+            if missed:
+                print(missed, file=sys.stderr)
+            _show(run)
+    finally:
+        if PartialState._shared_state:
+            PartialState().destroy_process_group()  # its threads would run into the interpreter's end
     if missed:
         raise typer.Exit(MISSED_GATE)
 
@@ -281,49 +317,76 @@ def report_command(
     out: Annotated[Path, typer.Option(help="Folder for the gallery; an older gallery there is replaced.")],
 ) -> None:
     """Draw the figures of some runs into an offline HTML gallery."""
-    print(report.gallery(runs, out))
+    from rope_probe.report import gallery
+
+    _show(gallery(runs, out))
 
 
-def _print_spans(changed: pd.DataFrame, statistics: pd.DataFrame, geometry: pd.DataFrame) -> None:
+def _recorded(options: dict[str, Any]) -> dict[str, Any]:
+    """What a manifest says of a command's options: all that decides what is measured."""
+    return {name: value for name, value in options.items() if name not in ("out", "overwrite")}
+
+
+def _show(path: Path, *texts: str) -> None:
+    """Print what was found, and at last where it is. It is on the disk already, so nothing is lost where this fails."""
+    try:
+        print(*texts, path, sep="\n", flush=True)
+    except OSError as error:
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter's own flush at its end
+        if not isinstance(error, BrokenPipeError):  # who reads through a pipe may have read enough
+            raise InputError(f"cannot print to stdout ({error.strerror}); the result is whole, at {path}") from error
+
+
+def _spans_tables(changed: "pd.DataFrame", statistics: "pd.DataFrame", geometry: "pd.DataFrame") -> list[str]:
     """How much each part changed, how the queries' change is spread, and the query spans that changed most."""
     whole = changed[(changed["metric"] == "rel_change") & changed["head"].isna()]
     parts = whole.assign(part=whole["site"].str.rpartition(".")[2], layer=whole["layer"].astype("string").fillna("-"))
-    print("Relative change of the weights by layer")
-    print(_table(parts.pivot_table(index="layer", columns="part", values="value", sort=False), "{:.3g}"))
+    by_layer = parts.pivot_table(index="layer", columns="part", values="value", sort=False)
     wanted = statistics[statistics["site"].str.endswith(("W_Q", "W_K"))]
-    print("\nHow it is spread over heads and pairs")
-    print(_table(wanted.pivot_table(index="site", columns="metric", values="value", sort=False), "{:.3g}"))
-    print("\nWhere the windows lie in the rotary spectrum")
-    print(
-        _table(
-            geometry.pivot_table(index=["phase", "seq_len"], columns="metric", values="value", sort=False), "{:,.6g}"
-        )
-    )
+    spread = wanted.pivot_table(index="site", columns="metric", values="value", sort=False)
+    windows = geometry.pivot_table(index=["phase", "seq_len"], columns="metric", values="value", sort=False)
     by_pair = changed[changed["pair"].notna() & changed["site"].str.endswith("W_Q")]
-    told = by_pair.pivot_table(
+    of_pair = by_pair.pivot_table(
         index=["layer", "head", "pair", "wavelength", "wavelength_after"], columns="metric", values="value"
     )
     columns = ["rel_change", "cosine", "norm_change", "rotation_tokens", "qk_rel_change"]
-    print("\nThe query spans that changed most")
-    print(_table(told.nlargest(10, "rel_change").reindex(columns=columns).reset_index(), "{:.4g}", index=False))
+    most = of_pair.nlargest(10, "rel_change").reindex(columns=columns).reset_index()
+    return [
+        "Relative change of the weights by layer",
+        _table(by_layer, "{:.3g}"),
+        "\nHow it is spread over heads and pairs",
+        _table(spread, "{:.3g}"),
+        "\nWhere the windows lie in the rotary spectrum",
+        _table(windows, "{:,.6g}"),
+        "\nThe query spans that changed most",
+        _table(most, "{:.4g}", index=False),
+    ]
 
 
-def _table(frame: pd.DataFrame, number: str, *, index: bool = True) -> str:
+def _table(frame: "pd.DataFrame", number: str, *, index: bool = True) -> str:
     return frame.rename_axis(columns=None).to_string(index=index, float_format=number.format, na_rep="-")
 
 
-def _torch_dtype(dtype: _Dtype | None) -> torch.dtype | None:
+def _torch_dtype(dtype: _Dtype | None) -> "torch.dtype | None":
+    import torch
+
     return None if dtype is None else getattr(torch, dtype.value)
 
 
-def _tasks(model: str, asked: list[_Task] | None, window: int | None, keys: int, values: int) -> list[RetrievalTask]:
-    tokenizer = None if asked == [KeyValueTask.name] else checkpoints.load_tokenizer(model)
+def _tasks(model: str, asked: list[_Task] | None, window: int | None, keys: int, values: int) -> "list[RetrievalTask]":
+    from rope_probe import checkpoints
+    from rope_probe.corpora import KeyValueStream
+    from rope_probe.retrieval import KeyValueTask
+    from rope_probe.tasks import TextTask
+
+    tokenizer = None if asked == [KEY_VALUE] else checkpoints.load_tokenizer(model)
     tasks: list[RetrievalTask] = []
-    default = [KeyValueTask.name] if tokenizer is None else TEXT_TASKS
+    default = [KEY_VALUE] if tokenizer is None else TEXT_TASKS
     names = list(dict.fromkeys(map(str, asked) if asked else default))
-    window = window or (1024 if names == [KeyValueTask.name] else 2048)
+    window = window or (1024 if names == [KEY_VALUE] else 2048)
     for name in names:
-        if name == KeyValueTask.name:
+        if name == KEY_VALUE:
             stream = KeyValueStream(window, distinct=(1, keys), keys=keys, values=values)
             tasks.append(KeyValueTask(stream, window))
         elif tokenizer is None:
@@ -334,8 +397,17 @@ def _tasks(model: str, asked: list[_Task] | None, window: int | None, keys: int,
 
 
 def _window(
-    model: HookedCausalLM, length: int | None, document: str | None, document_length: int, file: Path | None, seed: int
-) -> packing.Window:
+    model: "HookedCausalLM",
+    length: int | None,
+    document: str | None,
+    document_length: int,
+    file: Path | None,
+    seed: int,
+) -> "Window":
+    import torch
+
+    from rope_probe import packing
+
     if file is not None and document is not None:
         raise InputError("--tokens and --document both say what to read; give one of them")
     if file is not None:
@@ -372,7 +444,7 @@ def _token_ids(text: str, where: str) -> list[int]:
 
 
 def _perturbations(
-    model: HookedCausalLM,
+    model: "HookedCausalLM",
     window: int,
     sweeps: list[_Sweep] | None,
     shift: list[float] | None,
@@ -380,8 +452,12 @@ def _perturbations(
     layer: list[int] | None,
     head: list[int] | None,
     pair: list[int] | None,
-) -> dict[str, Sequence[Perturbation]]:
+) -> "dict[str, Sequence[Perturbation]]":
     """By arm: the sweeps asked for, or one dose-response of the parts that are named."""
+    from rope_probe.perturbations import PositionShift
+    from rope_probe.sweeps import doses
+    from rope_probe.sweeps import sweep as sweep_of
+
     sides: list[Any] = [one.value for one in side or list(_Side)]
     if sweeps and any(part is not None for part in (shift, layer, head, pair)):
         raise InputError("--sweep goes through sizes and parts itself; leave out --shift, --layer, --head and --pair")
@@ -393,22 +469,44 @@ def _perturbations(
 
 
 def _refuse(why: str) -> int:
-    if os.environ.get("RANK", "0") == "0":  # of several processes, one tells it
-        print("error:", " ".join(why.split()), file=sys.stderr)
-    return 2
+    _tell(f"error: {why}")
+    return BAD_INPUT
+
+
+def _tell(what: str) -> None:
+    """One line on stderr, from one of several processes."""
+    if os.environ.get("RANK", "0") == "0":
+        print(" ".join(what.split()), file=sys.stderr)
+
+
+def _memory(error: BaseException) -> str:
+    """What was asked for that memory did not have, and what would be smaller."""
+    asked = re.search(r"allocate (\d+ bytes|[\d.]+ \w+)", str(error))
+    command = sys.argv[1] if len(sys.argv) > 1 else ""
+    remedy = _NEEDS_LESS_MEMORY.get(command, "something smaller is needed")
+    return f"out of memory{f' when asked for {asked[1]}' if asked else ''}; {remedy}"
 
 
 def main() -> None:
     """Entry point: exit code 0, or 2 with one line `error: ...` for what the user can put right.
 
-    3 means that a gate was missed: the run is complete, and says so.
+    3 means that a gate was missed: the run is complete, and says so. 4 means that a run was stopped and can be resumed.
     """
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")  # what matters is an error of ours
     try:
         code = app(standalone_mode=False)
     except (InputError, TyperException) as error:
         code = _refuse(error.format_message() if isinstance(error, TyperException) else str(error))
+    except Stopped as stopped:
+        _tell(str(stopped))
+        code = STOPPED
     except OSError as error:
         code = _refuse(f"{error.strerror or error}: {error.filename or 'while reading or writing'}")
     except KeyboardInterrupt:
-        code = 130
+        code = INTERRUPTED
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        code = _refuse(_memory(error))
     sys.exit(code)

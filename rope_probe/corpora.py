@@ -4,6 +4,7 @@ A corpus is a pure function of (seed, index): batch i does not depend on what wa
 anywhere and go on. Documents are drawn with replacement.
 """
 
+import hashlib
 import sys
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +20,7 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerBase
 from rope_probe import checkpoints, embedded_text
 from rope_probe.errors import InputError
 from rope_probe.packing import Batch
+from rope_probe.weight_files import is_path
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class KeyValueStream:
         low, high = self.distinct
         if self.document_length < 2 or self.document_length % 2:
             raise InputError(f"document_length must be even and 2 or more, but it is {self.document_length}")
+        if self.values < 1:
+            raise InputError(f"values must be 1 or more, but it is {self.values}")
         if not 1 <= low <= high <= self.keys:
             raise InputError(f"distinct must be a range inside 1..{self.keys} (the keys), but it is {low}..{high}")
 
@@ -55,6 +59,10 @@ class KeyValueStream:
     def vocab_size(self) -> int:
         """Number of token ids in use."""
         return self.first_value + self.values
+
+    def source_hash(self) -> str | None:
+        """None: documents are drawn, from no source."""
+        return None
 
     def documents(self, count: int, *, seed: int, index: int = 0) -> Int[Tensor, "count n"]:
         """`count` documents, a pure function of (seed, index)."""
@@ -151,6 +159,15 @@ class TextCorpus:
         """Number of token ids in use."""
         return len(self.loaded_tokenizer)
 
+    def source_hash(self) -> str:
+        """A hash of the text: of its documents, or the fingerprint that `datasets` gives a dataset."""
+        if self.dataset is not None:
+            return self._text()._fingerprint
+        digest = hashlib.sha256()
+        for document in self._texts():
+            digest.update(hashlib.sha256(document.encode()).digest())
+        return digest.hexdigest()
+
     def batch(self, count: int, window: int, *, seed: int, index: int = 0) -> Batch:
         """`count` windows of packed documents, a pure function of (seed, index).
 
@@ -197,6 +214,8 @@ class TextCorpus:
         import datasets
 
         if self.dataset is not None:
+            if is_path(self.dataset) and not Path(self.dataset).exists():
+                raise InputError(f"no folder at {self.dataset!r}; give the folder of a dataset, or a hub id")
             try:
                 if (Path(self.dataset) / "state.json").exists():  # written by save_to_disk
                     return datasets.load_from_disk(self.dataset).select_columns(self.column)
@@ -205,8 +224,10 @@ class TextCorpus:
                 raise InputError(
                     f"cannot read column {self.column!r} of split {self.split!r} of dataset {self.dataset!r}: {error}"
                 ) from error
-        documents = [_read(file) for file in self.files] or list(embedded_text.documents())
-        return datasets.Dataset.from_dict({self.column: documents})
+        return datasets.Dataset.from_dict({self.column: self._texts()})
+
+    def _texts(self) -> list[str]:
+        return [_read(file) for file in self.files] or list(embedded_text.documents())
 
     def _pieces(self, rows: dict[str, list[str]]) -> dict[str, list]:
         tokenizer = self.loaded_tokenizer

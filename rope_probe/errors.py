@@ -1,4 +1,4 @@
-"""The one exception that means "what you asked for cannot be done, and here is what would be right"."""
+"""Exceptions that are no faults: what was asked for cannot be done, or was stopped on request."""
 
 
 class InputError(ValueError):
@@ -10,3 +10,16 @@ class InputError(ValueError):
 
     def __init__(self, message: str):
         super().__init__(" ".join(message.split()))
+
+
+class Stopped(Exception):  # noqa: N818  (it is no error)
+    """A run that can be gone on with was asked to stop, and did; the message says where it stands, and how to resume.
+
+    The command line's exit code 4.
+    """
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that the memory of the CPU or of a device did not suffice."""
+    of_torch = any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__)
+    return of_torch or isinstance(error, MemoryError) or "allocate memory" in str(error)

@@ -12,8 +12,8 @@ M width):
     ln_final.hook_out                         [B, T, M]
 """
 
-import copy
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -37,20 +37,25 @@ from rope_probe.precision import promote_float32
 class HookedCausalLM(HookedRootModule):
     """A Hugging Face causal LM whose activations can be read and changed by TransformerLens hooks.
 
-    The model is wrapped, not copied: its attention runs through the seam until `release()`. In float64 everything runs
-    in float64, also what transformers itself would compute in float32. Make one with `rope_probe.load_model`.
+    The model is wrapped, not copied: its attention runs through the seam until `release()`, or until another wrapper
+    takes it over. In float64 everything runs in float64, also what transformers itself would compute in float32. One
+    thread at a time runs it: others wait. Make one with `rope_probe.load_model`.
 
-    Raises InputError for a model type whose layout of rotary pairs is unknown (GPT-2 and others without RoPE too).
+    Raises InputError for a model type whose layout of rotary pairs is unknown (GPT-2 and others without RoPE too), and
+    for weights that are no floating-point numbers of 16 bits or more.
     """
 
     def __init__(self, model: PreTrainedModel, attn: str = "sdpa") -> None:
         super().__init__()
         sequential = architecture_of(model.config).resid_mid is not None
+        _require_float_weights(model)
         self.original_model = model
         self.attn = attn
         self.rotary = rotary_layers(model)
         self.exact_length = exact_length(model.config)
-        self._seams = [attention.Seam(attention.native_kernel(model)) for _ in self.rotary]
+        self._one_thread = _OneThread()
+        native = attention.native_kernel(model)
+        self._seams = [attention.Seam(native, hooks_now=self._hooks_now) for _ in self.rotary]
         self.hook_embed = HookPoint()
         self.blocks = nn.ModuleList(_Block(seam, sequential, attn) for seam in self._seams)
         self.ln_final = _FinalNorm()
@@ -62,8 +67,9 @@ class HookedCausalLM(HookedRootModule):
         if self.dtype == torch.float64:
             model.set_experts_implementation("eager")  # the grouped kernels of mixtures of experts stop at float32
         attention.attach(model, self.attn, self._seams)
-        self._handles = [model.get_input_embeddings().register_forward_hook(partial(_on_output, self.hook_embed))]
-        for block, layer in zip(self.blocks, model.base_model.layers, strict=True):
+        on_embedding = partial(_on_output, self.hook_embed)
+        self._seams[0].handles = [model.get_input_embeddings().register_forward_hook(on_embedding)]
+        for seam, block, layer in zip(self._seams, self.blocks, model.base_model.layers, strict=True):
             inputs, outputs = [(layer, block.hook_resid_pre)], [(layer, block.hook_resid_post)]
             outputs.append((layer.get_submodule(architecture.attn_out), block.hook_attn_out))
             outputs.append((layer.get_submodule(architecture.mlp_out), block.hook_mlp_out))
@@ -71,9 +77,9 @@ class HookedCausalLM(HookedRootModule):
                 inputs.append((layer.get_submodule(architecture.resid_mid), block.hook_resid_mid))
             for module, hook_point in inputs:
                 hook = partial(_on_input, hook_point)
-                self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+                seam.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             for module, hook_point in outputs:
-                self._handles.append(module.register_forward_hook(partial(_on_output, hook_point)))
+                seam.handles.append(module.register_forward_hook(partial(_on_output, hook_point)))
 
     def setup(self) -> None:
         """Name the hook points, and only them: the wrapped modules stay as they are."""
@@ -84,10 +90,10 @@ class HookedCausalLM(HookedRootModule):
 
     def release(self) -> PreTrainedModel:
         """Undo the wrapping: transformers' own attention, no hooks. Returns the plain model."""
-        for handle in self._handles:
-            handle.remove()
-        if attention.is_attached(self.original_model, self._seams):
+        if attention.belongs_to(self.original_model, self._seams):
             attention.detach(self.original_model)
+        for seam in self._seams:
+            seam.handles = []
         return self.original_model
 
     def double(self) -> "HookedCausalLM":
@@ -95,18 +101,55 @@ class HookedCausalLM(HookedRootModule):
 
         It runs by sdpa where this model's kernel is a flash one, since those know no float64.
         """
-        with self.released() as plain:
-            twin = copy.deepcopy(plain).to(torch.float64)
+        twin = self.plain_copy().to(torch.float64)
         return HookedCausalLM(twin, "sdpa" if self.attn.startswith("flash") else self.attn)
+
+    def plain_copy(self) -> PreTrainedModel:
+        """A copy of the plain model, without a wrapper or hooks; this one is left as it is."""
+        with self._one_thread:
+            self._check_attached()
+            return attention.plain_copy(self.original_model)
 
     @contextmanager
     def released(self) -> Iterator[PreTrainedModel]:
         """The plain model; hooked again afterwards."""
-        self._check_attached()
-        try:
-            yield self.release()
-        finally:
-            self._install()
+        with self._one_thread:
+            self._check_attached()
+            try:
+                yield self.release()
+            finally:
+                self._install()
+
+    @contextmanager
+    def hooks(self, *args: Any, **kwargs: Any) -> Iterator["HookedCausalLM"]:
+        """TransformerLens' `hooks`; other threads that want the model wait for its end."""
+        with self._one_thread, super().hooks(*args, **kwargs):
+            yield self
+
+    @contextmanager
+    def measuring(self) -> Iterator["HookedCausalLM"]:
+        """Within it, the model is in eval mode and this thread's alone; then each module is in its own mode again.
+
+        Raises InputError for a wrapper whose model no longer runs through it.
+        """
+        with self._one_thread:
+            self._check_attached()
+            in_training = [module for module in self.original_model.modules() if module.training]
+            self.original_model.eval()
+            try:
+                yield self
+            finally:
+                for module in in_training:
+                    module.training = True
+
+    def require_finite(self, values: Tensor, where: str) -> None:
+        """Raises InputError unless all `values`, read at `where`, are finite; it says which weight is to blame."""
+        if values.isfinite().all():
+            return
+        weights = self.original_model.named_parameters()
+        broken = next((name for name, weight in weights if not weight.isfinite().all()), None)
+        why = f"weight {broken} is not finite" if broken else f"they overflow {self.dtype}; try float32"
+        raise InputError(f"activations at {where} are not finite numbers: {why}")
 
     @property
     def config(self) -> Any:
@@ -154,20 +197,21 @@ class HookedCausalLM(HookedRootModule):
             if tokens.ndim != 2:
                 raise InputError(f"tokens must be [batch, positions], but their shape is {tuple(tokens.shape)}")
             ids, positions, bounds = tokens, torch.arange(tokens.shape[1]).unsqueeze(0), None
-        self._check(ids, positions)
-        with self._precision():
+        with self._one_thread, self._precision():
+            self._check(ids, positions)
             state = self.original_model.base_model(
                 input_ids=ids.to(self.device),
                 position_ids=positions.expand(len(ids), -1).to(self.device),
                 use_cache=False,
                 document_bounds=bounds,
+                **self._for_recomputation(),
             ).last_hidden_state
-        return self.ln_final.hook_out(state)
+            return self.ln_final.hook_out(state)
 
     def final_norm(self, resid_post: Float[Tensor, "B T M"]) -> Float[Tensor, "B T M"]:
         """What `hidden` makes of the residual stream after the last layer."""
         norm = self.original_model.base_model.get_submodule(architecture_of(self.config).final_norm)
-        with self._precision():
+        with self._one_thread, self._precision():
             return self.ln_final.hook_out(norm(resid_post))
 
     @torch.no_grad()
@@ -181,7 +225,7 @@ class HookedCausalLM(HookedRootModule):
         self._check(prompt, torch.arange(len(prompt) + count))
         tokens, cache = prompt.unsqueeze(0).to(self.device), None
         hooks = any(point.has_hooks() for point in self.hook_dict.values())
-        with nullcontext() if hooks else self.released() as plain, self._precision():
+        with self.measuring(), nullcontext() if hooks else self.released() as plain, self._precision():
             unread = tokens
             for _ in range(count):
                 if plain is None:
@@ -198,21 +242,38 @@ class HookedCausalLM(HookedRootModule):
     def unembed(self, hidden: Float[Tensor, "B T M"]) -> Float[Tensor, "B T V"]:
         """Logits of final hidden states, by the model's own head: bias, soft cap and logit scale included."""
         state = MoeModelOutputWithPast(last_hidden_state=hidden)
-        with self._precision(), returning(self.original_model.base_model, state):
+        with self._one_thread, self._precision(), returning(self.original_model.base_model, state):
             return self.original_model(inputs_embeds=hidden, use_cache=False).logits
 
     def after_projection(self, projected: Float[Tensor, "B T V"]) -> Float[Tensor, "B T V"]:
         """What the model's head does after its projection: soft cap and logit scale; nothing on most models."""
         projection = self.original_model.get_output_embeddings()
-        with returning(projection, projected):
+        with self._one_thread, returning(projection, projected):
             return self.unembed(projected.new_empty(*projected.shape[:2], projection.in_features))
 
     def _precision(self) -> Any:
         return promote_float32() if self.dtype == torch.float64 else nullcontext()
 
+    def _hooks_now(self) -> tuple[int, ...]:
+        """The hooks that are attached to hook points, by numbers that are never given twice."""
+        handles = (handle for point in self.hook_dict.values() for handle in (*point.fwd_hooks, *point.bwd_hooks))
+        return tuple(handle.hook.id for handle in handles)
+
+    def _for_recomputation(self) -> dict[str, Any]:
+        """What gradient checkpointing must find again when it computes a layer a second time, in backward."""
+        again = torch.is_grad_enabled() and self.original_model.training and self._checkpoints_gradients
+        return {"hooks_of_forward": self._hooks_now()} if again else {}
+
+    @property
+    def _checkpoints_gradients(self) -> bool:
+        return bool(self.original_model.is_gradient_checkpointing)
+
     def _check_attached(self) -> None:
         if not attention.is_attached(self.original_model, self._seams):
-            raise InputError("this wrapper was released, or a newer one took its model over; call load_model again")
+            raise InputError(
+                "this model's attention no longer runs through this wrapper: it was released, a newer one took its "
+                "model over, or set_attn_implementation was called on it; call load_model again"
+            )
 
     def _check(self, ids: Tensor, positions: Tensor) -> None:
         self._check_attached()
@@ -225,6 +286,31 @@ class HookedCausalLM(HookedRootModule):
             raise InputError(
                 f"position {int(positions.max())} is past {self.exact_length - 1}, from where this model's rope type "
                 f"changes its frequencies with the input; use a window of at most {self.exact_length} tokens"
+            )
+
+
+class _OneThread:
+    """A lock that the thread which holds it can take again. A copy of a model gets one of its own."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
+
+    def __deepcopy__(self, memo: dict) -> "_OneThread":
+        return _OneThread()
+
+
+def _require_float_weights(model: PreTrainedModel) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.dtype not in checkpoints.FLOATS:
+            raise InputError(
+                f"weight {name} is {parameter.dtype}, which is quantised or no weight; rope_probe reads models in "
+                "float64, float32, bfloat16 or float16"
             )
 
 

@@ -70,9 +70,10 @@ def trace(
     for first in range(0, len(perturbations), rows):
         group = perturbations[first : first + rows]
         add = partial(means.add, first)
-        run_beside(model, window, group, sites, add, masked=masked, progress=progress)
-    for values in means.values():
-        _check_finite(model, dict(zip(means.keys, values, strict=True)))
+        with model.measuring():
+            run_beside(model, window, group, sites, add, masked=masked, progress=progress)
+    for (site, _), values in zip(means.keys, means.values().unbind(1), strict=True):
+        model.require_finite(values, site)
     frame = means.frame([_columns(perturbation, model) for perturbation in perturbations])
     if control is None:
         control = masked
@@ -159,7 +160,7 @@ def copy_deltas(
         if "hook_rot_" in hook.name and (rotary := model.rotary[hook.layer()]) is not None:
             compare(hook.name.replace("hook_rot_", "unrotated_"), rotary.undo(x[0], window.position_ids[0]))
 
-    with torch.no_grad():
+    with torch.no_grad(), model.measuring():
         sites = [site for site in default_sites(model) if site != LOGITS]
         with model.hooks(fwd_hooks=[(site, read) for site in sites]):
             hidden = model.hidden(window, masked=masked)[0].view(window.documents, length, -1)
@@ -170,7 +171,8 @@ def copy_deltas(
                 of_copy.append(logit_deltas(first, logits))
     joined = [_concatenate(copy) for copy in blocks]
     found.update({(LOGITS, metric): torch.stack([d[metric].mean() for d in joined]) for metric in joined[0]})
-    _check_finite(model, found)
+    for (site, _), values in found.items():
+        model.require_finite(values, site)
     frame = tidy(
         [
             {
@@ -249,15 +251,6 @@ def _only(selection: Selection) -> int | None:
     """The one index that a selection names, if it is one."""
     chosen = list(selection) if isinstance(selection, Iterable) else [selection]
     return chosen[0] if len(chosen) == 1 else None
-
-
-def _check_finite(model: HookedCausalLM, deltas: dict[tuple[str, str], Tensor]) -> None:
-    for (site, _), values in deltas.items():
-        if not values.isfinite().all():
-            weights = model.original_model.named_parameters()
-            broken = next((name for name, weight in weights if not weight.isfinite().all()), None)
-            why = f"weight {broken} is not finite" if broken else f"they overflow {model.dtype}; try float32"
-            raise InputError(f"activations at {site} are not finite numbers: {why}")
 
 
 def _layer(site: str) -> int | None:

@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import resource
+import socket
 import subprocess
 import sys
 import time
@@ -19,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -27,6 +30,9 @@ from rope_probe.atomic import whole_folder
 from rope_probe.errors import InputError
 
 METRICS, MANIFEST = "metrics.parquet", "manifest.json"
+WRITER = ".writer"
+"""File in a running run that says who writes to it."""
+KEEP_TIME_EVERY_S = 1.0
 _TEXT, _WHOLE, _REAL = "string", "Int64", "float64"
 SCHEMA = {
     "run_id": _TEXT,
@@ -72,13 +78,16 @@ def tidy(rows: pd.DataFrame | Sequence[Mapping[str, Any]]) -> pd.DataFrame:
 
 
 class Run:
-    """A run directory in the making; see `new_run`."""
+    """A run directory in the making; see `new_run` and `open_run`."""
 
     def __init__(self, folder: Path, experiment: str, manifest: dict[str, Any]) -> None:
         self.folder = folder
         self.manifest = manifest
         self._experiment = experiment
         self.frames: list[pd.DataFrame] = []
+        self._started = time.monotonic()
+        self._wall_before = float(manifest.get("wall_s", 0.0))
+        self._kept_time = self._started
 
     def record(self, frame: pd.DataFrame, **columns: Any) -> pd.DataFrame:
         """Add rows to metrics.parquet, run id, experiment and `columns` (model=..., seed=...) filled in."""
@@ -86,72 +95,158 @@ class Run:
         self.frames.append(filled)
         return filled
 
-    def _finish(self, started: float) -> None:
+    def keep_time(self, *, at_once: bool = False) -> None:
+        """Write the wall time so far into the manifest, if the last time is a while ago or it is to be now."""
+        now = time.monotonic()
+        if at_once or now - self._kept_time >= KEEP_TIME_EVERY_S:
+            self._kept_time = now
+            _write_manifest(self.folder, self.manifest | {"wall_s": self._wall_s()})
+
+    def finish(self) -> None:
+        """Write the frame and the complete manifest."""
         tidy(pd.concat(self.frames) if self.frames else []).to_parquet(self.folder / METRICS, index=False)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         self.manifest |= {
-            "wall_s": round(time.time() - started, 3),
+            "wall_s": self._wall_s(),
             "peak_memory_bytes": peak,
             "peak_cuda_memory_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
             "status": "complete",
         }
         _write_manifest(self.folder, self.manifest)
 
+    def _wall_s(self) -> float:
+        """Seconds that all sessions of this run took."""
+        return round(self._wall_before + time.monotonic() - self._started, 3)
+
 
 @contextmanager
-def new_run(out: str | os.PathLike[str], experiment: str, config: Mapping[str, Any]) -> Iterator[Run]:
+def new_run(
+    out: str | os.PathLike[str],
+    experiment: str,
+    config: Mapping[str, Any],
+    *,
+    overwrite: bool = False,
+    inputs: Sequence[str | os.PathLike[str]] = (),
+) -> Iterator[Run]:
     """Make the run directory `out`: yields a Run whose `folder` is a temporary one, renamed to `out` on success.
 
-    An older run at `out` is replaced, once the new one is whole. On any exception nothing is left behind.
-    Raises InputError when `out` cannot be written, or is something else than a run.
+    With `overwrite`, an older run of the same experiment at `out` is replaced, once the new one is whole. `inputs` are
+    paths that are read for it. On any exception nothing is left behind. Raises InputError as `whole_folder` does: when
+    `out` cannot be written, is something else, or holds what the older run did not write.
     """
-    with whole_folder(out, kind="run") as folder:
-        started = time.time()
+    with whole_folder(out, kind=_kind(experiment), overwrite=overwrite, inputs=inputs) as folder:
         run = Run(folder, experiment, _manifest(experiment, config))
         yield run
-        run._finish(started)
+        run.finish()
 
 
 @contextmanager
 def open_run(
-    out: str | os.PathLike[str], experiment: str, config: Mapping[str, Any], *, resume: bool = False
+    out: str | os.PathLike[str],
+    experiment: str,
+    config: Mapping[str, Any],
+    *,
+    inputs: Mapping[str, Any],
+    resume: bool = False,
 ) -> Iterator[Run]:
     """Make the run directory `out` in its own place, for jobs that may be cut short and gone on with.
 
     Its manifest says `running` until the block ends. When it raises, everything stays as it is, for `resume`; which
-    begins anew where there is nothing yet. Raises InputError where there is a run already and it is not to be resumed,
-    where it was started with another configuration, and when `out` cannot be written or is something else than a run.
+    begins anew where there is nothing yet. `inputs` are hashes of what is read, by name: a run is gone on with only if
+    they are the same. One process at a time writes to it.
+
+    Raises InputError where there is a run already and it is not to be resumed, where it was started with another
+    configuration or other inputs, where another process writes to it, and when `out` cannot be written or is something
+    else than a run.
     """
-    out = Path(out)
-    manifest = _manifest(experiment, config)
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        manifest = _to_go_on(out, manifest, resume)
+    manifest = _manifest(experiment, config) | {"inputs": _as_json(inputs)}
+    if _is_taken(out):
+        _refuse_what_is_no_run(Path(out))
     else:
-        with whole_folder(out, kind="run") as folder:
+        with whole_folder(out, kind=_kind(experiment)) as folder:
             _write_manifest(folder, manifest)
-    started = time.time() - manifest.get("wall_s", 0.0)
-    run = Run(out, experiment, manifest)
+    out = Path(out)
+    with one_writer(out):
+        run = Run(out, experiment, _to_go_on(out, manifest, resume))
+        try:
+            yield run
+        except BaseException:
+            with suppress(OSError):
+                run.keep_time(at_once=True)
+            raise
+        run.finish()
+
+
+@contextmanager
+def one_writer(run: Path) -> Iterator[None]:
+    """Within it, this process alone writes to a run directory.
+
+    The lock ends with the process, however that ends. Raises InputError, naming process and host, where another holds
+    it.
+    """
+    lock = FileLock(run / WRITER, timeout=0)
     try:
-        yield run
-    except BaseException:
-        with suppress(OSError):
-            _write_manifest(out, manifest | {"wall_s": round(time.time() - started, 3)})
-        raise
-    run._finish(started)
+        lock.acquire()
+    except Timeout as error:
+        raise InputError(f"{str(run)!r} is being written by {_writer(run)}; wait for it, or stop it") from error
+    try:
+        (run / WRITER).write_text(json.dumps({"process": os.getpid(), "host": socket.gethostname()}) + "\n")
+        yield
+        (run / WRITER).unlink(missing_ok=True)
+    finally:
+        lock.release()
+
+
+def _writer(run: Path) -> str:
+    try:
+        told = json.loads((run / WRITER).read_text())
+        return f"process {told['process']} on {told['host']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"
+
+
+def _is_taken(out: str | os.PathLike[str]) -> bool:
+    """Whether something is at `out` that a run cannot simply be made in."""
+    place = Path(out)
+    try:
+        return place.exists() and not (place.is_dir() and not any(place.iterdir()))
+    except OSError as error:
+        raise InputError(f"cannot read {os.fspath(out)!r}: {error.strerror}; choose another place") from error
+
+
+def _refuse_what_is_no_run(out: Path) -> None:
+    """Raises InputError unless there is the manifest of a run at `out`."""
+    _read_manifest_to_go_on(out)
+
+
+def _read_manifest_to_go_on(out: Path) -> dict[str, Any]:
+    try:
+        before = json.loads((out / MANIFEST).read_text())
+        if {"status", "config", "run_id", "experiment"} <= before.keys() and isinstance(
+            before.get("wall_s", 0.0), float | int
+        ):
+            return before
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise InputError(f"{str(out)!r} exists and is no run of rope_probe's, so it is not touched") from error
+    raise InputError(f"the manifest of {str(out)!r} is not as rope_probe wrote it, so it is not touched")
 
 
 def _to_go_on(out: Path, manifest: dict[str, Any], resume: bool) -> dict[str, Any]:
-    """The manifest of the unfinished run at `out`, which is of the same configuration."""
-    try:
-        before = json.loads((out / MANIFEST).read_text())
-        status, config = before["status"], before["config"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{str(out)!r} exists and is no run of rope_probe's, so it is not touched") from error
+    """The manifest of the unfinished run at `out`, which is of the same configuration and inputs."""
+    before = _read_manifest_to_go_on(out)
+    if before["run_id"] == manifest["run_id"]:  # made just now
+        return before
     if not resume:
-        more = "is complete; choose another place, or remove it" if status == "complete" else "is not; resume it"
+        more = (
+            "is complete; choose another place, or remove it" if before["status"] == "complete" else "is not; resume it"
+        )
         raise InputError(f"there is a run at {str(out)!r} already, and it {more}")
-    if apart := _first_difference(config, manifest["config"]):
+    if before["experiment"] != manifest["experiment"]:
+        raise InputError(f"{str(out)!r} is a {_kind(str(before['experiment']))}, not a {_kind(manifest['experiment'])}")
+    if apart := _first_difference(before["config"], manifest["config"]):
         raise InputError(f"{str(out)!r} was started with another configuration: {apart}; resume it with the same one")
+    if apart := _first_difference(before.get("inputs", {}), manifest["inputs"]):
+        raise InputError(f"{str(out)!r} was started with other inputs: {apart}; resume it with the same ones")
     return before | {"status": "running"}
 
 
@@ -172,17 +267,37 @@ def read_run(run: str | os.PathLike[str]) -> tuple[pd.DataFrame, dict[str, Any]]
     Columns that the schema has gained since the run was made are null.
     """
     run = Path(run)
-    try:
-        manifest = json.loads((run / MANIFEST).read_text())
-        frame = pd.read_parquet(run / METRICS)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{str(run)!r} is not a readable run directory: {str(error).splitlines()[0]}") from error
-    whole = isinstance(manifest, dict) and set(manifest) >= _MANIFEST_KEYS
-    if not whole or not set(SCHEMA) >= set(frame.columns) >= {"run_id", "experiment", "metric", "value"}:
+    manifest = _read_manifest(run)
+    if not isinstance(manifest, dict) or not set(manifest) >= _MANIFEST_KEYS:
         raise InputError(f"{str(run)!r} is not a run directory of this version of rope_probe; run it again")
     if manifest["status"] != "complete":
         raise InputError(f"run {str(run)!r} is not complete; run it again")
-    return tidy(frame), manifest
+    frame = _read_metrics(run)
+    if not set(SCHEMA) >= set(frame.columns) >= {"run_id", "experiment", "metric", "value"}:
+        raise InputError(f"{str(run)!r} is not a run directory of this version of rope_probe; run it again")
+    try:
+        return tidy(frame), manifest
+    except (TypeError, ValueError, pa.ArrowException) as error:
+        raise InputError(f"{METRICS} of {str(run)!r} has columns of other types than results have: {error}") from error
+
+
+def _read_manifest(run: Path) -> Any:
+    try:
+        return json.loads((run / MANIFEST).read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{str(run)!r} is not a readable run directory: {_first_line(error)}") from error
+
+
+def _read_metrics(run: Path) -> pd.DataFrame:
+    try:
+        with (run / METRICS).open("rb") as file:  # a folder of that name would be read as a data set
+            return pd.read_parquet(file)
+    except Exception as error:  # a file can be wrong in as many ways as parquet has parts
+        raise InputError(f"{str(run)!r} is not a readable run directory: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def read_frames(runs: Sequence[str | os.PathLike[str]]) -> pd.DataFrame:
@@ -193,14 +308,15 @@ def read_frames(runs: Sequence[str | os.PathLike[str]]) -> pd.DataFrame:
 def is_complete(run: str | os.PathLike[str], config: Mapping[str, Any]) -> bool:
     """Whether `run` is a complete run of just this config, made by this version of rope_probe, so it can be reused."""
     try:
-        manifest = json.loads((Path(run) / MANIFEST).read_text())
-    except (OSError, ValueError):
+        manifest = _read_manifest(Path(run))
+    except InputError:
         return False
     return (
         isinstance(manifest, dict)
         and manifest.get("status") == "complete"
-        and manifest.get("config") == json.loads(json.dumps(config, default=str))
-        and manifest.get("packages", {}).get("rope_probe") == metadata.version("rope_probe")
+        and manifest.get("config") == _as_json(config)
+        and isinstance(packages := manifest.get("packages"), dict)
+        and packages.get("rope_probe") == metadata.version("rope_probe")
     )
 
 
@@ -236,7 +352,7 @@ def _manifest(experiment: str, config: Mapping[str, Any]) -> dict[str, Any]:
         "run_id": f"{experiment}-{started}-{os.urandom(3).hex()}",
         "experiment": experiment,
         "status": "running",
-        "config": json.loads(json.dumps(config, default=str)),
+        "config": _as_json(config),
         "argv": sys.argv,
         "packages": {name: _version(name) for name in _PACKAGES},
         "python": platform.python_version(),
@@ -259,11 +375,28 @@ def _version(package: str) -> str | None:
 
 
 def _git() -> dict[str, Any] | None:
+    """The commit of the project's own checkout; None where the package is installed elsewhere."""
+    checkout = Path(__file__).resolve().parents[1]
+
     def ask(*command: str) -> str:
-        here = Path(__file__).parent
-        return subprocess.run(["git", *command], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", *command], cwd=checkout, capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     try:
+        if Path(ask("rev-parse", "--show-toplevel")).resolve() != checkout:
+            return None  # the repository around an environment's site-packages says nothing of this code
+        ask("ls-files", "--error-unmatch", str(Path(__file__).resolve()))
         return {"commit": ask("rev-parse", "HEAD"), "dirty": bool(ask("status", "--porcelain"))}
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def _kind(experiment: str) -> str:
+    """What the mark of a run's folder says."""
+    return f"{experiment} run"
+
+
+def _as_json(value: Any) -> Any:
+    """A value as it comes back from a manifest."""
+    return json.loads(json.dumps(value, default=str))

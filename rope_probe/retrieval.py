@@ -20,6 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from rope_probe.corpora import KeyValueStream
 from rope_probe.errors import InputError
 from rope_probe.hooked import HookedCausalLM
+from rope_probe.names import KEY_VALUE
 from rope_probe.results import hash_tokens, tidy
 from rope_probe.tasks import Trial
 
@@ -62,7 +63,7 @@ class KeyValueTask:
     stream: KeyValueStream
     window: int
 
-    name: ClassVar[str] = "key_value"
+    name: ClassVar[str] = KEY_VALUE
     answers: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
@@ -117,19 +118,25 @@ def retrieval_accuracy(
       each given those before it (teacher forcing). With a normal interval.
 
     Tasks without a distance take [None]. The model needs a vocabulary that holds the task's. `progress` is called with
-    the trials just done. Raises InputError for a distance that does not fit the window, or no trials.
+    the trials just done. Raises InputError for a distance that does not fit the window, for no distances or trials, and
+    for logits that are not finite.
     """
     if trials < 1:
         raise InputError(f"trials must be 1 or more, but it is {trials}")
     rows = []
+    if not distances:
+        raise InputError(
+            f"there is no distance to measure {task.name} at; its window of {task.window} tokens is too short"
+        )
     for distance in distances:
         shares, logprobs = [], []
         drawn = task.draw(distance, trials, seed=seed)
         size = max(1, _TOKENS_PER_BATCH // task.window)
         for batch in (drawn[start : start + size] for start in range(0, trials, size)):
-            for trial, (hit, logprob) in zip(batch, _forced(model, batch), strict=True):
-                shares.append(1.0 if hit else task.found(model, trial))
-                logprobs.append(logprob)
+            with model.measuring():
+                for trial, (hit, logprob) in zip(batch, _forced(model, batch), strict=True):
+                    shares.append(1.0 if hit else task.found(model, trial))
+                    logprobs.append(logprob)
             if progress is not None:
                 progress(len(batch))
         at = {"seq_len": task.window, "distance": distance, "seed": seed}
@@ -157,6 +164,7 @@ def _forced(model: HookedCausalLM, batch: Sequence[Trial]) -> Iterator[tuple[boo
         start = len(trial.prompt) - 1
         read = hidden[row : row + 1, start : start + len(trial.answer)]
         logits, answer = model.unembed(read)[0].float().cpu(), trial.answer.unsqueeze(1)
+        model.require_finite(logits, "logits")
         hit = bool((logits.argmax(-1, keepdim=True) == answer).all())
         yield hit, logits.log_softmax(-1).gather(1, answer).double().sum().item()
 

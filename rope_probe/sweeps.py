@@ -13,6 +13,7 @@ from typing import get_args
 
 from rope_probe.errors import InputError
 from rope_probe.hooked import HookedCausalLM
+from rope_probe.names import SWEEPS
 from rope_probe.perturbations import Perturbation, PositionJitter, PositionShift, Side, ThetaSwap
 
 SIZE = 16.0
@@ -39,7 +40,7 @@ def sweep(
     """
     if kind not in SWEEPS:
         raise InputError(f"sweep {kind!r} is unknown; known are {', '.join(SWEEPS)}")
-    return SWEEPS[kind](model, window, size, sides)
+    return _SWEEPS[kind](model, window, size, sides)
 
 
 def _dose(model: HookedCausalLM, window: int, size: float, sides: Sequence[Side]) -> list[Perturbation]:
@@ -85,7 +86,7 @@ def _rotating(model: HookedCausalLM) -> list[int]:
     return [layer for layer, rotary in enumerate(model.rotary) if rotary is not None]
 
 
-SWEEPS: dict[str, Callable[[HookedCausalLM, int, float, Sequence[Side]], list[Perturbation]]] = {
+_SWEEPS: dict[str, Callable[[HookedCausalLM, int, float, Sequence[Side]], list[Perturbation]]] = {
     "dose": _dose,
     "layer": _layer,
     "head": _head,

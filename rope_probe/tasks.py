@@ -31,6 +31,7 @@ from transformers import PreTrainedTokenizerBase
 from rope_probe.embedded_text import documents
 from rope_probe.errors import InputError
 from rope_probe.hooked import HookedCausalLM
+from rope_probe.names import TEXT_TASKS
 from rope_probe.seeds import derive
 
 _NOISE = "The river is wide. The hill is steep. The wind is cold. Off we set. We are home by night."
@@ -363,5 +364,3 @@ _NEEDLES: dict[str, Callable[[np.random.Generator], _Needle]] = {
     "niah_multikey_3": _niah("needles", "uuid"),
 }
 _DRAFTS: dict[str, Callable[[np.random.Generator, int], Iterator[_Draft]]] = {"vt": _vt, "cwe": _cwe, "fwe": _fwe}
-TEXT_TASKS = (*_NEEDLES, *_DRAFTS)
-"""Names of the tasks in text: first those whose answer stands at a distance, then those of several answers."""

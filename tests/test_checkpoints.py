@@ -156,7 +156,7 @@ def test_configs_that_make_no_sense_are_refused(checkpoint, changes):
 @pytest.mark.parametrize("text", ["null", "{", "[]", ""])
 def test_a_config_that_is_none_is_refused(checkpoint, text):
     (checkpoint / "config.json").write_text(text)
-    with pytest.raises(InputError, match="cannot load"):
+    with pytest.raises(InputError, match="cannot read the config"):
         load_model(checkpoint)
 
 
@@ -170,7 +170,7 @@ def test_what_is_not_there_is_named(name, told):
 
 
 def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path):
-    with pytest.raises(InputError, match="cannot load"):
+    with pytest.raises(InputError, match="cannot read the config"):
         checkpoints.load(tmp_path)
 
 

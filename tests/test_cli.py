@@ -9,9 +9,8 @@ from safetensors.torch import load_file, save_file
 from transformers import ByT5Tokenizer, GPT2Config, GPT2LMHeadModel
 
 from rope_probe import cli
+from rope_probe.names import SWEEPS, TEXT_TASKS
 from rope_probe.results import read_run
-from rope_probe.sweeps import SWEEPS
-from rope_probe.tasks import TEXT_TASKS
 from tests import zoo
 
 

@@ -41,35 +41,35 @@ def test_empty_runs_can_be_read(tmp_path):
 
 
 def test_a_run_that_fails_leaves_nothing_and_keeps_the_old_one(tmp_path):
-    with new_run(tmp_path / "run", "first", {}):
+    with new_run(tmp_path / "run", "first", {"kept": True}):
         pass
 
     def fail_midway():
-        with new_run(tmp_path / "run", "second", {}) as run:
+        with new_run(tmp_path / "run", "first", {}, overwrite=True) as run:
             run.record(tidy(ROWS))
             raise RuntimeError("midway")
 
     with pytest.raises(RuntimeError, match="midway"):
         fail_midway()
-    assert read_run(tmp_path / "run")[1]["experiment"] == "first"
+    assert read_run(tmp_path / "run")[1]["config"] == {"kept": True}
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_a_replacement_cut_short_between_its_renames_is_undone(tmp_path):
-    with new_run(tmp_path / "run", "old", {}):
+    with new_run(tmp_path / "run", "test", {"kept": True}):
         pass
-    (tmp_path / "run").rename(tmp_path / ".run.old-1234")
-    with pytest.raises(ZeroDivisionError), new_run(tmp_path / "run", "new", {}):
+    (tmp_path / "run").rename(tmp_path / ".run.old-12345678")
+    with pytest.raises(ZeroDivisionError), new_run(tmp_path / "run", "test", {}, overwrite=True):
         raise ZeroDivisionError
-    assert read_run(tmp_path / "run")[1]["experiment"] == "old"
+    assert read_run(tmp_path / "run")[1]["config"] == {"kept": True}
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_a_run_replaces_a_run_and_nothing_else(tmp_path):
-    for name in ("first", "second"):
-        with new_run(tmp_path / "run", name, {}):
+    for number in (1, 2):
+        with new_run(tmp_path / "run", "test", {"number": number}, overwrite=True):
             pass
-    assert read_run(tmp_path / "run")[1]["experiment"] == "second"
+    assert read_run(tmp_path / "run")[1]["config"] == {"number": 2}
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years")
     with pytest.raises(InputError, match="not replaced"), new_run(tmp_path / "mine", "test", {}):

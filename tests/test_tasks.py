@@ -11,7 +11,8 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from rope_probe import InputError
 from rope_probe.embedded_text import documents
-from rope_probe.tasks import TEXT_TASKS, TextTask, _vocabulary
+from rope_probe.names import TEXT_TASKS
+from rope_probe.tasks import TextTask, _vocabulary
 
 NEEDLES = ("passkey", "niah_single_1", "niah_multikey_2", "niah_multikey_3")
 TOKENIZERS = ("bytes", "bpe", "bpe with BOS")

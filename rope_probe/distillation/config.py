@@ -21,7 +21,8 @@ class DistillConfig:
     `student` and `teacher` are checkpoint folders or hub ids; a student can also be a table of transformers' config
     with its `model_type`, and then starts from random weights. `out` is the run directory. `dtype` "bfloat16" computes
     under autocast, the student's weights staying float32, and reads the teacher in bfloat16. Every `log_every` steps
-    are measured in full, every `save_every` are saved, and the last `keep` saves are kept.
+    are measured in full; every `save_every` steps, every `save_minutes` minutes, and when the run is asked to stop, a
+    snapshot is taken, and the last `keep` are kept.
 
     Raises InputError for values that cannot be.
     """
@@ -36,12 +37,15 @@ class DistillConfig:
     attn: str = "sdpa"
     log_every: int = 10
     save_every: int = 500
+    save_minutes: float = 5.0
     keep: int = 2
 
     def __post_init__(self) -> None:
         for name in ("log_every", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be 1 or more, but it is {getattr(self, name)}")
+        if not self.save_minutes > 0:
+            raise InputError(f"save_minutes must be above 0, but it is {self.save_minutes}")
         if not 0 <= self.seed < 2**63:
             raise InputError(f"seed must be in 0..2^63-1, but it is {self.seed}")
         if not self.phases:
@@ -57,8 +61,10 @@ class DistillConfig:
 
 
 def recorded(config: DistillConfig) -> dict[str, Any]:
-    """The configuration as a manifest holds it: all that decides what is trained, not where it lies or what is kept."""
-    return {key: value for key, value in asdict(config).items() if key not in ("out", "keep")}
+    """The configuration as a manifest holds it: what decides what is trained, not where and when it is kept."""
+    return {
+        key: value for key, value in asdict(config).items() if key not in ("out", "keep", "save_every", "save_minutes")
+    }
 
 
 def read_config(source: str | os.PathLike[str] | Mapping[str, Any], **changes: Any) -> DistillConfig:

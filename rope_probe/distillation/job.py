@@ -7,7 +7,6 @@ RUN/metrics.parquet, manifest.json
 """
 
 import os
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext
@@ -20,14 +19,15 @@ from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rope_probe import checkpoints
-from rope_probe.atomic import whole_folder
+from rope_probe.atomic import clean_up_inside, kind_of, whole_folder
 from rope_probe.corpora import KeyValueStream, TextCorpus
 from rope_probe.distillation import snapshots
 from rope_probe.distillation.config import DistillConfig, read_config, recorded
 from rope_probe.distillation.log import Log
 from rope_probe.distillation.loop import Training
 from rope_probe.distillation.phase import Phase
-from rope_probe.errors import InputError
+from rope_probe.distillation.stopping import StopRequest, stop_requests
+from rope_probe.errors import InputError, Stopped
 from rope_probe.hooked import HookedCausalLM, load_model
 from rope_probe.packing import Batch
 from rope_probe.progress import progress
@@ -46,7 +46,9 @@ def distill(config: DistillConfig | str | os.PathLike[str] | Mapping[str, Any], 
     its gate is the last one, and the manifest says so under `missed_gate`. Under `accelerate launch`, every process
     calls this.
 
-    Raises InputError, before anything is written, for a configuration or models that do not fit together.
+    Raises InputError, before anything is written, for a configuration or models that do not fit together, and for a
+    resumption with other models or data. Raises Stopped when Ctrl-C or SIGTERM asks the run to stop: it then takes a
+    snapshot first.
     """
     config = config if isinstance(config, DistillConfig) else read_config(config)
     out = Path(config.out)
@@ -57,12 +59,13 @@ def distill(config: DistillConfig | str | os.PathLike[str] | Mapping[str, Any], 
         run, refusal = None, None
         if job.accelerator.is_main_process:
             try:
-                run = stack.enter_context(open_run(out, "distill", recorded(config), resume=resume))
+                opened = open_run(out, "distill", recorded(config), inputs=job.inputs(), resume=resume)
+                run = stack.enter_context(opened)
             except InputError as error:
                 refusal = str(error)
         if refusal := broadcast_object_list([refusal])[0]:  # every process ends, not the first one alone
             raise InputError(refusal)
-        job.train(run)
+        job.train(run, stack.enter_context(stop_requests()))
         if run is not None:
             job.describe(run)
     job.accelerator.wait_for_everyone()
@@ -86,15 +89,29 @@ class _Job:
         self._tokenizer = self._shared_tokenizer()
         for phase in config.phases:
             self._check(phase)
+        self._last_save = 0.0
 
-    def train(self, run: Run | None) -> None:
-        """Every phase that is not finished yet, each from the one before or from the last snapshot."""
+    def inputs(self) -> dict[str, Any]:
+        """Hashes of the models and data that the run begins with."""
+        hashes: dict[str, Any] = {"student": describe_model(self._start)["weights_sha256"]}
+        if self._teacher is not None:
+            hashes["teacher"] = describe_model(self._teacher.original_model)["weights_sha256"]
+        for phase in self.config.phases:
+            first = hash_tokens(self._first_batch(phase).tokens)
+            hashes[f"data of {phase.name}"] = {"first_batch": first, "source": phase.data.source_hash()}
+        return hashes
+
+    def train(self, run: Run | None, stop: StopRequest) -> None:
+        """Every phase that is not finished yet, each from the one before or from the last snapshot.
+
+        `stop` is looked at between steps. Raises Stopped, once a snapshot is there, when it asks to.
+        """
         log = None if run is None else Log(self.out / LOG)
         total = sum(phase.steps * phase.batch_tokens for phase in self.config.phases)
         with progress("tokens", total) if run is not None else nullcontext(_ignore) as advance:
             for phase in self.config.phases:
-                if not self._checkpoint(phase).exists():
-                    self._train_phase(phase, log, advance)
+                if not self._is_finished(phase):
+                    self._train_phase(phase, run, log, advance, stop)
                 missed = Log(self.out / LOG).missed_gate
                 if missed is not None:
                     if run is not None:
@@ -104,7 +121,7 @@ class _Job:
     def describe(self, run: Run) -> None:
         """The log as metrics, and what was trained on what, into the run."""
         run.record(Log(self.out / LOG).frame(), model="student", seed=self.config.seed)
-        done = [phase for phase in self.config.phases if self._checkpoint(phase).exists()]
+        done = [phase for phase in self.config.phases if self._is_finished(phase)]
         models = {phase.name: describe_model(checkpoints.load(self._checkpoint(phase))) for phase in done}
         if self._teacher is not None:
             models["teacher"] = describe_model(self._teacher.original_model)
@@ -119,9 +136,40 @@ class _Job:
             "processes": self.accelerator.num_processes,
         }
 
-    def _train_phase(self, phase: Phase, log: Log | None, advance: Callable[..., Any]) -> None:
+    def _train_phase(
+        self, phase: Phase, run: Run | None, log: Log | None, advance: Callable[..., Any], stop: StopRequest
+    ) -> None:
+        training = self._begin(phase, log)
+        advance(training.step * phase.batch_tokens)
+        self._last_save = time.monotonic()
+        tokens, seconds = 0, 0.0
+        while training.step < phase.steps and not training.passed:
+            number = training.step + 1
+            measured = number % self.config.log_every == 0 or number in (1, phase.steps)
+            started = time.perf_counter()
+            record = training.advance(measure=measured)
+            tokens, seconds = tokens + phase.batch_tokens, seconds + time.perf_counter() - started
+            advance(phase.batch_tokens, f"{phase.name}, loss {record['loss']:.3f}")
+            if log is not None and measured:
+                log.write({"phase": phase.name, **record, "tokens_per_s": tokens / seconds, "time": time.time()})
+                tokens, seconds = 0, 0.0
+            training.try_gate()
+            if log is not None and phase.gate and number % phase.gate.every == 0:
+                measurement = training.gate[["distance", "value", "low", "high"]].to_dict("records")
+                log.write({"phase": phase.name, "step": number, "tokens": record["tokens"], "gate": measurement})
+            if run is not None:
+                run.keep_time()
+            if number < phase.steps and not training.passed:
+                self._save_or_stop(training, log, stop)
+        if log is not None and phase.gate and not training.passed:
+            place = {"phase": phase.name, "step": training.step, "tokens": training.step * phase.batch_tokens}
+            log.write({**place, "missed_gate": training.missed})
+        self._finish(phase, training)
+
+    def _begin(self, phase: Phase, log: Log | None) -> Training:
+        """The training of a phase, from its first step or from its last snapshot."""
         config, rank = self.config, self.accelerator.process_index
-        taken = [one for one in snapshots.found(self.out / SNAPSHOTS, self._names) if one.phase == phase.name]
+        taken = [one for one in snapshots.found(self.out / SNAPSHOTS, config.phases) if one.phase == phase.name]
         self.accelerator.wait_for_everyone()
         model = checkpoints.load(taken[-1].folder, dtype=torch.float32) if taken else self._before(phase)
         if model.config.rope_parameters.get("rope_type") in ("default", "linear"):  # others may read this number
@@ -142,37 +190,39 @@ class _Job:
             log.rewind(phase.name, training.step)
             self._tidy_up()
         training.gate = Log(self.out / LOG).last_gate(phase.name)
-        advance(training.step * phase.batch_tokens)
-        tokens, seconds = 0, 0.0
-        while training.step < phase.steps and not training.passed:
-            number = training.step + 1
-            measured = number % config.log_every == 0 or number in (1, phase.steps)
-            started = time.perf_counter()
-            record = training.advance(measure=measured)
-            tokens, seconds = tokens + phase.batch_tokens, seconds + time.perf_counter() - started
-            advance(phase.batch_tokens, f"{phase.name}, loss {record['loss']:.3f}")
-            if log is not None and measured:
-                log.write({"phase": phase.name, **record, "tokens_per_s": tokens / seconds, "time": time.time()})
-                tokens, seconds = 0, 0.0
-            training.try_gate()
-            if log is not None and phase.gate and number % phase.gate.every == 0:
-                measurement = training.gate[["distance", "value", "low", "high"]].to_dict("records")
-                log.write({"phase": phase.name, "step": number, "tokens": record["tokens"], "gate": measurement})
-            if number % config.save_every == 0 and number < phase.steps and not training.passed:
-                folder = self.out / SNAPSHOTS / f"{phase.name}-{number:06d}"
-                snapshots.take(training, self.accelerator, folder, self._tokenizer)
-                if log is not None:
-                    self._tidy_up()
-        if log is not None and phase.gate and not training.passed:
-            place = {"phase": phase.name, "step": training.step, "tokens": training.step * phase.batch_tokens}
-            log.write({**place, "missed_gate": training.missed})
-        self._finish(phase, training)
+        return training
+
+    def _save_or_stop(self, training: Training, log: Log | None, stop: StopRequest) -> None:
+        """Take a snapshot where one is due, or where the run is to stop; then stop."""
+        by_step = training.step % self.config.save_every == 0
+        by_time = time.monotonic() - self._last_save >= 60 * self.config.save_minutes
+        stopping, due = self._any_process(stop.signal is not None, by_step or by_time)
+        if not (stopping or due):
+            return
+        folder = self.out / SNAPSHOTS / snapshots.name_of(training.phase.name, training.step)
+        snapshots.take(training, self.accelerator, folder, self._tokenizer)
+        self._last_save = time.monotonic()
+        if log is not None:
+            self._tidy_up()
+        if stopping:
+            by = "another process" if stop.signal is None else stop.signal.name
+            raise Stopped(
+                f"stopped by {by} after step {training.step} of phase {training.phase.name!r}; a snapshot is in "
+                f"{str(self.out)!r}; the same command with --resume goes on from there"
+            )
+
+    def _any_process(self, *flags: bool) -> list[bool]:
+        """Whether each flag is set on any process."""
+        if self.accelerator.num_processes == 1:
+            return list(flags)
+        counts = self.accelerator.reduce(torch.tensor(flags, dtype=torch.float32, device=self._device), "sum")
+        return [count > 0 for count in counts.tolist()]
 
     def _tidy_up(self) -> None:
-        """Keep the last snapshots, and nothing of checkpoints that were cut short."""
-        snapshots.prune(self.out / SNAPSHOTS, self._names, self.config.keep)
-        for cut_short in (self.out / CHECKPOINTS).glob(".*"):
-            shutil.rmtree(cut_short)
+        """Keep the last snapshots, and nothing of snapshots and checkpoints that were cut short."""
+        snapshots.prune(self.out / SNAPSHOTS, self.config.phases, self.config.keep)
+        for folder in (self.out / SNAPSHOTS, self.out / CHECKPOINTS):
+            clean_up_inside(folder)
 
     def _finish(self, phase: Phase, training: Training) -> None:
         weights = training.weights()
@@ -184,6 +234,9 @@ class _Job:
 
     def _checkpoint(self, phase: Phase) -> Path:
         return self.out / CHECKPOINTS / phase.name
+
+    def _is_finished(self, phase: Phase) -> bool:
+        return kind_of(self._checkpoint(phase)) == "checkpoint"
 
     def _before(self, phase: Phase, model: PreTrainedModel | None = None) -> PreTrainedModel:
         """The student as a phase begins with it: the phase before's, or `model`, with this one's theta."""

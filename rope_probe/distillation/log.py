@@ -7,10 +7,30 @@ from typing import Any
 
 import pandas as pd
 
+from rope_probe.errors import InputError
 from rope_probe.results import tidy
 
 Line = dict[str, Any]
 _ONCE = ("phase", "step", "tokens", "time", "kd_nats_by_distance", "gate", "missed_gate")
+_GATE = {"distance", "value", "low", "high"}
+
+
+def _is_line(line: Line) -> bool:
+    """Whether a line names its phase and step, and holds what the frame is made of."""
+    counts = all(type(line.get(key)) is int for key in ("step", "tokens"))
+    numbers = all(isinstance(value, int | float) for key, value in line.items() if key not in _ONCE)
+    by_distance, tries = line.get("kd_nats_by_distance", {}), line.get("gate", [])
+    return (
+        isinstance(line.get("phase"), str)
+        and counts
+        and numbers
+        and isinstance(by_distance, dict)
+        and all(key == "new" or key.isdecimal() for key in by_distance)
+        and all(isinstance(value, int | float) for value in by_distance.values())
+        and isinstance(tries, list)
+        and all(isinstance(one, dict) and one.keys() == _GATE for one in tries)
+        and isinstance(line.get("missed_gate", ""), str)
+    )
 
 
 class Log:
@@ -20,10 +40,25 @@ class Log:
         self.path = path
 
     def lines(self) -> list[Line]:
-        """All whole lines; one that was cut short is not there."""
+        """All whole lines; one that was cut short is not there. Raises InputError for a line that is none of ours."""
         if not self.path.exists():
             return []
-        return [json.loads(line) for line in self.path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        try:
+            texts = self.path.read_text().splitlines(keepends=True)
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"cannot read the log {str(self.path)!r}: {error}") from error
+        return [self._read(number, text) for number, text in enumerate(texts, 1) if text.endswith("\n")]
+
+    def _read(self, number: int, text: str) -> Line:
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            line = None
+        if not isinstance(line, dict) or not _is_line(line):
+            raise InputError(
+                f"line {number} of {str(self.path)!r} is no line of a training log; remove it, or remove the run"
+            )
+        return line
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Add a line."""

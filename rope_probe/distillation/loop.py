@@ -174,10 +174,22 @@ class Training:
         }
 
     def restore(self, step: int, state: dict[str, Tensor]) -> None:
-        """Go on after `step` steps, as the training whose `state` this was; its weights are the model's already."""
+        """Go on after `step` steps, as the training whose `state` this was; its weights are the model's already.
+
+        Raises InputError for a state that is not of these optimizers' parameters.
+        """
+        of_parameter: dict[str, dict[str, Tensor]] = {}
+        for key, value in state.items():
+            name, _, what = key.rpartition("/")
+            of_parameter.setdefault(name, {})[what] = value
         for name, optimizer, parameter in self._optimized():
-            remembered = {key.split("/")[1]: value for key, value in state.items() if key.startswith(f"{name}/")}
-            optimizer.state[parameter] = {key: _like(parameter, value) for key, value in remembered.items()}
+            remembered = of_parameter.pop(name, {})
+            for what, value in remembered.items():
+                if value.numel() != 1 and value.shape != parameter.shape:
+                    raise InputError(f"{what} of {name} is {list(value.shape)}, but the weight {list(parameter.shape)}")
+            optimizer.state[parameter] = {what: _like(parameter, value) for what, value in remembered.items()}
+        if of_parameter:
+            raise InputError(f"it remembers {next(iter(of_parameter))!r}, which is not trained here")
         self.step = step
 
     def _optimized(self) -> Iterator[tuple[str, torch.optim.Optimizer, nn.Parameter]]:

@@ -42,13 +42,13 @@ def distillation_signal(
     Only final hidden states are held over the whole window, logits block by block.
     """
     perturbations = [perturbations] if isinstance(perturbations, Perturbation) else list(perturbations)
-    with torch.no_grad():
+    with torch.no_grad(), teacher.measuring():
         clean = teacher.hidden(window, masked=masked)
         perturbed = []
         for perturbation in perturbations:
             with teacher.hooks(fwd_hooks=perturbation.hooks(teacher, window)):
                 perturbed.append(teacher.hidden(window, masked=masked))
-    with torch.enable_grad():
+    with torch.enable_grad(), student.measuring():
         learned = student.hidden(window)
     parts = [_pull(teacher, student, learned.detach(), clean, other) for other in [None, *perturbed]]
     loss_kl, of_loss = parts[0]

@@ -1,8 +1,6 @@
 """Training snapshots: a Hugging Face checkpoint, and the state of optimizers and random number generators beside it."""
 
 import json
-import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rope_probe import checkpoints
-from rope_probe.atomic import whole_folder
+from rope_probe.atomic import kind_of, remove_folder, whole_folder
 from rope_probe.distillation.loop import Training
+from rope_probe.distillation.phase import Phase
 from rope_probe.errors import InputError
 
 _STATE, _PLACE = "training.safetensors", "training.json"
@@ -31,6 +30,7 @@ class Snapshot:
     folder: Path
     phase: str
     step: int
+    tensors: int
 
     def resume(self, training: Training, rank: int) -> None:
         """Go on from here: optimizers and random number generators as they were; the weights are the model's already.
@@ -38,20 +38,27 @@ class Snapshot:
         Raises InputError for a snapshot whose files are damaged.
         """
         state = self._state()
-        training.restore(self.step, {name: value for name, value in state.items() if not name.startswith(_RNG)})
+        remembered = {name: value for name, value in state.items() if not name.startswith(_RNG)}
+        try:
+            if len(state) != self.tensors:
+                raise InputError(f"it holds {len(state)} tensors, but {self.tensors} were written")
+            training.restore(self.step, remembered)
+        except InputError as error:
+            raise _damaged(self.folder, _STATE, str(error)) from error
         if f"{_RNG}{rank}/cpu" not in state:
             raise InputError(f"snapshot {str(self.folder)!r} is of fewer processes; resume with as many as it has")
-        torch.set_rng_state(state[f"{_RNG}{rank}/cpu"])
-        if f"{_RNG}{rank}/cuda" in state and torch.cuda.is_available():
-            torch.cuda.set_rng_state(state[f"{_RNG}{rank}/cuda"])
+        try:
+            torch.set_rng_state(state[f"{_RNG}{rank}/cpu"])
+            if f"{_RNG}{rank}/cuda" in state and torch.cuda.is_available():
+                torch.cuda.set_rng_state(state[f"{_RNG}{rank}/cuda"])
+        except (RuntimeError, TypeError) as error:
+            raise _damaged(self.folder, _STATE, str(error)) from error
 
     def _state(self) -> dict[str, Tensor]:
         try:
             return load_file(self.folder / _STATE)
         except (OSError, SafetensorError) as error:
-            raise InputError(
-                f"snapshot {str(self.folder)!r} is damaged: {_STATE}: {error}; remove it to resume from the one before"
-            ) from error
+            raise _damaged(self.folder, _STATE, str(error)) from error
 
 
 def take(training: Training, accelerator: Accelerator, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
@@ -67,30 +74,47 @@ def take(training: Training, accelerator: Accelerator, folder: Path, tokenizer: 
             checkpoints.write(training.model.original_model, partial, weights=weights, tokenizer=tokenizer)
             with checkpoints.failing_as_os_error(partial):
                 save_file({name: value.contiguous() for name, value in state.items()}, partial / _STATE)
-            place = {"phase": training.phase.name, "step": training.step}
+            place = {"phase": training.phase.name, "step": training.step, "tensors": len(state)}
             (partial / _PLACE).write_text(json.dumps(place) + "\n")
     accelerator.wait_for_everyone()
 
 
-def found(folder: Path, phases: Sequence[str]) -> list[Snapshot]:
-    """The snapshots in `folder`, latest last. Raises InputError for one that is damaged."""
-    snapshots = [_read(place) for place in folder.glob("[!.]*")]
-    return sorted(snapshots, key=lambda one: (phases.index(one.phase), one.step))
+def name_of(phase: str, step: int) -> str:
+    """What a snapshot's folder is called."""
+    return f"{phase}-{step:06d}"
 
 
-def prune(folder: Path, phases: Sequence[str], keep: int) -> None:
-    """Remove all but the latest `keep` snapshots, and what writes that were cut short have left."""
+def found(folder: Path, phases: Sequence[Phase]) -> list[Snapshot]:
+    """The snapshots in `folder`, latest last; what is not rope_probe's is not looked at.
+
+    Raises InputError for a snapshot that is damaged, or of none of the phases.
+    """
+    names = [phase.name for phase in phases]
+    ours = [place for place in folder.glob("[!.]*") if kind_of(place) == "checkpoint"]
+    snapshots = [_read(place, phases) for place in ours]
+    return sorted(snapshots, key=lambda one: (names.index(one.phase), one.step))
+
+
+def prune(folder: Path, phases: Sequence[Phase], keep: int) -> None:
+    """Remove all but the latest `keep` snapshots."""
     for old in found(folder, phases)[:-keep]:
-        os.replace(old.folder, old.folder.with_name(f".{old.folder.name}"))  # not to be seen while it is half there
-    for hidden in folder.glob(".*"):
-        shutil.rmtree(hidden)
+        remove_folder(old.folder)
 
 
-def _read(folder: Path) -> Snapshot:
+def _read(folder: Path, phases: Sequence[Phase]) -> Snapshot:
     try:
         place = json.loads((folder / _PLACE).read_text())
-        return Snapshot(folder, place["phase"], place["step"])
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(
-            f"snapshot {str(folder)!r} is damaged: {_PLACE}: {error}; remove it to resume from the one before"
-        ) from error
+        phase, step, tensors = place["phase"], place["step"], place["tensors"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise _damaged(folder, _PLACE, str(error)) from error
+    steps = {phase.name: phase.steps for phase in phases}
+    if not isinstance(phase, str) or type(step) is not int or folder.name != name_of(phase, step):
+        raise _damaged(folder, _PLACE, f"it says phase {phase!r} and step {step!r}")
+    if phase not in steps or not 0 < step < steps[phase]:
+        raise _damaged(folder, _PLACE, f"the configuration has no step {step} of a phase {phase!r} to go on from")
+    return Snapshot(folder, phase, step, tensors)
+
+
+def _damaged(folder: Path, file: str, why: str) -> InputError:
+    remedy = "remove it to resume from the one before, or from the start"
+    return InputError(f"snapshot {str(folder)!r} is damaged: {file}: {why}; {remedy}")

@@ -87,8 +87,10 @@ def _states(model: HookedCausalLM, window: Window, masked: bool) -> dict[Site, F
 
     rotating = [layer for layer, rotary in enumerate(model.rotary) if rotary is not None]
     sites = [f"blocks.{layer}.attn.hook_rot_{side}" for layer in rotating for side in "qk"]
-    with model.hooks(fwd_hooks=[(site, read) for site in sites]):
+    with model.measuring(), model.hooks(fwd_hooks=[(site, read) for site in sites]):
         model.hidden(window, masked=masked)
+    for (layer, side), states in found.items():
+        model.require_finite(states, f"blocks.{layer}.attn.hook_rot_{side}")
     return found
 
 

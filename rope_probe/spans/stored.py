@@ -1,27 +1,24 @@
 """Weights tensor by tensor: of a model in memory, or of a checkpoint's safetensors files without ever loading it."""
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from rope_probe import weight_files
 from rope_probe.architectures import Rotary, architecture_of
-from rope_probe.checkpoints import ABSENT_IS_NONE, quiet
+from rope_probe.checkpoints import quiet, read_config
 from rope_probe.errors import InputError
 from rope_probe.hooked import HookedCausalLM
 from rope_probe.spans.parts import OUTPUT_HEADS, part_of
 
 Model: TypeAlias = str | os.PathLike[str] | PreTrainedModel | HookedCausalLM
-_READABLE = {"F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16"}
 _ALIKE = (
     "model_type",
     "num_hidden_layers",
@@ -55,14 +52,14 @@ class _Loaded:
     @contextmanager
     def read(self, name: str) -> Iterator[Tensor]:
         values = self._parameters[name]
-        _require_readable(name, self.label, str(values.dtype).removeprefix("torch."))
+        weight_files.require_float(self.label, name, str(values.dtype).removeprefix("torch."))
         yield values.cpu()
 
 
 class _Stored:
     def __init__(self, label: str) -> None:
-        self.label = repr(label)
-        config = _config(label)
+        self.label, self._name = repr(label), label
+        config = read_config(label)
         if getattr(config, "quantization_config", None) is not None:
             raise InputError(f"checkpoint {self.label} is quantised; give one in float32, bfloat16 or float16")
         architecture_of(config)
@@ -70,7 +67,7 @@ class _Stored:
         ignored = self.model._keys_to_ignore_on_load_unexpected or ()
         self.files = {
             name: file
-            for name, file in _files(label).items()
+            for name, file in weight_files.files_of_tensors(label).items()
             if not name.endswith((".inv_freq", *(f".{pattern}" for pattern in ignored)))
         }
         if config.tie_word_embeddings:
@@ -78,18 +75,16 @@ class _Stored:
                 name: file for name, file in self.files.items() if name.rpartition(".")[0] not in OUTPUT_HEADS
             }
         self.names = list(self.files)
+        weight_files.require_floats(self._name, self.files)
         self._require_whole()
 
     @contextmanager
     def read(self, name: str) -> Iterator[Tensor]:
         with self._opened(name) as file:
-            _require_readable(name, self.label, file.get_slice(name).get_dtype())
             yield file.get_tensor(name)  # a view of the mapped file: its pages go with it
 
-    @contextmanager
-    def _opened(self, name: str) -> Iterator[Any]:
-        with _reading(self.label, self.files[name]), safe_open(self.files[name], framework="pt") as file:
-            yield file
+    def _opened(self, name: str) -> AbstractContextManager[Any]:
+        return weight_files.opened(self._name, self.files[name])
 
     def _require_whole(self) -> None:
         """That what the config describes is there, in that shape; files have their own names for parts of experts."""
@@ -104,17 +99,8 @@ class _Stored:
                 raise InputError(f"checkpoint {self.label} lacks {name!r}, or has it quantised")
             with self._opened(name) as file:
                 shape = file.get_slice(name).get_shape()
-                _require_readable(name, self.label, file.get_slice(name).get_dtype())
             if shape != list(parameter.shape):
                 raise InputError(f"{name} of {self.label} is {shape}, but its config asks for {list(parameter.shape)}")
-
-
-def _require_readable(name: str, label: str, dtype: str) -> None:
-    if dtype not in _READABLE:
-        raise InputError(
-            f"tensor {name!r} of {label} is stored as {dtype}, quantised or no weight; "
-            "give a checkpoint in float32, bfloat16 or float16"
-        )
 
 
 def weights_of(model: Model, role: str = "") -> Weights:
@@ -185,49 +171,3 @@ def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     except Exception as error:  # each config has its own checks
         raise InputError(f"transformers makes no causal LM of this {config.model_type} config: {error}") from error
     return model
-
-
-def _config(label: str) -> PreTrainedConfig:
-    try:
-        with quiet():
-            return AutoConfig.from_pretrained(label, trust_remote_code=False)
-    except Exception as error:  # a config can be wrong in as many ways as transformers has classes of errors
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(f"cannot read the config of {label!r}: {type(error).__name__}: {reason}") from error
-
-
-def _files(label: str) -> dict[str, str]:
-    """The file that each tensor of a checkpoint is in."""
-    single = _find(label, SAFE_WEIGHTS_NAME)
-    if single is not None:  # transformers looks for it first, too
-        with _reading(repr(label), single), safe_open(single, framework="pt") as file:
-            return dict.fromkeys(file.keys(), single)
-    index = _find(label, SAFE_WEIGHTS_INDEX_NAME)
-    if index is None:
-        raise InputError(f"checkpoint {label!r} has no {SAFE_WEIGHTS_NAME} and no {SAFE_WEIGHTS_INDEX_NAME}")
-    try:
-        where = json.loads(Path(index).read_text())["weight_map"]
-        shards = {shard: _find(label, shard) for shard in sorted(set(where.values()))}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{SAFE_WEIGHTS_INDEX_NAME} of {label!r} is no index of shards: {error!r}") from error
-    if lost := [shard for shard, file in shards.items() if file is None]:
-        raise InputError(f"checkpoint {label!r} lacks {lost[0]!r}, one of its {len(shards)} shards; copy it again")
-    for shard, file in shards.items():
-        with _reading(repr(label), str(file)), safe_open(file, framework="pt") as opened:
-            inside = set(opened.keys())
-        if absent := [name for name, holder in where.items() if holder == shard and name not in inside]:
-            raise InputError(f"shard {shard!r} of {label!r} lacks the tensor {absent[0]!r} that its index promises")
-    return {name: str(shards[shard]) for name, shard in where.items()}
-
-
-def _find(label: str, file: str) -> str | None:
-    return cached_file(label, file, **ABSENT_IS_NONE)
-
-
-@contextmanager
-def _reading(label: str, file: str) -> Iterator[None]:
-    try:
-        yield
-    except SafetensorError as error:
-        name = Path(file).name
-        raise InputError(f"weight file {name!r} of {label} is corrupt: {error}; copy it again") from error

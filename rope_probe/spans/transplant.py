@@ -7,9 +7,8 @@ from contextlib import contextmanager
 import torch
 from transformers import PreTrainedModel
 
-from rope_probe import checkpoints
+from rope_probe import attention, checkpoints
 from rope_probe.architectures import rotary_layers
-from rope_probe.attention import is_hooked
 from rope_probe.errors import InputError
 from rope_probe.hooked import HookedCausalLM
 from rope_probe.spans.parts import Piece, Span, pieces, projections_of
@@ -52,14 +51,8 @@ def plain_model(model: Model) -> PreTrainedModel:
 
 
 def _copy(model: Model) -> PreTrainedModel:
-    if isinstance(model, HookedCausalLM):
-        with model.released() as plain:
-            return copy.deepcopy(plain)
-    if not isinstance(model, PreTrainedModel):
-        return checkpoints.load(model)
-    if is_hooked(model):
-        raise InputError("this model is hooked, and a copy would share its hooks; give what load_model returned")
-    return copy.deepcopy(model)
+    in_memory = isinstance(model, PreTrainedModel | HookedCausalLM)
+    return attention.plain_copy(plain_model(model)) if in_memory else checkpoints.load(model)
 
 
 @contextmanager

@@ -1,0 +1,13 @@
+"""Names that a user chooses from, apart from what they stand for, so that `--help` need not load it."""
+
+KERNELS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4")
+"""Attention kernels; see `attention`."""
+
+SWEEPS = ("dose", "layer", "head", "pair", "jitter", "theta")
+"""Sweeps of perturbations; see `sweeps`."""
+
+KEY_VALUE = "key_value"
+"""The retrieval task of the key-value streams; see `retrieval`."""
+
+TEXT_TASKS = ("passkey", "niah_single_1", "niah_multikey_2", "niah_multikey_3", "vt", "cwe", "fwe")
+"""Retrieval tasks in text: first those with a distance, then those of several answers; see `tasks`."""
