@@ -140,12 +140,18 @@ def _resolved(out: str | os.PathLike[str]) -> Path:
 
 def _refuse_inputs_inside(target: Path, inputs: Sequence[str | os.PathLike[str]]) -> None:
     for given in inputs:
-        with suppress(OSError, RuntimeError, ValueError):  # what cannot be resolved is told where it is read
-            if Path(given).exists() and Path(given).resolve().is_relative_to(target):
-                raise InputError(
-                    f"{os.fspath(given)!r} is read for this and lies inside {str(target)!r}, which would be replaced; "
-                    "choose another --out"
-                )
+        if _lies_inside(given, target):
+            raise InputError(
+                f"{os.fspath(given)!r} is read for this and lies inside {str(target)!r}, which would be replaced; "
+                "choose another --out"
+            )
+
+
+def _lies_inside(given: str | os.PathLike[str], target: Path) -> bool:
+    try:
+        return Path(given).exists() and Path(given).resolve().is_relative_to(target)
+    except (OSError, RuntimeError, ValueError):  # what cannot be resolved is told where it is read
+        return False
 
 
 def _refuse_what_is_there(target: Path, kind: str, overwrite: bool) -> None:

@@ -266,7 +266,8 @@ class HookedCausalLM(HookedRootModule):
 
     @property
     def _checkpoints_gradients(self) -> bool:
-        return bool(self.original_model.is_gradient_checkpointing)
+        modules = self.original_model.modules()  # its own property for this has another name from transformers 6 on
+        return any(getattr(module, "gradient_checkpointing", False) for module in modules)
 
     def _check_attached(self) -> None:
         if not attention.is_attached(self.original_model, self._seams):
@@ -371,10 +372,11 @@ def load_model(
     """A hooked causal LM from a checkpoint folder, a hub id, or a model already in memory.
 
     `attn` is the kernel: "sdpa" (default), "eager" (the only one with scores and patterns, [T, T] per head), or
-    "flash_attention_2|3|4" where installed. A model in memory is wrapped in place, and moved if dtype or device ask.
+    "flash_attention_2|3|4" where installed. A model in memory is wrapped in place, in eval mode, and moved if dtype or device ask.
     Raises InputError for what cannot be loaded (see `checkpoints.load`) or probed (see `HookedCausalLM`).
     """
     if isinstance(model, PreTrainedModel):
+        _require_float_weights(model)
         target = checkpoints.require_device(model.device if device is None else device, dtype or model.dtype)
         return HookedCausalLM(checkpoints.cast(model, target, dtype or model.dtype).eval(), attn)
     return HookedCausalLM(checkpoints.load(model, dtype=dtype, device=device), attn)

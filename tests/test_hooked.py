@@ -1,11 +1,25 @@
 import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import transformers as hf
 from transformers import GenerationConfig
 
-from rope_probe import InputError, KeyValueStream, attention, load_model, pack, repeated_window, rope
+from rope_probe import (
+    InputError,
+    KeyValueStream,
+    PositionShift,
+    attention,
+    checkpoints,
+    copy_deltas,
+    load_model,
+    pack,
+    repeated_window,
+    rope,
+    trace,
+)
 from rope_probe.architectures import ARCHITECTURES, query_key_value_rows
 from rope_probe.packing import Window
 from tests import zoo
@@ -527,3 +541,102 @@ def test_a_batch_reads_as_its_windows_and_masked_as_its_documents(name, position
         masked = model.unembed(model.hidden(batch, masked=True))
         alone = model(batch.tokens.reshape(9, 8)).reshape(masked.shape)
     torch.testing.assert_close(masked, alone, rtol=0, atol=1e-5)
+
+
+def test_hooks_that_are_gone_when_gradient_checkpointing_computes_again_are_refused():
+    plain = zoo.llama()
+    model = load_model(plain)
+    plain.train()
+    plain.gradient_checkpointing_enable({"use_reentrant": False})
+    doubled = [("blocks.0.attn.hook_rot_q", lambda x, hook: 2 * x)]
+    lost = model.run_with_hooks(zoo.tokens(), fwd_hooks=doubled).sum()
+    with pytest.raises(InputError, match="where the hooks are still attached"):
+        lost.backward()
+    plain.zero_grad()
+    with model.hooks(fwd_hooks=doubled):
+        model(zoo.tokens()).sum().backward()
+    ours = plain.model.layers[0].self_attn.q_proj.weight.grad.clone()
+    plain.gradient_checkpointing_disable()
+    plain.zero_grad()
+    model.run_with_hooks(zoo.tokens(), fwd_hooks=doubled).sum().backward()
+    torch.testing.assert_close(ours, plain.model.layers[0].self_attn.q_proj.weight.grad, rtol=0, atol=1e-6)
+
+
+def test_a_model_in_train_mode_is_measured_in_eval_and_put_back():
+    plain = zoo.llama(attention_dropout=0.5)
+    model, window = load_model(plain), repeated_window([5, 6, 7, 8], 4)
+    shift = PositionShift("q", 2.0)
+    wanted = trace(model, window, shift)
+    plain.train()
+    plain.model.layers[0].mlp.eval()
+    modes = [module.training for module in plain.modules()]
+    assert trace(model, window, shift).equals(wanted)
+    assert copy_deltas(model, window).equals(copy_deltas(model, window))
+    assert [module.training for module in plain.modules()] == modes
+
+
+def test_attention_that_was_set_elsewhere_is_refused_by_a_trace():
+    plain = zoo.llama()
+    model = load_model(plain)
+    plain.set_attn_implementation("eager")
+    with pytest.raises(InputError, match="set_attn_implementation"):
+        trace(model, repeated_window([5, 6], 4), PositionShift("q", 2.0))
+    assert model.release().config._attn_implementation == "eager"
+    assert len(trace(load_model(plain), repeated_window([5, 6], 4), PositionShift("q", 2.0)))
+
+
+def count_hooks(plain):
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in plain.modules())
+
+
+def test_a_second_wrapper_inherits_no_hooks_and_piles_up_none():
+    plain, heard = zoo.llama(), []
+    load_model(plain).add_hook("blocks.0.hook_resid_post", lambda x, hook: heard.append(hook.name))
+    once = count_hooks(plain)
+    for _ in range(3):
+        model = load_model(plain)
+    model(zoo.tokens())
+    assert heard == []
+    assert count_hooks(plain) == once
+    model.release()
+    assert count_hooks(plain) == 0
+
+
+@pytest.mark.parametrize("owner_is_alive", [True, False])
+def test_copies_of_a_hooked_model_carry_no_hooks(owner_is_alive):
+    plain, heard = zoo.llama(), []
+    model = load_model(plain)
+    model.add_hook("blocks.0.hook_resid_post", lambda x, hook: heard.append(threading.Lock()))  # cannot be copied
+    wanted = model(zoo.tokens())
+    if not owner_is_alive:
+        del model
+    heard.clear()
+    copied = checkpoints.with_rope(plain, plain.config.rope_parameters["rope_theta"])
+    assert torch.equal(copied(zoo.tokens()).logits, wanted)
+    assert (heard, count_hooks(copied)) == ([], 0)
+    assert not hasattr(copied.model.layers[0].self_attn, "rope_probe_seam")
+
+
+def test_threads_that_share_a_model_take_turns():
+    model, window = load_model(zoo.llama()), repeated_window([5, 6, 7, 8], 8)
+    shifts = [PositionShift("q", tokens) for tokens in (1.0, 4.0, 16.0)]
+    wanted = [trace(model, window, shift) for shift in shifts]
+    doubled = [("blocks.0.hook_resid_post", lambda x, hook: 2 * x)]
+    wanted_doubled = model.run_with_hooks(window, fwd_hooks=doubled)
+
+    def work(number):
+        if number % 4 == 3:
+            return torch.equal(model.run_with_hooks(window, fwd_hooks=doubled), wanted_doubled)
+        return trace(model, window, shifts[number % 4]).equals(wanted[number % 4])
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(work, range(48)))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.complex64])
+def test_weights_that_are_no_floats_are_refused_in_memory(dtype):
+    plain = zoo.llama()
+    projection = plain.model.layers[0].mlp.up_proj
+    projection.weight = torch.nn.Parameter(projection.weight.data.to(dtype), requires_grad=False)
+    with pytest.raises(InputError, match=r"up_proj\.weight is torch\."):
+        load_model(plain)

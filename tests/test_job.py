@@ -379,13 +379,18 @@ def test_rope_parameters_that_a_model_type_does_not_take_are_refused():
 def test_a_run_is_gone_on_with_wherever_it_lies_and_whatever_it_keeps(tmp_path, whole, monkeypatch):
     cut_short(tmp_path)
     shutil.move(tmp_path / "run", tmp_path / "moved")
-    for leftover in ("checkpoints/.short.partial-1", "snapshots/.short-000002"):  # what a SIGKILL leaves behind
-        (tmp_path / "moved" / leftover).mkdir(parents=True, exist_ok=True)
+    moved = tmp_path / "moved"
+    killed = ["checkpoints/.short.partial-0123abcd/.rope_probe.lock", "snapshots/.short-000002.removed-0123abcd/a"]
+    others = ["snapshots/.git/HEAD", "snapshots/.DS_Store", "checkpoints/.DS_Store", "snapshots/notes/mine.txt"]
+    for file in (*killed, *others):
+        (moved / file).parent.mkdir(parents=True, exist_ok=True)
+        (moved / file).touch()
     monkeypatch.chdir(tmp_path)
     distill(config(tmp_path, out="moved", keep=1), resume=True)
     ours, theirs = weights(tmp_path / "moved"), weights(whole)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert not [path for path in (tmp_path / "moved").rglob(".*") if path.is_dir()]
+    assert not [file for file in killed if (moved / file).exists()]
+    assert all((moved / file).exists() for file in others)
 
 
 def test_a_gate_that_was_tried_before_a_resumption_is_remembered(tmp_path):

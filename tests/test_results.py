@@ -1,11 +1,17 @@
+import errno
 import json
+import os
+import subprocess
+import time
+from functools import partial
+from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 
-from rope_probe import InputError, results
-from rope_probe.results import is_complete, new_run, read_run, tidy
+from rope_probe import InputError, atomic, checkpoints, results
+from rope_probe.results import is_complete, new_run, open_run, read_run, tidy
 from tests import zoo
 
 ROWS = [{"site": "logits", "metric": "kl_nats", "value": 0.5}]
@@ -160,3 +166,188 @@ def test_nothing_is_pickled(tmp_path):
         run.record(tidy(ROWS))
     assert {path.name for path in (tmp_path / "run").iterdir()} == {".rope_probe", "metrics.parquet", "manifest.json"}
     assert isinstance(pd.read_parquet(tmp_path / "run" / "metrics.parquet"), pd.DataFrame)
+
+
+def make_run(out, experiment="test", **options):
+    with new_run(out, experiment, {}, **options) as run:
+        run.record(tidy(ROWS))
+
+
+def tree(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_an_older_run_is_replaced_only_when_asked(tmp_path):
+    make_run(tmp_path / "run")
+    before = tree(tmp_path)
+    with pytest.raises(InputError, match="--overwrite replaces it"):
+        make_run(tmp_path / "run")
+    assert tree(tmp_path) == before
+    make_run(tmp_path / "run", overwrite=True)
+    assert tree(tmp_path) != before
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_what_was_not_made_for_the_very_purpose_is_never_replaced(tmp_path):
+    def refused(out, match, **options):
+        before = tree(tmp_path)
+        with pytest.raises(InputError, match=match):
+            make_run(out, overwrite=True, **options)
+        assert tree(tmp_path) == before
+
+    make_run(tmp_path / "run")
+    refused(tmp_path / "run", "is a test run, not a trace run", experiment="trace")
+    checkpoints.save(zoo.llama(), tmp_path / "model")
+    refused(tmp_path / "model", "is a checkpoint, not a test run")
+    refused(tmp_path, "made by someone else")
+    (tmp_path / "run" / "checkpoint").mkdir()
+    (tmp_path / "run" / "checkpoint" / "model.safetensors").write_text("weeks of work")
+    refused(tmp_path / "run", "holds 'checkpoint/model.safetensors', which was not written with it")
+    make_run(tmp_path / "noted")
+    (tmp_path / "noted" / "notes.txt").write_text("mine")
+    refused(tmp_path / "noted", r"holds 'notes\.txt'")
+    with open_run(tmp_path / "running", "test", {}, inputs={}):
+        refused(tmp_path / "running", r"holds '\.writer'")
+
+
+def test_an_input_inside_the_output_is_refused(tmp_path):
+    make_run(tmp_path / "run")
+    model = checkpoints.save(zoo.llama(), tmp_path / "run" / "checkpoint")
+    (tmp_path / "link").symlink_to(model)
+    before = tree(tmp_path)
+    for read in (model, tmp_path / "link", tmp_path / "run"):
+        with pytest.raises(InputError, match="is read for this and lies inside"):
+            make_run(tmp_path / "run", overwrite=True, inputs=[read])
+    assert tree(tmp_path) == before
+
+
+def test_a_folder_that_appears_meanwhile_is_left_alone_and_the_work_is_kept(tmp_path):
+    out = tmp_path / "run"
+
+    def someone_else_writes(**options):
+        with new_run(out, "test", {}, **options) as run:
+            run.record(tidy(ROWS))
+            out.mkdir(exist_ok=True)
+            (out / "thesis.txt").write_text("years")
+
+    with pytest.raises(InputError, match=r"made by someone else.* What was computed is kept at") as refusal:
+        someone_else_writes()
+    assert (out / "thesis.txt").read_text() == "years"
+    (kept,) = (path for path in tmp_path.iterdir() if path != out)
+    assert str(kept) in str(refusal.value)
+    assert read_run(kept)[0]["value"].tolist() == [0.5]
+    make_run(tmp_path / "second")
+    out = tmp_path / "second"
+    with pytest.raises(InputError, match=r"holds 'thesis\.txt'.* is kept at"):
+        someone_else_writes(overwrite=True)
+    assert (out / "thesis.txt").read_text() == "years"
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_place_that_cannot_be_renamed_is_found_before_the_work(tmp_path, monkeypatch):
+    (tmp_path / "mounted").mkdir()
+    rename = os.rename
+
+    def busy(source, target):
+        if Path(source).name == "mounted":
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", busy)
+    with pytest.raises(InputError, match="as a mount point cannot"), new_run(tmp_path / "mounted", "test", {}):
+        raise AssertionError
+
+
+def test_what_killed_runs_left_is_cleaned_and_nothing_else(tmp_path):
+    left = tmp_path / ".run.partial-0123abcd"
+    left.mkdir()
+    (left / atomic.LOCK).touch()
+    others = [
+        ".git/HEAD",
+        ".DS_Store",
+        ".run.partial-mine/a",
+        ".run.partial-0123abce/no-lock",
+        ".other.partial-0123abcd/a",
+    ]
+    for name in others:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    with new_run(tmp_path / "run", "test", {}):
+        assert not left.exists()
+    assert all((tmp_path / name).read_text() == "mine" for name in others)
+
+
+def test_two_that_write_to_one_place_lose_neither(tmp_path):
+    def one_in_the_other():
+        with new_run(tmp_path / "run", "test", {}) as first:
+            make_run(tmp_path / "run")
+            first.record(tidy(ROWS + ROWS))
+
+    with pytest.raises(InputError, match=r"already; .* is kept at"):
+        one_in_the_other()
+    found = sorted(len(read_run(path)[0]) for path in tmp_path.iterdir())
+    assert found == [1, 2]
+
+
+def test_one_process_at_a_time_writes_to_a_run_that_trains(tmp_path):
+    opened = partial(open_run, tmp_path / "run", "test", {}, inputs={"teacher": "abc"})
+    with opened() as run, pytest.raises(InputError, match=f"written by process {os.getpid()} on "), opened(resume=True):
+        raise AssertionError
+    assert run.manifest["status"] == "complete"
+    assert not (tmp_path / "run" / ".writer").exists()
+
+
+def test_a_lock_that_a_dead_process_left_is_taken_over(tmp_path):
+    with pytest.raises(ZeroDivisionError), open_run(tmp_path / "run", "test", {}, inputs={}):
+        raise ZeroDivisionError
+    (tmp_path / "run" / ".writer").write_text('{"process": 1, "host": "elsewhere"}')
+    with open_run(tmp_path / "run", "test", {}, inputs={}, resume=True):
+        pass
+    assert read_run(tmp_path / "run")[1]["status"] == "complete"
+
+
+def test_a_run_is_gone_on_with_only_from_the_same_inputs(tmp_path):
+    with pytest.raises(ZeroDivisionError), open_run(tmp_path / "run", "test", {}, inputs={"teacher": "abc"}):
+        raise ZeroDivisionError
+    other = open_run(tmp_path / "run", "test", {}, inputs={"teacher": "xyz"}, resume=True)
+    with pytest.raises(InputError, match="other inputs: teacher was 'abc' and is 'xyz'"), other:
+        raise AssertionError
+
+
+def test_the_wall_time_of_every_session_counts(tmp_path, monkeypatch):
+    clock = iter(range(0, 10_000, 10))
+    monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
+    manifest, seen = tmp_path / "run" / "manifest.json", []
+
+    def fail_midway():
+        with open_run(tmp_path / "run", "test", {}, inputs={}) as run:
+            run.keep_time()
+            seen.append(json.loads(manifest.read_text())["wall_s"])  # what a SIGKILL leaves
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail_midway()
+    first = json.loads(manifest.read_text())["wall_s"]
+    assert 0 < seen[0] < first
+    with open_run(tmp_path / "run", "test", {}, inputs={}, resume=True):
+        pass
+    assert read_run(tmp_path / "run")[1]["wall_s"] > first
+
+
+def test_the_commit_is_the_projects_own_or_none(tmp_path, monkeypatch):
+    inside = tmp_path / "site-packages" / "rope_probe" / "results.py"
+    inside.parent.mkdir(parents=True)
+    inside.touch()
+    for command in (["init", "-q"], ["add", "."], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "x"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    monkeypatch.setattr(results, "__file__", str(inside))
+    assert results._git() is None
+
+
+@pytest.mark.parametrize("columns", [{"value": ["a"]}, {"value": [[1.0]]}, {"seed": ["x"]}, {"seed": [1.5]}])
+def test_columns_of_other_types_are_refused(tmp_path, columns):
+    make_run(tmp_path / "run")
+    frame = pd.read_parquet(tmp_path / "run" / "metrics.parquet").assign(**columns)
+    frame.to_parquet(tmp_path / "run" / "metrics.parquet")
+    with pytest.raises(InputError, match="columns of other types"):
+        read_run(tmp_path / "run")

@@ -196,7 +196,7 @@ class _Job:
         """Take a snapshot where one is due, or where the run is to stop; then stop."""
         by_step = training.step % self.config.save_every == 0
         by_time = time.monotonic() - self._last_save >= 60 * self.config.save_minutes
-        stopping, due = self._any_process(stop.signal is not None, by_step or by_time)
+        stopping, due = self._any_process(stop.received is not None, by_step or by_time)
         if not (stopping or due):
             return
         folder = self.out / SNAPSHOTS / snapshots.name_of(training.phase.name, training.step)
@@ -205,7 +205,7 @@ class _Job:
         if log is not None:
             self._tidy_up()
         if stopping:
-            by = "another process" if stop.signal is None else stop.signal.name
+            by = "another process" if stop.received is None else stop.received.name
             raise Stopped(
                 f"stopped by {by} after step {training.step} of phase {training.phase.name!r}; a snapshot is in "
                 f"{str(self.out)!r}; the same command with --resume goes on from there"

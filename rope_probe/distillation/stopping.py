@@ -14,7 +14,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class StopRequest:
     """The signal that asked this process to stop; None as long as none did."""
 
-    signal: signal.Signals | None = None
+    received: signal.Signals | None = None
 
 
 @contextmanager
@@ -26,9 +26,9 @@ def stop_requests() -> Iterator[StopRequest]:
     request = StopRequest()
 
     def note(number: int, frame: FrameType | None) -> None:
-        if request.signal is not None:
+        if request.received is not None:
             raise KeyboardInterrupt
-        request.signal = signal.Signals(number)
+        request.received = signal.Signals(number)
 
     if threading.current_thread() is not threading.main_thread():
         yield request
