@@ -9,14 +9,15 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer
 
-from rope_probe import InputError, TextTask, checkpoints, cli, load_model, retrieval_accuracy
+from rope_probe import InputError, TextCorpus, TextTask, checkpoints, cli, load_model, retrieval_accuracy
 from rope_probe.distillation import Training, distill, read_config
 from rope_probe.results import read_run
 from rope_probe.seeds import derive
@@ -122,6 +123,156 @@ def test_killed_twenty_times_and_resumed_weights_and_log_are_those_of_an_uninter
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert log(tmp_path / "run") == log(whole)
     assert len(list((tmp_path / "run" / "snapshots").iterdir())) == 1
+
+
+def asked_to_stop(config_file, out, signal_number, at_step, delay):
+    """Resume a run by the command line, which a signal reaches `delay` seconds after its `at_step`-th step began."""
+    torch.set_num_threads(1)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    steps = iter(range(1, 1000))
+    plain = Training.advance
+
+    def advance(self, **options):
+        if next(steps) == at_step:
+            threading.Timer(delay, os.kill, (os.getpid(), signal_number)).start()
+        record = plain(self, **options)
+        with (out / "finished").open("a") as file:
+            file.write(f"{self.phase.name}-{record['step']:06d}\n")
+        return record
+
+    Training.advance = advance
+    sys.argv = ["rope-probe", "distill", str(config_file), "--resume"]
+    sys.stdout = sys.stderr = (out / "told").open("w")
+    cli.main()
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop_ten_times_and_resumed_no_finished_step_is_lost(tmp_path, whole, signal_number):
+    table = config(tmp_path, save_every=1000)
+    (tmp_path / "config.toml").write_text(toml(table))
+    rng, stops = random.Random(0), 0
+    for _ in range(10):
+        (tmp_path / "finished").write_text("")
+        arguments = (tmp_path / "config.toml", tmp_path, signal_number, rng.randint(1, 4), rng.uniform(0, 0.03))
+        child = FORK.Process(target=asked_to_stop, args=arguments)
+        child.start()
+        child.join()
+        assert child.exitcode == cli.STOPPED, (tmp_path / "told").read_text()
+        *_, told = (tmp_path / "told").read_text().splitlines()
+        assert told.startswith(f"stopped by {signal_number.name} after step")
+        assert "with --resume" in told
+        last = (tmp_path / "finished").read_text().split()[-1]
+        if last != "short-000016":  # the end of a phase, which has a checkpoint
+            assert (tmp_path / "run" / "snapshots" / last).is_dir()
+            stops += 1
+    assert stops >= 8
+    assert in_a_process(table) == 0
+    for phase in ("short", "long"):
+        ours, theirs = weights(tmp_path / "run", phase), weights(whole, phase)
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert log(tmp_path / "run") == log(whole)
+    assert read_run(tmp_path / "run")[1]["wall_s"] > 0
+
+
+def test_snapshots_are_taken_by_time_too(tmp_path):
+    table = config(tmp_path, save_every=1000, save_minutes=1e-9)
+    assert in_a_process(table, 7, 0.0) == -signal.SIGKILL
+    assert len(list((tmp_path / "run" / "snapshots").iterdir())) == 2
+
+
+def standing_still(table, at_step):
+    """A run that stops in the middle of a step, and stays there."""
+    steps, plain = iter(range(1, 1000)), Training.advance
+
+    def advance(self, **options):
+        if next(steps) == at_step:
+            (Path(table["out"]) / "standing").touch()
+            time.sleep(60)
+        return plain(self, **options)
+
+    Training.advance = advance
+    distill(table, resume=True)
+
+
+def test_a_second_writer_is_refused_and_a_dead_ones_lock_is_taken_over(tmp_path, whole):
+    table = config(tmp_path)
+    child = FORK.Process(target=standing_still, args=(table, 7))
+    child.start()
+    while not (tmp_path / "run" / "standing").exists():
+        time.sleep(0.05)
+    with pytest.raises(InputError, match=f"is being written by process {child.pid} on "):
+        distill(table, resume=True)
+    child.kill()
+    child.join()
+    (tmp_path / "run" / "standing").unlink()
+    assert in_a_process(table) == 0
+    ours, theirs = weights(tmp_path / "run"), weights(whole)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_run_is_gone_on_with_only_by_the_teacher_and_data_it_began_with(tmp_path):
+    table = cut_short(tmp_path)
+    other = zoo.llama(attention_dropout=0.1)
+    other.lm_head.weight.data[0, 0] += 1e-3
+    checkpoints.save(other, tmp_path / "teacher")
+    with pytest.raises(InputError, match="was started with other inputs: teacher was"):
+        distill(table, resume=True)
+
+
+def test_text_that_changed_is_found_at_a_resumption(tmp_path):
+    (tmp_path / "text").write_text("one two three four " * 50)
+    corpus = TextCorpus(files=(str(tmp_path / "text"),))
+    before = corpus.source_hash()
+    (tmp_path / "text").write_text("one two three four " * 49 + "five")
+    assert corpus.source_hash() != before
+    assert TextCorpus().source_hash() == TextCorpus().source_hash()
+
+
+@pytest.mark.parametrize(
+    ("place", "named"),
+    [
+        ({"phase": "short", "step": -1}, "step -1"),
+        ({"phase": "short", "step": "6"}, "'6'"),
+        ({"phase": "short", "step": 16}, "step 16"),
+        ({"phase": "none", "step": 4}, "'none'"),
+        ([], "list indices"),
+    ],
+)
+def test_a_tampered_snapshot_is_told(tmp_path, place, named):
+    table = cut_short(tmp_path)
+    last = sorted((tmp_path / "run" / "snapshots").iterdir())[-1]
+    (last / "training.json").write_text(json.dumps({**place, "tensors": 1} if isinstance(place, dict) else place))
+    with pytest.raises(InputError, match=f"{last.name}.*{named}"):
+        distill(table, resume=True)
+
+
+@pytest.mark.parametrize("how", ["less", "reshaped", "renamed", "no random numbers"])
+def test_tampered_state_of_the_optimizers_is_told(tmp_path, how):
+    table = cut_short(tmp_path)
+    file = sorted((tmp_path / "run" / "snapshots").iterdir())[-1] / "training.safetensors"
+    state = load_file(file)
+    name = next(name for name in state if name.endswith("q_proj.weight/exp_avg"))
+    if how == "less":
+        del state[name]
+    elif how == "reshaped":
+        state[name] = state[name][:1]
+    elif how == "renamed":
+        state["model.layers.9.weight/exp_avg"] = state.pop(name)
+    else:
+        state["rng/0/cpu"] = torch.zeros(3, dtype=torch.uint8)
+    save_file(state, file)
+    with pytest.raises(InputError, match=r"is damaged: training\.safetensors"):
+        distill(table, resume=True)
+
+
+@pytest.mark.parametrize("line", ["nonsense", "[]", "{}", '{"phase": "short", "step": "x", "tokens": 1}', "7"])
+def test_a_bad_line_in_the_log_is_told_by_number(tmp_path, line):
+    table = cut_short(tmp_path)
+    with (tmp_path / "run" / "log.jsonl").open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(InputError, match=r"line \d+ of .*log\.jsonl"):
+        distill(table, resume=True)
 
 
 def test_a_resumed_run_that_is_complete_is_left_as_it_is(whole):
