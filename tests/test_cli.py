@@ -1,14 +1,20 @@
+import multiprocessing
 import os
+import resource
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import ByT5Tokenizer, GPT2Config, GPT2LMHeadModel
 
-from rope_probe import cli
+import rope_probe as rope_probe_package
+from rope_probe import checkpoints, cli, weight_files
 from rope_probe.names import SWEEPS, TEXT_TASKS
 from rope_probe.results import read_run
 from tests import zoo
@@ -391,3 +397,145 @@ def test_help_names_the_commands(capsys):
     assert code == 0
     assert "trace" in stdout
     assert "report" in stdout
+
+
+def in_a_process(tmp_path, *arguments, **streams):
+    """The command in a process of its own: exit code and stderr."""
+    command = [sys.executable, "-m", "rope_probe", *map(str, arguments)]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False, cwd=tmp_path, **streams)
+    return done.returncode, done.stderr
+
+
+QUICK = ("--window", "20", "--document-length", "10", "--shift", "2", "--no-control")
+
+
+def test_a_pipe_that_is_closed_loses_no_run(checkpoint, tmp_path):
+    reading, writing = os.pipe()
+    os.close(reading)
+    code, stderr = in_a_process(tmp_path, "trace", checkpoint, "--out", "run", *QUICK, "--control", stdout=writing)
+    os.close(writing)
+    assert code == 0
+    assert "error" not in stderr
+    assert read_run(tmp_path / "run")[1]["status"] == "complete"
+
+
+def test_a_full_stdout_loses_no_run(checkpoint, tmp_path):
+    with open("/dev/full", "w") as full:
+        code, stderr = in_a_process(tmp_path, "trace", checkpoint, "--out", "run", *QUICK, "--control", stdout=full)
+    assert code == 2
+    assert (
+        stderr.splitlines(keepends=True)[-1]
+        == "error: cannot print to stdout (No space left on device); the result is whole, at run\n"
+    )
+    assert read_run(tmp_path / "run")[1]["status"] == "complete"
+
+
+@pytest.mark.parametrize("after_s", [0.3, 1.0, 2.0, 4.0])
+def test_ctrl_c_while_things_are_imported_ends_without_a_traceback(checkpoint, tmp_path, after_s):
+    command = [sys.executable, "-m", "rope_probe", "trace", str(checkpoint), "--out", str(tmp_path / "run")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    time.sleep(after_s)
+    process.send_signal(signal.SIGINT)
+    stderr = process.communicate()[1]
+    assert process.returncode in (0, 130)
+    assert "Traceback" not in stderr
+
+
+def without_memory(checkpoint, folder):
+    """A trace whose scores, [T, T] a head, do not fit in what is left of the address space."""
+    in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (in_use + 2**30, in_use + 2**30))
+    sys.stdout = sys.stderr = (folder / "told").open("w")
+    sys.argv = ["rope-probe", "trace", str(checkpoint), "--out", str(folder / "run"), "--attn", "eager"]
+    sys.argv += ["--window", "20000", "--document-length", "100", "--shift", "1", "--no-control"]
+    cli.main()
+
+
+def test_running_out_of_memory_is_one_line_that_says_what_needs_less(checkpoint, tmp_path):
+    child = multiprocessing.get_context("forkserver").Process(target=without_memory, args=(checkpoint, tmp_path))
+    child.start()
+    child.join()
+    assert child.exitcode == 2
+    (told,) = (tmp_path / "told").read_text().splitlines()
+    assert told.startswith("error: out of memory when asked for ")
+    assert "a shorter --window" in told
+    assert not (tmp_path / "run").exists()
+
+
+def test_memory_of_a_device_is_told_alike(monkeypatch, capsys):
+    def run_out(standalone_mode):
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of ..."
+        )
+
+    monkeypatch.setattr(cli, "app", run_out)
+    code, _, stderr = rope_probe(capsys, "distill", "config.toml")
+    assert code == 2
+    assert stderr.startswith("error: out of memory when asked for 2.00 GiB; a smaller batch_tokens")
+
+
+def test_a_path_is_a_path_and_not_asked_of_the_hub(checkpoint, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    monkeypatch.setattr(weight_files, "cached_file", None)  # what asks the hub
+    monkeypatch.setattr(checkpoints.AutoConfig, "from_pretrained", None)
+    for model in ("runs/teacher-9", "./teacher-9", "../x/y", "/nowhere", "~/x", ".", "runs"):
+        code, _, stderr = rope_probe(capsys, "trace", model, "--out", tmp_path / "run")
+        assert (code, stderr.count("\n")) == (2, 1)
+        if model not in (".", "runs"):
+            assert f"no folder at '{model}'" in stderr
+    assert weight_files.is_path("runs/teacher-9")
+    assert not weight_files.is_path("org/teacher-9")
+    assert not weight_files.is_path("gpt2")
+
+
+def test_a_window_with_nothing_to_measure_is_bad_input(checkpoint, tmp_path, capsys):
+    code, _, stderr = rope_probe(capsys, "retrieval", checkpoint, "--window", "8", "--keys", "20", "--values", "30",
+                                 "--out", tmp_path / "run")  # fmt: skip
+    assert (code, stderr.count("\n")) == (2, 1)
+    assert "no distance to measure key_value at" in stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_that_are_not_finite_are_told_by_retrieval(checkpoint, tmp_path, capsys):
+    options = "--window 32 --distance 4 --trials 2 --keys 20 --values 30"
+    code, _, stderr = rope_probe(capsys, "retrieval", broken(checkpoint, tmp_path, "nan"), "--out", tmp_path / "run",
+                                 *options.split())  # fmt: skip
+    assert code == 2
+    assert "not finite" in stderr
+
+
+def test_an_older_run_is_replaced_only_with_overwrite_and_by_its_own_command(checkpoint, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert rope_probe(capsys, "trace", checkpoint, "--out", run, *QUICK)[0] == 0
+    first = read_run(run)[1]["run_id"]
+    for command, named in (("trace", "--overwrite replaces it"), ("spans", "not a spans run")):
+        models = [checkpoint] * (2 if command == "spans" else 1)
+        code, _, stderr = rope_probe(capsys, command, *models, "--out", run)
+        assert (code, stderr.count("\n")) == (2, 1)
+        assert named in stderr
+    assert read_run(run)[1]["run_id"] == first
+    assert rope_probe(capsys, "trace", checkpoint, "--out", run, *QUICK, "--overwrite")[0] == 0
+    assert read_run(run)[1]["run_id"] != first
+    assert "overwrite" not in read_run(run)[1]["config"]
+
+
+def test_a_model_inside_the_output_is_never_deleted(tmp_path, capsys):
+    run = tmp_path / "RUN"
+    shutil.copytree(checkpoints.save(zoo.llama(), tmp_path / "saved"), run / "checkpoint")
+    (run / "notes.txt").write_text("mine")
+    for command in ("trace", "retrieval", "spans"):
+        models = [run / "checkpoint"] * (2 if command == "spans" else 1)
+        for more in ([], ["--overwrite"]):
+            code, _, stderr = rope_probe(capsys, command, *models, "--out", run, *more)
+            assert (code, stderr.count("\n")) == (2, 1)
+            assert "lies inside" in stderr
+    assert (run / "notes.txt").read_text() == "mine"
+    assert checkpoints.load(run / "checkpoint")
+
+
+def test_help_loads_nothing_heavy():
+    script = "import sys, rope_probe.cli; print(*{'torch', 'transformers', 'pandas', 'plotly'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+    assert all(getattr(rope_probe_package, name) is not None for name in rope_probe_package.__all__)
