@@ -35,22 +35,34 @@ _COUNTS = ("num_hidden_layers", "vocab_size", "max_position_embeddings")
 
 def config_of(table: Mapping[str, Any]) -> PreTrainedConfig:
     """A transformers config from its `model_type` and other entries. Raises InputError for one that does not exist."""
-    known = AutoConfig.for_model(table["model_type"]) if table.get("model_type") in CONFIG_MAPPING else None
-    if known is None:
-        raise InputError(f"model_type {table.get('model_type')!r} is unknown to transformers; 'llama' is one it knows")
+    model_type = table.get("model_type")
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        raise InputError(f"model_type {model_type!r} is unknown to transformers; 'llama' is one it knows")
+    known = AutoConfig.for_model(model_type)
     if unknown := sorted(key for key in table if key not in known.to_dict() and not hasattr(known, key)):
         raise InputError(f"a {known.model_type} config has no entry {unknown[0]!r}")
     try:
-        return AutoConfig.for_model(**table)
+        config = AutoConfig.for_model(**table)
     except Exception as error:  # each config has its own checks
         raise InputError(f"transformers does not take this {known.model_type} config: {error}") from error
+    _require_counts(config, f"this {known.model_type} config")
+    return config
 
 
 def build(config: Any, *, seed: int) -> PreTrainedModel:
-    """A causal LM with random weights from a transformers config, a pure function of (config, seed)."""
+    """A causal LM with random weights from a transformers config, a pure function of (config, seed).
+
+    Raises InputError for a config that transformers makes no causal LM of.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
+        try:
+            return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
+        except Exception as error:  # each model has its own checks
+            if is_out_of_memory(error):
+                raise
+            why = f"{type(error).__name__}: {error}"
+            raise InputError(f"transformers makes no causal LM of this {config.model_type} config: {why}") from error
 
 
 def read_config(model: str) -> PreTrainedConfig:
@@ -66,11 +78,15 @@ def read_config(model: str) -> PreTrainedConfig:
     except Exception as error:  # a config can be wrong in as many ways as transformers has classes of errors
         reason = str(error).strip().split("\n")[0]
         raise InputError(f"cannot read the config of {model!r}: {type(error).__name__}: {reason}") from error
+    _require_counts(config, f"the config of {model!r}")
+    return config
+
+
+def _require_counts(config: PreTrainedConfig, whose: str) -> None:
     for entry in _COUNTS:
         count = getattr(config, entry, 1)
-        if not isinstance(count, int) or count < 1:
-            raise InputError(f"{entry} in the config of {model!r} must be 1 or more, but it is {count!r}")
-    return config
+        if type(count) is not int or count < 1:
+            raise InputError(f"{entry} in {whose} must be 1 or more, but it is {count!r}")
 
 
 def load(

@@ -372,7 +372,8 @@ def load_model(
     """A hooked causal LM from a checkpoint folder, a hub id, or a model already in memory.
 
     `attn` is the kernel: "sdpa" (default), "eager" (the only one with scores and patterns, [T, T] per head), or
-    "flash_attention_2|3|4" where installed. A model in memory is wrapped in place, in eval mode, and moved if dtype or device ask.
+    "flash_attention_2|3|4" where installed. A model in memory is wrapped in place, in eval mode, and moved if dtype or
+    device ask.
     Raises InputError for what cannot be loaded (see `checkpoints.load`) or probed (see `HookedCausalLM`).
     """
     if isinstance(model, PreTrainedModel):
