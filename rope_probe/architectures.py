@@ -147,12 +147,29 @@ def rotary_layers(model: PreTrainedModel) -> list[Rotary | None]:
         fixed = exact_length(model.config) is None
         name = "inv_freq" if fixed else "original_inv_freq"  # the other one remembers long inputs
         frequencies = getattr(embedding, prefix + name).detach().to("cpu", torch.float64)
-        if not frequencies.isfinite().all():
-            raise InputError(f"layer {layer} has rotary frequencies that are not finite; check the model's rope_theta")
+        if not (frequencies.isfinite() & (frequencies > 0)).all():
+            raise InputError(
+                f"layer {layer} has rotary frequencies that are not positive and finite; check the model's rope_theta"
+            )
+        _require_factors(model.config)
         scaling = float(getattr(embedding, f"{prefix}attention_scaling"))
         return Rotary(inv_freq=frequencies, scaling=scaling, layout=architecture.layout)
 
     return [rotary(layer) for layer in range(model.config.num_hidden_layers)]
+
+
+def _require_factors(config: PreTrainedConfig) -> None:
+    """That longrope's factors are one a pair; transformers finds that out when it rotates, if at all."""
+    rope = config.rope_parameters
+    if rope.get("rope_type") != "longrope":
+        return
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    pairs = int(head_dim * rope.get("partial_rotary_factor", 1.0)) // 2
+    for name in ("short_factor", "long_factor"):
+        if len(rope[name]) != pairs:
+            raise InputError(
+                f"{name} of rope_parameters must have a number for each of {pairs} pairs, not {len(rope[name])}"
+            )
 
 
 def exact_length(config: PreTrainedConfig) -> int | None:

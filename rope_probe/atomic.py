@@ -1,11 +1,12 @@
 """Folders that are whole or not there: written under a temporary name, then renamed. Nobody else's files are touched.
 
 A file `.rope_probe` in each folder says what kind it is, and which files were written with it. From that, a later run
-knows what it may replace: a folder of the same kind that holds nothing else.
+knows what it may replace: a folder of the same kind, as it was written.
 """
 
 import errno
 import glob
+import hashlib
 import json
 import os
 import secrets
@@ -24,6 +25,7 @@ LOCK = ".rope_probe.lock"
 _PARTIAL, _ASIDE, _REMOVED = "partial", "old", "removed"
 _RANDOM_BYTES = 4
 _MAKING_S = 60.0
+_HASHED_BYTES = 2**20
 
 
 @contextmanager
@@ -73,7 +75,7 @@ def whole_folder(
 
 def write_mark(folder: Path, kind: str) -> None:
     """Say what kind of folder this is, and which files it holds now."""
-    files = sorted(_files(folder))
+    files = {name: _fingerprint(folder / name) for name in sorted(_files(folder))}
     (folder / MARK).write_text(json.dumps({"kind": kind, "files": files}, indent=1) + "\n")
 
 
@@ -91,7 +93,7 @@ def clean_up_after_killed(target: Path) -> None:
     for aside in _temporary(target.parent, name, _ASIDE):
         if not target.exists():
             os.replace(aside, target)
-        elif _foreign_files(aside) == []:
+        elif _changed_file(aside) is None:
             shutil.rmtree(aside, ignore_errors=True)
     for partial in _temporary(target.parent, name, _PARTIAL):
         _remove_unless_written(partial)
@@ -142,7 +144,7 @@ def _refuse_inputs_inside(target: Path, inputs: Sequence[str | os.PathLike[str]]
     for given in inputs:
         if _lies_inside(given, target):
             raise InputError(
-                f"{os.fspath(given)!r} is read for this and lies inside {str(target)!r}, which would be replaced; "
+                f"{os.fspath(given)!r} is read for this and lies inside {str(target)!r}, so that is not replaced; "
                 "choose another --out"
             )
 
@@ -175,19 +177,34 @@ def _refusal(folder: Path, target: Path, kind: str, overwrite: bool) -> str | No
         return f"{where} exists and was made by {maker}, so it is not replaced; remove it, or choose another --out"
     if found != kind:
         return f"{where} exists and is a {found}, not a {kind}, so it is not replaced; choose another --out"
-    if foreign := _foreign_files(folder):
-        return f"{where} holds {foreign[0]!r}, which was not written with it, so it is not replaced; move it elsewhere"
+    if changed := _changed_file(folder):
+        return f"{where} {changed}, so it is not replaced; choose another --out, or remove it"
     if not overwrite:
         return f"there is a {kind} at {where} already; --overwrite replaces it, or choose another --out"
     return None
 
 
-def _foreign_files(folder: Path) -> list[str] | None:
-    """The files in a folder that were not written with it; None where it has no mark."""
+def _changed_file(folder: Path) -> str | None:
+    """What is in a folder that was not written with it, or not so; None where it is as it was written."""
     mark = _read_mark(folder)
     if mark is None:
-        return None
-    return sorted(set(_files(folder)) - set(mark["files"]))
+        return "was made by someone else"
+    written, there = mark["files"], sorted(_files(folder))
+    for name in there:
+        if name not in written:
+            return f"holds {name!r}, which was not written with it"
+        if _fingerprint(folder / name) != written[name]:
+            return f"holds {name!r}, which was changed since"
+    gone = sorted(set(written) - set(there))
+    return f"no longer holds {gone[0]!r}" if gone else None
+
+
+def _fingerprint(file: Path) -> int | str:
+    """A file's size, and its hash where that is quick; "" for what is no file."""
+    if not file.is_file():
+        return ""
+    size = file.stat().st_size
+    return size if size > _HASHED_BYTES else hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _files(folder: Path) -> Iterator[str]:
@@ -204,7 +221,7 @@ def _files(folder: Path) -> Iterator[str]:
 def _read_mark(folder: Path) -> dict | None:
     try:
         mark = json.loads((folder / MARK).read_text())
-        if isinstance(mark["kind"], str) and isinstance(mark["files"], list):
+        if isinstance(mark["kind"], str) and isinstance(mark["files"], dict):
             return mark
     except (OSError, ValueError, KeyError, TypeError):
         pass

@@ -24,13 +24,23 @@ from transformers import (
 from transformers import logging as transformers_logging
 
 from rope_probe import attention, weight_files
+from rope_probe.architectures import architecture_of
 from rope_probe.atomic import whole_folder
-from rope_probe.errors import InputError, is_out_of_memory
+from rope_probe.errors import InputError, is_out_of_memory, reason
 
 _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """What weights can be stored in."""
-_COUNTS = ("num_hidden_layers", "vocab_size", "max_position_embeddings")
+_COUNTS = {
+    "num_hidden_layers": 10_000,
+    "hidden_size": 2**24,
+    "intermediate_size": 2**24,
+    "num_attention_heads": 2**16,
+    "num_key_value_heads": 2**16,
+    "vocab_size": 2**28,
+    "max_position_embeddings": 2**31,
+}
+"""Counts in a config, and the most that any of them can sensibly be."""
 
 
 def config_of(table: Mapping[str, Any]) -> PreTrainedConfig:
@@ -39,14 +49,21 @@ def config_of(table: Mapping[str, Any]) -> PreTrainedConfig:
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise InputError(f"model_type {model_type!r} is unknown to transformers; 'llama' is one it knows")
     known = AutoConfig.for_model(model_type)
-    if unknown := sorted(key for key in table if key not in known.to_dict() and not hasattr(known, key)):
+    if unknown := sorted(key for key in table if not _is_entry(known, key)):
         raise InputError(f"a {known.model_type} config has no entry {unknown[0]!r}")
     try:
         config = AutoConfig.for_model(**table)
     except Exception as error:  # each config has its own checks
-        raise InputError(f"transformers does not take this {known.model_type} config: {error}") from error
-    _require_counts(config, f"this {known.model_type} config")
+        raise InputError(f"transformers does not take this {known.model_type} config: {reason(error)}") from error
+    architecture_of(config)
+    _require_sensible(config, f"this {known.model_type} config")
     return config
+
+
+def _is_entry(config: PreTrainedConfig, key: str) -> bool:
+    if key in config.to_dict():
+        return True
+    return not key.startswith("_") and hasattr(config, key) and not callable(getattr(config, key))
 
 
 def build(config: Any, *, seed: int) -> PreTrainedModel:
@@ -61,8 +78,8 @@ def build(config: Any, *, seed: int) -> PreTrainedModel:
         except Exception as error:  # each model has its own checks
             if is_out_of_memory(error):
                 raise
-            why = f"{type(error).__name__}: {error}"
-            raise InputError(f"transformers makes no causal LM of this {config.model_type} config: {why}") from error
+            what = f"this {config.model_type} config"
+            raise InputError(f"transformers makes no causal LM of {what}: {reason(error)}") from error
 
 
 def read_config(model: str) -> PreTrainedConfig:
@@ -76,17 +93,29 @@ def read_config(model: str) -> PreTrainedConfig:
         with quiet():
             config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     except Exception as error:  # a config can be wrong in as many ways as transformers has classes of errors
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(f"cannot read the config of {model!r}: {type(error).__name__}: {reason}") from error
-    _require_counts(config, f"the config of {model!r}")
+        raise InputError(f"cannot read the config of {model!r}: {reason(error)}") from error
+    _require_sensible(config, f"the config of {model!r}")
     return config
 
 
-def _require_counts(config: PreTrainedConfig, whose: str) -> None:
-    for entry in _COUNTS:
-        count = getattr(config, entry, 1)
-        if type(count) is not int or count < 1:
-            raise InputError(f"{entry} in {whose} must be 1 or more, but it is {count!r}")
+def _require_sensible(config: PreTrainedConfig, whose: str) -> None:
+    """Raises InputError for counts and shares that no model has, which transformers itself takes."""
+    for entry, most in _COUNTS.items():
+        count = getattr(config, entry, None)
+        if count is not None and not (type(count) is int and 1 <= count <= most):
+            raise InputError(f"{entry} in {whose} must be a whole number in 1..{most}, but it is {count!r}")
+    heads, groups = (getattr(config, entry, None) for entry in ("num_attention_heads", "num_key_value_heads"))
+    if heads is not None and groups is not None and heads % groups:
+        raise InputError(f"num_key_value_heads in {whose} must divide the {heads} heads, but it is {groups}")
+    for entry, share in config.to_dict().items():
+        if "drop" in entry and isinstance(share, int | float) and not 0 <= share < 1:
+            raise InputError(f"{entry} in {whose} must be at least 0 and below 1, but it is {share!r}")
+
+
+def require_plain(config: PreTrainedConfig, model: str) -> None:
+    """Raises InputError for the config of a quantised checkpoint."""
+    if getattr(config, "quantization_config", None) is not None:
+        raise InputError(f"checkpoint {model!r} is quantised; give one in float32, bfloat16 or float16")
 
 
 def load(
@@ -100,9 +129,8 @@ def load(
     """
     name = os.fspath(model)
     device = require_device("cpu" if device is None else device, dtype or torch.float32)
-    config = read_config(name)
-    if getattr(config, "quantization_config", None) is None:
-        weight_files.require_floats(name, weight_files.files_of_tensors(name))
+    require_plain(read_config(name), name)
+    weight_files.require_floats(name, weight_files.files_of_tensors(name))
     try:
         with quiet():  # what transformers would warn of is raised below, as one clear error
             loaded, info = AutoModelForCausalLM.from_pretrained(
@@ -116,8 +144,7 @@ def load(
     except Exception as error:  # a config can be wrong in as many ways as transformers has classes of errors
         if is_out_of_memory(error):
             raise
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(f"cannot load {name!r} as a causal LM: {type(error).__name__}: {reason}") from error
+        raise InputError(f"cannot load {name!r} as a causal LM: {reason(error)}") from error
     if absent := sorted(info["missing_keys"]):
         raise InputError(f"checkpoint {name!r} lacks {len(absent)} weights of its model, the first is {absent[0]}")
     for key, stored, wanted in sorted(info["mismatched_keys"]):
@@ -142,8 +169,7 @@ def load_tokenizer(model: str | os.PathLike[str]) -> PreTrainedTokenizerBase | N
                 return None
             return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # tokenizers can be wrong in as many ways as configs
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(f"cannot load the tokenizer of {name!r}: {type(error).__name__}: {reason}") from error
+        raise InputError(f"cannot load the tokenizer of {name!r}: {reason(error)}") from error
 
 
 def cast(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
@@ -210,6 +236,7 @@ def rotary_embedding(model: PreTrainedModel, rope: float | Mapping[str, Any]) ->
     How many of a head's dimensions rotate stays as it was. Raises InputError for a theta that is not positive and
     finite, for parameters that transformers does not take, and for a model whose layers do not share one set of them.
     """
+    architecture_of(model.config)
     if "rope_type" not in model.config.rope_parameters:
         raise InputError(f"{model.config.model_type} has rope parameters per layer type; set them in its config")
     before = model.config.rope_parameters
@@ -227,7 +254,7 @@ def rotary_embedding(model: PreTrainedModel, rope: float | Mapping[str, Any]) ->
             config.validate()
             return type(old)(config=config).to(old.inv_freq.device), parameters
     except Exception as error:  # each config has its own checks
-        raise InputError(f"transformers does not take rope_parameters {parameters}: {error!r}") from error
+        raise InputError(f"transformers does not take rope_parameters {parameters}: {reason(error)}") from error
 
 
 def require_device(device: torch.device | str, dtype: torch.dtype) -> torch.device:
@@ -240,9 +267,8 @@ def require_device(device: torch.device | str, dtype: torch.dtype) -> torch.devi
             x = torch.ones(2, 2, dtype=needed, device=device)
             (x @ x).softmax(-1).sum().item()
         except Exception as error:  # each backend has its own
-            reason = str(error).strip().split("\n")[0]
             raise InputError(
-                f"device {str(device)!r} cannot compute in {needed}: {reason}; try float32 on cpu"
+                f"device {str(device)!r} cannot compute in {needed}: {reason(error)}; try float32 on cpu"
             ) from error
     return x.device
 

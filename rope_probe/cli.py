@@ -14,7 +14,7 @@ import typer
 from typer.exceptions import TyperException
 
 from rope_probe.errors import InputError, Stopped, is_out_of_memory
-from rope_probe.names import KERNELS, KEY_VALUE, SWEEPS, TEXT_TASKS
+from rope_probe.names import KERNELS, KEY_VALUE, LONGEST_WINDOW, SWEEPS, TEXT_TASKS
 
 if TYPE_CHECKING:  # what takes seconds to import is imported by the commands that use it
     import pandas as pd
@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # what takes seconds to import is imported by the commands th
     from rope_probe.retrieval import RetrievalTask
 
 BAD_INPUT, MISSED_GATE, STOPPED, INTERRUPTED = 2, 3, 4, 130
+_LONGEST_LINE = 560
 _NEEDS_LESS_MEMORY = {
     "trace": "a shorter --window, --no-control or --dtype bfloat16 needs less",
     "spans": "a shorter --window, or no --states, needs less",
@@ -78,7 +79,8 @@ def trace(
     model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id.")],
     out: Out,
     window: Annotated[
-        int | None, typer.Option(min=1, help="Tokens in the window [default: all of --tokens, or 512].")
+        int | None,
+        typer.Option(min=1, max=LONGEST_WINDOW, help="Tokens in the window [default: all of --tokens, or 512]."),
     ] = None,
     document: Annotated[
         str | None, typer.Option(help="Token ids, comma separated, repeated across the window.")
@@ -154,14 +156,20 @@ def spans(
     after: Annotated[str, typer.Argument(help="What it became: a checkpoint of the same architecture.")],
     out: Out,
     short: Annotated[
-        int | None, typer.Option(min=1, help="Window before, for bands of pairs [default: its config's length].")
+        int | None,
+        typer.Option(
+            min=1, max=LONGEST_WINDOW, help="Window before, for bands of pairs [default: its config's length]."
+        ),
     ] = None,
-    long: Annotated[int | None, typer.Option(min=1, help="Window after [default: its config's length].")] = None,
+    long: Annotated[
+        int | None, typer.Option(min=1, max=LONGEST_WINDOW, help="Window after [default: its config's length].")
+    ] = None,
     states: Annotated[
         bool, typer.Option("--states", help="Run both models too, and compare their queries and keys on a window.")
     ] = False,
     window: Annotated[
-        int | None, typer.Option(min=1, help="Tokens in that window [default: all of --tokens, or 512].")
+        int | None,
+        typer.Option(min=1, max=LONGEST_WINDOW, help="Tokens in that window [default: all of --tokens, or 512]."),
     ] = None,
     document_length: Annotated[
         int | None, typer.Option(min=1, help="Length of the random document repeated in it [default: 64].")
@@ -190,6 +198,8 @@ def spans(
     of_states = (window, document_length, tokens, masked, device, dtype, attn)
     if not states and of_states != (None, None, None, False, "cpu", None, _SDPA):
         raise InputError("--window, --document-length, --tokens, --masked, --device, --dtype and --attn need --states")
+    if tokens is not None and document_length is not None:
+        raise InputError("--tokens and --document-length both say what to read; give one of them")
     inputs: list[str | Path] = [before, after, *([tokens] if tokens else [])]
     with new_run(out, "spans", config, overwrite=overwrite, inputs=inputs) as run:
         one, other = weights_of(before), weights_of(after)
@@ -222,7 +232,8 @@ def retrieval(
         typer.Option(help="Task [default: all in text, or key_value where the checkpoint has no tokenizer]."),
     ] = None,
     window: Annotated[
-        int | None, typer.Option(min=4, help="Tokens of a trial [default: 1024, or 2048 with a task in text].")
+        int | None,
+        typer.Option(min=4, max=LONGEST_WINDOW, help="Tokens of a trial [default: 1024, or 2048 with a task in text]."),
     ] = None,
     distance: Annotated[
         list[int] | None, typer.Option(help="Distances, in tokens [default: powers of two in the window].")
@@ -329,8 +340,10 @@ def _recorded(options: dict[str, Any]) -> dict[str, Any]:
 
 def _show(path: Path, *texts: str) -> None:
     """Print what was found, and at last where it is. It is on the disk already, so nothing is lost where this fails."""
+    encoding = sys.stdout.encoding or "utf-8"
+    text = "\n".join([*texts, str(path)]).encode(encoding, "backslashreplace").decode(encoding)
     try:
-        print(*texts, path, sep="\n", flush=True)
+        print(text, flush=True)
     except OSError as error:
         with suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter's own flush at its end
@@ -421,6 +434,8 @@ def _window(
         if not ids:
             raise InputError(f"--document needs at least one token id, but it is {document!r}")
     else:
+        if document_length > length:
+            raise InputError(f"--document-length must be at most the window, {length}, but it is {document_length}")
         generator = torch.Generator().manual_seed(seed)
         ids = torch.randint(model.config.vocab_size, (document_length,), generator=generator).tolist()
     if length % len(ids):
@@ -463,7 +478,10 @@ def _perturbations(
         raise InputError("--sweep goes through sizes and parts itself; leave out --shift, --layer, --head and --pair")
     if sweeps or all(part is None for part in (shift, layer, head, pair)):
         kinds = dict.fromkeys(map(str, sweeps or ("dose", "layer")))
-        return {kind: found for kind in kinds if (found := sweep_of(kind, model, window, sides=sides))}
+        swept = {kind: sweep_of(kind, model, window, sides=sides) for kind in kinds}
+        if not any(swept.values()):
+            raise InputError(f"--sweep {' and '.join(kinds)} moves q or k alone, so it has nothing for --side qk alone")
+        return {kind: perturbations for kind, perturbations in swept.items() if perturbations}
     parts = {"layers": layer, "heads": head, "pairs": pair}
     return {"dose": [PositionShift(one, amount, **parts) for one in sides for amount in shift or doses(window)]}
 
@@ -475,8 +493,11 @@ def _refuse(why: str) -> int:
 
 def _tell(what: str) -> None:
     """One line on stderr, from one of several processes."""
+    line = " ".join(what.split())
+    if len(line) > _LONGEST_LINE:  # somebody's value of thousands of letters
+        line = f"{line[: _LONGEST_LINE // 2]} ... {line[-_LONGEST_LINE // 2 :]}"
     if os.environ.get("RANK", "0") == "0":
-        print(" ".join(what.split()), file=sys.stderr)
+        print(line, file=sys.stderr)
 
 
 def _memory(error: BaseException) -> str:

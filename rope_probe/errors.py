@@ -1,5 +1,7 @@
 """Exceptions that are no faults: what was asked for cannot be done, or was stopped on request."""
 
+_LONGEST_REASON = 300
+
 
 class InputError(ValueError):
     """Bad input from the user: a path, an option, a checkpoint or a tensor that does not fit.
@@ -23,3 +25,10 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that the memory of the CPU or of a device did not suffice."""
     of_torch = any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__)
     return of_torch or isinstance(error, MemoryError) or "allocate memory" in str(error)
+
+
+def reason(error: BaseException) -> str:
+    """What somebody else's exception says, on one line of bearable length."""
+    text = " ".join(str(error).split())
+    told = text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]} ..."
+    return f"{type(error).__name__}: {told}" if told else type(error).__name__

@@ -203,6 +203,7 @@ class HookedCausalLM(HookedRootModule):
                 input_ids=ids.to(self.device),
                 position_ids=positions.expand(len(ids), -1).to(self.device),
                 use_cache=False,
+                return_dict=True,
                 document_bounds=bounds,
                 **self._for_recomputation(),
             ).last_hidden_state

@@ -11,3 +11,6 @@ KEY_VALUE = "key_value"
 
 TEXT_TASKS = ("passkey", "niah_single_1", "niah_multikey_2", "niah_multikey_3", "vt", "cwe", "fwe")
 """Retrieval tasks in text: first those with a distance, then those of several answers; see `tasks`."""
+
+LONGEST_WINDOW = 2**24
+"""Most tokens of a window; a longer one is a slip of the keyboard."""

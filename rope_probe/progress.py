@@ -10,6 +10,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 
 _PLAIN_INTERVAL_S = 15.0
+_PLAIN_SHORTEST_S = 2.0
+"""What is done sooner needs no line."""
 Advance = Callable[..., None]
 
 
@@ -39,7 +41,7 @@ def _plain(what: str, total: int) -> Advance:
         nonlocal done, told
         done += count
         now = time.monotonic()
-        if done < total and now - told < _PLAIN_INTERVAL_S:
+        if now - told < (_PLAIN_INTERVAL_S if done < total else _PLAIN_SHORTEST_S):
             return
         told, rate = now, done / max(now - started, 1e-9)
         left = f"{(total - done) / rate:,.0f} s left"

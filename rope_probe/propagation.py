@@ -66,14 +66,12 @@ def trace(
     if by not in get_args(By):
         raise InputError(f"by must be 'position', 'document' or 'window', but it is {by!r}")
     rows = rows or max(1, _STATE_ELEMENTS // (len(window) * model.config.hidden_size))
-    means = _Means(window, sites, by, len(perturbations))
+    means = _Means(model, window, sites, by, len(perturbations))
     for first in range(0, len(perturbations), rows):
         group = perturbations[first : first + rows]
         add = partial(means.add, first)
         with model.measuring():
             run_beside(model, window, group, sites, add, masked=masked, progress=progress)
-    for (site, _), values in zip(means.keys, means.values().unbind(1), strict=True):
-        model.require_finite(values, site)
     frame = means.frame([_columns(perturbation, model) for perturbation in perturbations])
     if control is None:
         control = masked
@@ -91,7 +89,8 @@ def trace(
 class _Means:
     """Deltas of each perturbation, averaged as they come in; what never comes in is zero."""
 
-    def __init__(self, window: Window, sites: Sequence[str], by: By, count: int) -> None:
+    def __init__(self, model: HookedCausalLM, window: Window, sites: Sequence[str], by: By, count: int) -> None:
+        self.model = model
         of_site = {site: LOGIT_METRICS if site == LOGITS else VECTOR_METRICS for site in sites}
         self.keys = [(site, metric) for site, metrics in of_site.items() for metric in metrics]
         at, documents = torch.arange(len(window)), window.document_of
@@ -108,6 +107,7 @@ class _Means:
         measured = (logit_deltas if site == LOGITS else vector_deltas)(clean, perturbed)
         for metric, values in measured.items():
             key = self.keys.index((site, metric))
+            self.model.require_finite(values, site)
             for index, of_one in zip(which, values.double().cpu(), strict=True):
                 self.sums[first + index, key].index_add_(0, self.line_of[at], of_one)
 

@@ -47,7 +47,7 @@ def gallery(runs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str])
         sections.append((experiment, [manifest for _, manifest in read], figures))
     if not any(figures for *_, figures in sections):
         raise InputError("these runs hold nothing that a figure is drawn from; trace some perturbations first")
-    with whole_folder(out, kind="gallery") as folder:
+    with whole_folder(out, kind="gallery", overwrite=True, inputs=runs) as folder:
         body = "".join(_section(*section, folder) for section in sections)
         page = f"<!doctype html><meta charset=utf-8><title>rope_probe</title><style>{_STYLE}</style>"
         (folder / "index.html").write_text(f"{page}<h1>rope_probe</h1>{body}\n")

@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import resource
+import shutil
 import socket
 import subprocess
 import sys
@@ -26,8 +27,8 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rope_probe.atomic import whole_folder
-from rope_probe.errors import InputError
+from rope_probe.atomic import MARK, whole_folder
+from rope_probe.errors import InputError, reason
 
 METRICS, MANIFEST = "metrics.parquet", "manifest.json"
 WRITER = ".writer"
@@ -104,7 +105,8 @@ class Run:
 
     def finish(self) -> None:
         """Write the frame and the complete manifest."""
-        tidy(pd.concat(self.frames) if self.frames else []).to_parquet(self.folder / METRICS, index=False)
+        with (self.folder / METRICS).open("wb") as file:  # a path of no UTF-8 is none to parquet
+            tidy(pd.concat(self.frames) if self.frames else []).to_parquet(file, index=False)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         self.manifest |= {
             "wall_s": self._wall_s(),
@@ -151,9 +153,9 @@ def open_run(
 ) -> Iterator[Run]:
     """Make the run directory `out` in its own place, for jobs that may be cut short and gone on with.
 
-    Its manifest says `running` until the block ends. When it raises, everything stays as it is, for `resume`; which
-    begins anew where there is nothing yet. `inputs` are hashes of what is read, by name: a run is gone on with only if
-    they are the same. One process at a time writes to it.
+    Its manifest says `running` until the block ends. When it raises, everything stays as it is, for `resume`; unless
+    nothing was done yet, and then nothing is left behind. A resumption begins anew where there is nothing. `inputs` are
+    hashes of what is read, by name: a run is gone on with only if they are the same. One process at a time writes.
 
     Raises InputError where there is a run already and it is not to be resumed, where it was started with another
     configuration or other inputs, where another process writes to it, and when `out` cannot be written or is something
@@ -161,7 +163,7 @@ def open_run(
     """
     manifest = _manifest(experiment, config) | {"inputs": _as_json(inputs)}
     if _is_taken(out):
-        _refuse_what_is_no_run(Path(out))
+        _to_go_on(Path(out), manifest, resume)
     else:
         with whole_folder(out, kind=_kind(experiment)) as folder:
             _write_manifest(folder, manifest)
@@ -173,6 +175,8 @@ def open_run(
         except BaseException:
             with suppress(OSError):
                 run.keep_time(at_once=True)
+                if _is_bare(out):
+                    shutil.rmtree(out)
             raise
         run.finish()
 
@@ -205,6 +209,12 @@ def _writer(run: Path) -> str:
         return "another process"
 
 
+def _is_bare(run: Path) -> bool:
+    """Whether nothing was done in a run that was opened: it holds no more than `open_run` wrote, and empty files."""
+    own = {MARK, MANIFEST, WRITER}
+    return all(path.name in own or (path.is_file() and path.stat().st_size == 0) for path in run.iterdir())
+
+
 def _is_taken(out: str | os.PathLike[str]) -> bool:
     """Whether something is at `out` that a run cannot simply be made in."""
     place = Path(out)
@@ -212,11 +222,6 @@ def _is_taken(out: str | os.PathLike[str]) -> bool:
         return place.exists() and not (place.is_dir() and not any(place.iterdir()))
     except OSError as error:
         raise InputError(f"cannot read {os.fspath(out)!r}: {error.strerror}; choose another place") from error
-
-
-def _refuse_what_is_no_run(out: Path) -> None:
-    """Raises InputError unless there is the manifest of a run at `out`."""
-    _read_manifest_to_go_on(out)
 
 
 def _read_manifest_to_go_on(out: Path) -> dict[str, Any]:
@@ -285,7 +290,7 @@ def _read_manifest(run: Path) -> Any:
     try:
         return json.loads((run / MANIFEST).read_text())
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{str(run)!r} is not a readable run directory: {_first_line(error)}") from error
+        raise InputError(f"{str(run)!r} is not a readable run directory: {reason(error)}") from error
 
 
 def _read_metrics(run: Path) -> pd.DataFrame:
@@ -293,11 +298,7 @@ def _read_metrics(run: Path) -> pd.DataFrame:
         with (run / METRICS).open("rb") as file:  # a folder of that name would be read as a data set
             return pd.read_parquet(file)
     except Exception as error:  # a file can be wrong in as many ways as parquet has parts
-        raise InputError(f"{str(run)!r} is not a readable run directory: {_first_line(error)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{str(run)!r} is not a readable run directory: {reason(error)}") from error
 
 
 def read_frames(runs: Sequence[str | os.PathLike[str]]) -> pd.DataFrame:

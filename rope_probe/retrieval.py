@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from rope_probe.corpora import KeyValueStream
 from rope_probe.errors import InputError
 from rope_probe.hooked import HookedCausalLM
-from rope_probe.names import KEY_VALUE
+from rope_probe.names import KEY_VALUE, LONGEST_WINDOW
 from rope_probe.results import hash_tokens, tidy
 from rope_probe.tasks import Trial
 
@@ -41,6 +41,10 @@ class RetrievalTask(Protocol):
     @property
     def answers(self) -> int:
         """Reference answers of a trial."""
+
+    @property
+    def vocab_size(self) -> int | None:
+        """Token ids that a model needs for it, where that is known."""
 
     def distances(self) -> list[int] | list[None]:
         """The distances to measure by default; [None] for a task without."""
@@ -67,8 +71,13 @@ class KeyValueTask:
     answers: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        if self.window < 4 or self.window % 2:
-            raise InputError(f"window must be even and 4 or more, but it is {self.window}")
+        if not 4 <= self.window <= LONGEST_WINDOW or self.window % 2:
+            raise InputError(f"window must be even and in 4..{LONGEST_WINDOW}, but it is {self.window}")
+
+    @property
+    def vocab_size(self) -> int:
+        """The stream's."""
+        return self.stream.vocab_size
 
     def trials(self, distance: int, count: int, *, seed: int) -> Int[Tensor, "count window"]:
         """`count` trials, a pure function of (seed, distance). Raises InputError for a distance that does not fit."""
@@ -123,6 +132,10 @@ def retrieval_accuracy(
     """
     if trials < 1:
         raise InputError(f"trials must be 1 or more, but it is {trials}")
+    if task.vocab_size is not None and task.vocab_size > model.config.vocab_size:
+        raise InputError(
+            f"{task.name} uses {task.vocab_size} token ids, but the model's vocabulary has {model.config.vocab_size}"
+        )
     rows = []
     if not distances:
         raise InputError(

@@ -96,6 +96,11 @@ class TextTask:
         """Reference answers of a trial."""
         return {"vt": _HOPS + 1, "cwe": _COMMON, "fwe": 3}.get(self.name, 1)
 
+    @property
+    def vocab_size(self) -> None:
+        """Not known: tokenizers have ids that no text is made of."""
+        return None
+
     def distances(self) -> list[int] | list[None]:
         """The powers of two that the window has room for, or what is midmost where there is none; else [None]."""
         if not self.by_distance:
@@ -168,6 +173,8 @@ class TextTask:
     def _needle(self, rng: np.random.Generator, distance: int) -> Iterator[_Draft]:
         head, line, needle, value, question = _NEEDLES[self.name](rng)
         first = line()
+        if not self._count(first):
+            raise InputError(f"the tokenizer makes no tokens of {first!r}, so it cannot be this model's")
         lines = [first] + [line() for _ in range(2 * self.window // self._count(first))]
         sizes = {one: self._count("\n" + one + "\n") - self._count("\n") for one in dict.fromkeys(lines)}
         before = "\n".join([head, needle])

@@ -104,7 +104,9 @@ def _read_index(label: str, index: str) -> dict[str, str]:
         shard_of = json.loads(Path(index).read_text())["weight_map"]
         named = list(shard_of.values())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"{SAFE_WEIGHTS_INDEX_NAME} of {label!r} is no index of shards: {error!r}") from error
+        raise InputError(
+            f"{SAFE_WEIGHTS_INDEX_NAME} of {label!r} is no index of shards: it needs a weight_map from tensors to files"
+        ) from error
     for shard in named:
         if not isinstance(shard, str) or not shard.endswith(".safetensors") or Path(shard).name != shard:
             raise InputError(

@@ -437,7 +437,7 @@ def test_ctrl_c_while_things_are_imported_ends_without_a_traceback(checkpoint, t
     time.sleep(after_s)
     process.send_signal(signal.SIGINT)
     stderr = process.communicate()[1]
-    assert process.returncode in (0, 130)
+    assert process.returncode in (0, 130, -signal.SIGINT)  # a shell tells the last two alike
     assert "Traceback" not in stderr
 
 

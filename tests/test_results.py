@@ -297,9 +297,35 @@ def test_one_process_at_a_time_writes_to_a_run_that_trains(tmp_path):
     assert not (tmp_path / "run" / ".writer").exists()
 
 
-def test_a_lock_that_a_dead_process_left_is_taken_over(tmp_path):
+def cut_short(out, inputs=None):
+    """A run that was ended after it had done something."""
+
+    def fail_midway():
+        with open_run(out, "test", {}, inputs=inputs or {}) as run:
+            (run.folder / "log.jsonl").write_text("{}")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail_midway()
+
+
+def test_a_run_in_which_nothing_was_done_is_not_left_behind(tmp_path):
     with pytest.raises(ZeroDivisionError), open_run(tmp_path / "run", "test", {}, inputs={}):
         raise ZeroDivisionError
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_refusal_leaves_nothing_in_what_is_there(tmp_path):
+    make_run(tmp_path / "run")
+    before = tree(tmp_path)
+    for resume in (False, True):
+        with pytest.raises(InputError), open_run(tmp_path / "run", "distill", {}, inputs={}, resume=resume):
+            raise AssertionError
+    assert tree(tmp_path) == before
+
+
+def test_a_lock_that_a_dead_process_left_is_taken_over(tmp_path):
+    cut_short(tmp_path / "run")
     (tmp_path / "run" / ".writer").write_text('{"process": 1, "host": "elsewhere"}')
     with open_run(tmp_path / "run", "test", {}, inputs={}, resume=True):
         pass
@@ -307,8 +333,7 @@ def test_a_lock_that_a_dead_process_left_is_taken_over(tmp_path):
 
 
 def test_a_run_is_gone_on_with_only_from_the_same_inputs(tmp_path):
-    with pytest.raises(ZeroDivisionError), open_run(tmp_path / "run", "test", {}, inputs={"teacher": "abc"}):
-        raise ZeroDivisionError
+    cut_short(tmp_path / "run", inputs={"teacher": "abc"})
     other = open_run(tmp_path / "run", "test", {}, inputs={"teacher": "xyz"}, resume=True)
     with pytest.raises(InputError, match="other inputs: teacher was 'abc' and is 'xyz'"), other:
         raise AssertionError
@@ -321,6 +346,7 @@ def test_the_wall_time_of_every_session_counts(tmp_path, monkeypatch):
 
     def fail_midway():
         with open_run(tmp_path / "run", "test", {}, inputs={}) as run:
+            (run.folder / "log.jsonl").write_text("{}")
             run.keep_time()
             seen.append(json.loads(manifest.read_text())["wall_s"])  # what a SIGKILL leaves
             raise ZeroDivisionError

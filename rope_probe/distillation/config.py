@@ -80,7 +80,7 @@ def read_config(source: str | os.PathLike[str] | Mapping[str, Any], **changes: A
             table = tomllib.loads(Path(source).read_text())
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"cannot read config {where!r}: {error}") from error
-        except tomllib.TOMLDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{where!r} is not TOML: {error}") from error
     try:
         return TypeAdapter(DistillConfig).validate_python({**table, **changes})

@@ -86,6 +86,9 @@ class _Job:
         self._names = [phase.name for phase in config.phases]
         self._start = self._student()
         self._teacher = self._load_teacher()
+        _require_finite("student", self._start)
+        if self._teacher is not None:
+            _require_finite("teacher", self._teacher.original_model)
         self._tokenizer = self._shared_tokenizer()
         for phase in config.phases:
             self._check(phase)
@@ -311,6 +314,12 @@ def _check_model(role: str, model: HookedCausalLM, phase: Phase) -> None:
             f"phase {phase.name!r} has positions up to {longest - 1}, but the {role}'s rope type changes its "
             f"frequencies with the input from {model.exact_length} on"
         )
+
+
+def _require_finite(role: str, model: PreTrainedModel) -> None:
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            raise InputError(f"weight {name} of the {role} is not finite; copy its checkpoint again")
 
 
 def _require_same(who: str, ours: PreTrainedTokenizerBase, other: str, theirs: PreTrainedTokenizerBase) -> None:

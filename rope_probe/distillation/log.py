@@ -1,6 +1,7 @@
 """The log of a run, log.jsonl: a line for every measured step and every try of a gate."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ _GATE = {"distance", "value", "low", "high"}
 def _is_line(line: Line) -> bool:
     """Whether a line names its phase and step, and holds what the frame is made of."""
     counts = all(type(line.get(key)) is int for key in ("step", "tokens"))
-    numbers = all(isinstance(value, int | float) for key, value in line.items() if key not in _ONCE)
+    numbers = all(_is_number(value) for key, value in line.items() if key not in _ONCE)
     by_distance, tries = line.get("kd_nats_by_distance", {}), line.get("gate", [])
     return (
         isinstance(line.get("phase"), str)
@@ -26,11 +27,15 @@ def _is_line(line: Line) -> bool:
         and numbers
         and isinstance(by_distance, dict)
         and all(key == "new" or key.isdecimal() for key in by_distance)
-        and all(isinstance(value, int | float) for value in by_distance.values())
+        and all(map(_is_number, by_distance.values()))
         and isinstance(tries, list)
         and all(isinstance(one, dict) and one.keys() == _GATE for one in tries)
         and isinstance(line.get("missed_gate", ""), str)
     )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 class Log:

@@ -162,8 +162,18 @@ class Training:
         )
 
     def weights(self) -> dict[str, Tensor]:
-        """The student's whole state dict, on the CPU; every process must ask for it."""
-        return {name: _whole(weight).cpu() for name, weight in self.model.original_model.state_dict().items()}
+        """The student's whole state dict, on the CPU; every process must ask for it.
+
+        Raises InputError where a weight is not finite.
+        """
+        whole = {name: _whole(weight).cpu() for name, weight in self.model.original_model.state_dict().items()}
+        for name, weight in whole.items():
+            if not weight.isfinite().all():
+                raise InputError(
+                    f"{name} is not finite after step {self.step} of phase {self.phase.name!r}; try a lower lr than "
+                    f"{self.phase.lr:g}, or less weight decay than {self.phase.weight_decay:g}"
+                )
+        return whole
 
     def state(self) -> dict[str, Tensor]:
         """What the optimizers remember, whole, on the CPU; every process must ask for it."""
@@ -185,6 +195,8 @@ class Training:
         for name, optimizer, parameter in self._optimized():
             remembered = of_parameter.pop(name, {})
             for what, value in remembered.items():
+                if not value.isfinite().all():
+                    raise InputError(f"{what} of {name} is not finite")
                 if value.numel() != 1 and value.shape != parameter.shape:
                     raise InputError(f"{what} of {name} is {list(value.shape)}, but the weight {list(parameter.shape)}")
             optimizer.state[parameter] = {what: _like(parameter, value) for what, value in remembered.items()}

@@ -43,8 +43,8 @@ class Divergence:
     def __post_init__(self) -> None:
         if self.kind not in ("forward_kl", "reverse_kl", "jensen_shannon"):
             raise InputError(f"divergence must be forward_kl, reverse_kl or jensen_shannon, but it is {self.kind!r}")
-        if not (math.isfinite(self.temperature) and self.temperature > 0):
-            raise InputError(f"temperature must be a positive finite number, but it is {self.temperature}")
+        if not 1e-3 <= self.temperature <= 1e3:
+            raise InputError(f"temperature must be a positive finite number in 1e-3..1e3, but it is {self.temperature}")
         if self.top_k is not None and self.top_k < 1:
             raise InputError(f"top_k must be 1 or more, but it is {self.top_k}")
 

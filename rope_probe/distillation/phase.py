@@ -12,9 +12,13 @@ from rope_probe.corpora import KeyValueStream, TextCorpus
 from rope_probe.distillation.losses import Objective
 from rope_probe.errors import InputError
 from rope_probe.hooked import HookedCausalLM
+from rope_probe.names import LONGEST_WINDOW
 from rope_probe.packing import Batch, Positions
 from rope_probe.retrieval import KeyValueTask, retrieval_accuracy
 from rope_probe.seeds import derive
+
+_LARGEST = 1e30
+"""What float32 can still compute with."""
 
 
 class GateError(RuntimeError):
@@ -43,6 +47,8 @@ class Gate:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.accuracy <= 1:
+            raise InputError(f"the accuracy that a gate asks for must be in 0..1, but it is {self.accuracy}")
         if min(self.every, self.trials) < 1 or not self.distances or not 0 <= self.seed < 2**63:
             raise InputError(
                 "a gate needs `every` and `trials` of 1 or more, a distance, and a seed in 0..2^63-1, but they are "
@@ -96,14 +102,22 @@ class Phase:
     def __post_init__(self) -> None:
         for name in ("window", "steps", "batch_tokens", "warmup", "accumulate", "lr", "clip_norm"):
             value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise InputError(f"{name} of phase {self.name!r} must be above 0, but it is {value}")
-        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
-            raise InputError(f"weight_decay of phase {self.name!r} must be 0 or more, but it is {self.weight_decay}")
-        if self.matrix_lr is not None and not (math.isfinite(self.matrix_lr) and self.matrix_lr > 0):
-            raise InputError(f"matrix_lr of phase {self.name!r} must be above 0, but it is {self.matrix_lr}")
-        if not re.fullmatch(r"\w[\w.-]*", self.name):
-            raise InputError(f"a phase's name becomes a folder's: letters, digits, dots, dashes; not {self.name!r}")
+            if not 0 < value <= _LARGEST:
+                raise InputError(f"{name} of phase {self.name!r} must be above 0 (to {_LARGEST:g}), but it is {value}")
+        if not 0 <= self.weight_decay <= _LARGEST:
+            decay = f"0 or more (to {_LARGEST:g}), but it is {self.weight_decay}"
+            raise InputError(f"weight_decay of phase {self.name!r} must be {decay}")
+        if self.matrix_lr is not None and not 0 < self.matrix_lr <= _LARGEST:
+            raise InputError(
+                f"matrix_lr of phase {self.name!r} must be above 0 (to {_LARGEST:g}), but it is {self.matrix_lr}"
+            )
+        for name in ("window", "target_window"):
+            if (getattr(self, name) or 1) > LONGEST_WINDOW:
+                raise InputError(f"{name} of phase {self.name!r} must be at most {LONGEST_WINDOW} tokens")
+        if not re.fullmatch(r"\w[\w.-]{,99}", self.name):
+            raise InputError(
+                f"a phase's name becomes a folder's: up to 100 letters, digits, dots, dashes; not {self.name!r}"
+            )
         if self.theta is not None and self.rope_parameters is not None:
             raise InputError(f"phase {self.name!r} has both theta and rope_parameters; give one of them")
         if self.theta is not None and not (math.isfinite(self.theta) and self.theta > 0):

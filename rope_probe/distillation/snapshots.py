@@ -1,7 +1,8 @@
 """Training snapshots: a Hugging Face checkpoint, and the state of optimizers and random number generators beside it."""
 
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +31,7 @@ class Snapshot:
     folder: Path
     phase: str
     step: int
-    tensors: int
+    names: str
 
     def resume(self, training: Training, rank: int) -> None:
         """Go on from here: optimizers and random number generators as they were; the weights are the model's already.
@@ -40,8 +41,8 @@ class Snapshot:
         state = self._state()
         remembered = {name: value for name, value in state.items() if not name.startswith(_RNG)}
         try:
-            if len(state) != self.tensors:
-                raise InputError(f"it holds {len(state)} tensors, but {self.tensors} were written")
+            if _hash_names(state) != self.names:
+                raise InputError("it holds other tensors than were written")
             training.restore(self.step, remembered)
         except InputError as error:
             raise _damaged(self.folder, _STATE, str(error)) from error
@@ -74,9 +75,13 @@ def take(training: Training, accelerator: Accelerator, folder: Path, tokenizer: 
             checkpoints.write(training.model.original_model, partial, weights=weights, tokenizer=tokenizer)
             with checkpoints.failing_as_os_error(partial):
                 save_file({name: value.contiguous() for name, value in state.items()}, partial / _STATE)
-            place = {"phase": training.phase.name, "step": training.step, "tensors": len(state)}
+            place = {"phase": training.phase.name, "step": training.step, "names": _hash_names(state)}
             (partial / _PLACE).write_text(json.dumps(place) + "\n")
     accelerator.wait_for_everyone()
+
+
+def _hash_names(state: Mapping[str, Tensor]) -> str:
+    return hashlib.sha256("\n".join(sorted(state)).encode()).hexdigest()
 
 
 def name_of(phase: str, step: int) -> str:
@@ -104,7 +109,7 @@ def prune(folder: Path, phases: Sequence[Phase], keep: int) -> None:
 def _read(folder: Path, phases: Sequence[Phase]) -> Snapshot:
     try:
         place = json.loads((folder / _PLACE).read_text())
-        phase, step, tensors = place["phase"], place["step"], place["tensors"]
+        phase, step, names = place["phase"], place["step"], place["names"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise _damaged(folder, _PLACE, str(error)) from error
     steps = {phase.name: phase.steps for phase in phases}
@@ -112,7 +117,7 @@ def _read(folder: Path, phases: Sequence[Phase]) -> Snapshot:
         raise _damaged(folder, _PLACE, f"it says phase {phase!r} and step {step!r}")
     if phase not in steps or not 0 < step < steps[phase]:
         raise _damaged(folder, _PLACE, f"the configuration has no step {step} of a phase {phase!r} to go on from")
-    return Snapshot(folder, phase, step, tensors)
+    return Snapshot(folder, phase, step, names)
 
 
 def _damaged(folder: Path, file: str, why: str) -> InputError:

@@ -120,6 +120,8 @@ def span_statistics(
       Fisher's transformation; `rank_correlation_p`, by permutations of the pairs (as exchangeable, see `enrichment`);
     - `enrichment_fast`, `_middle`, `_slow` (see `bands`, of wavelengths after) and their `_p`; no row for a band that
       holds no pair, or all.
+
+    What is undefined, as a correlation where nothing changed, has no row.
     """
     rows = frame[frame["pair"].notna() & (frame["metric"] == metric)]
     if rows.empty:
@@ -143,7 +145,7 @@ def span_statistics(
                 ratio, p_value = enrichment(values, label == band, seed=seed)
                 found.append({**told, "metric": f"enrichment_{band}", "value": ratio})
                 found.append({**told, "metric": f"enrichment_{band}_p", "value": p_value})
-    return tidy(found)
+    return tidy([row for row in found if not math.isnan(row["value"])])
 
 
 def _rank_correlation(x: np.ndarray, y: np.ndarray, seed: int) -> tuple[float, float, float, float]:

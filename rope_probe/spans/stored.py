@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from rope_probe import weight_files
 from rope_probe.architectures import Rotary, architecture_of
-from rope_probe.checkpoints import quiet, read_config
-from rope_probe.errors import InputError
+from rope_probe.checkpoints import quiet, read_config, require_plain
+from rope_probe.errors import InputError, reason
 from rope_probe.hooked import HookedCausalLM
 from rope_probe.spans.parts import OUTPUT_HEADS, part_of
 
@@ -60,8 +60,7 @@ class _Stored:
     def __init__(self, label: str) -> None:
         self.label, self._name = repr(label), label
         config = read_config(label)
-        if getattr(config, "quantization_config", None) is not None:
-            raise InputError(f"checkpoint {self.label} is quantised; give one in float32, bfloat16 or float16")
+        require_plain(config, label)
         architecture_of(config)
         self.model = skeleton(config)
         ignored = self.model._keys_to_ignore_on_load_unexpected or ()
@@ -169,5 +168,7 @@ def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
             model = AutoModelForCausalLM.from_config(config)
         model.base_model.rotary_emb = type(model.base_model.rotary_emb)(config=config)
     except Exception as error:  # each config has its own checks
-        raise InputError(f"transformers makes no causal LM of this {config.model_type} config: {error}") from error
+        raise InputError(
+            f"transformers makes no causal LM of this {config.model_type} config: {reason(error)}"
+        ) from error
     return model
