@@ -223,7 +223,7 @@ def _read_mark(folder: Path) -> dict | None:
         mark = json.loads((folder / MARK).read_text())
         if isinstance(mark["kind"], str) and isinstance(mark["files"], dict):
             return mark
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
     return None
 

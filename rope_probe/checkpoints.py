@@ -52,7 +52,8 @@ def config_of(table: Mapping[str, Any]) -> PreTrainedConfig:
     if unknown := sorted(key for key in table if not _is_entry(known, key)):
         raise InputError(f"a {known.model_type} config has no entry {unknown[0]!r}")
     try:
-        config = AutoConfig.for_model(**table)
+        with quiet():
+            config = AutoConfig.for_model(**table)
     except Exception as error:  # each config has its own checks
         raise InputError(f"transformers does not take this {known.model_type} config: {reason(error)}") from error
     architecture_of(config)
@@ -71,7 +72,7 @@ def build(config: Any, *, seed: int) -> PreTrainedModel:
 
     Raises InputError for a config that transformers makes no causal LM of.
     """
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), quiet():
         torch.manual_seed(seed)
         try:
             return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
