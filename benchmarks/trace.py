@@ -124,8 +124,8 @@ def by_bridge(model: LlamaForCausalLM) -> Work:
     """TransformerLens: two runs with its cache, of the same sites."""
     from transformer_lens.model_bridge import TransformerBridge
 
-    from rope_probe.deltas import logit_deltas, vector_deltas
-    from rope_probe.propagation import LAYER_SITES
+    from rope_probe.tracing.deltas import logit_deltas, vector_deltas
+    from rope_probe.tracing.propagation import LAYER_SITES
 
     model.config.architectures = [type(model).__name__]
     words = Tokenizer(WordLevel({str(i): i for i in range(4)}, unk_token="0"))  # never asked, but it wants one
@@ -152,7 +152,7 @@ def by_nnsight(model: LlamaForCausalLM) -> Work:
     """nnsight: two traces that save the same sites, q edited between rotation and the sdpa kernel."""
     from nnsight import NNsight
 
-    from rope_probe.deltas import logit_deltas, vector_deltas
+    from rope_probe.tracing.deltas import logit_deltas, vector_deltas
 
     wrapped, layers = NNsight(model), range(len(model.model.layers))
 

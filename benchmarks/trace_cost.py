@@ -23,7 +23,7 @@ import typer
 from scipy.optimize import nnls
 
 from rope_probe import PositionShift, load_model, pack, trace
-from rope_probe.results import new_run
+from rope_probe.runs.results import new_run
 
 WINDOWS, LAYERS, COUNTS = (512, 1024, 2048, 4096), (2, 4, 8), (1, 4, 8)
 SHAPE = {"width": 256, "heads": 4, "vocabulary": 2048}

@@ -16,8 +16,9 @@ import torch
 from torch.nn import functional as F  # noqa: N812
 from transformers import LlamaConfig, PreTrainedModel
 
-from rope_probe import KeyValueStream, checkpoints, load_model
+from rope_probe import KeyValueStream, load_model
 from rope_probe.distillation import Phase, Training
+from rope_probe.models import checkpoints
 
 BLOCK = 10
 

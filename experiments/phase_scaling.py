@@ -43,20 +43,13 @@ from experiments.toy_checkpoints import (
     SMALL_THETA,
     CheckpointsIn,
 )
-from rope_probe import (
-    HookedCausalLM,
-    KeyValueStream,
-    KeyValueTask,
-    checkpoints,
-    load_model,
-    retrieval_accuracy,
-    rope,
-)
+from rope_probe import HookedCausalLM, KeyValueStream, KeyValueTask, load_model, retrieval_accuracy, rope
 from rope_probe.distillation import Objective, Phase, train_phase
 from rope_probe.errors import InputError
-from rope_probe.progress import progress
-from rope_probe.results import describe_model, hash_tokens, new_run, read_run, tidy
-from rope_probe.retrieval import student_interval
+from rope_probe.models import checkpoints
+from rope_probe.retrieval.probe import student_interval
+from rope_probe.runs.progress import progress
+from rope_probe.runs.results import describe_model, hash_tokens, new_run, read_run, tidy
 from rope_probe.seeds import derive
 
 STEPS = 250

@@ -45,14 +45,15 @@ from transformers import SmolLM3Config
 
 from experiments import phase_scaling, toy_checkpoints
 from experiments.toy_checkpoints import LARGE_THETA, LONG, MISSED_GATE, SHORT, CheckpointsIn
-from rope_probe import HookedCausalLM, PairFreeze, checkpoints, copy_deltas, load_model, repeated_window, rope
+from rope_probe import HookedCausalLM, PairFreeze, copy_deltas, load_model, repeated_window, rope
 from rope_probe.distillation import train_phase
 from rope_probe.errors import InputError
-from rope_probe.packing import Batch
-from rope_probe.progress import progress
-from rope_probe.results import describe_model, hash_tokens, new_run, read_run, tidy
-from rope_probe.retrieval import student_interval
+from rope_probe.models import checkpoints
+from rope_probe.retrieval.probe import student_interval
+from rope_probe.runs.progress import progress
+from rope_probe.runs.results import describe_model, hash_tokens, new_run, read_run, tidy
 from rope_probe.seeds import derive
+from rope_probe.windows.packing import Batch
 
 ORDERS = 4
 TEMPERATURE = 0.1

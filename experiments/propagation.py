@@ -43,21 +43,12 @@ import typer
 from transformers import MistralConfig, MistralForCausalLM
 
 from experiments.toy_checkpoints import SHORT, SHORT_DOCUMENTS
-from rope_probe import (
-    HookedCausalLM,
-    PositionShift,
-    Window,
-    copy_deltas,
-    load_model,
-    pack,
-    repeated_window,
-    trace,
-)
+from rope_probe import HookedCausalLM, PositionShift, Window, copy_deltas, load_model, pack, repeated_window, trace
 from rope_probe.distillation import distillation_signal
-from rope_probe.perturbations import Perturbation, Side
-from rope_probe.progress import progress
-from rope_probe.results import describe_model, hash_tokens, new_run, read_run
-from rope_probe.sweeps import sweep
+from rope_probe.runs.progress import progress
+from rope_probe.runs.results import describe_model, hash_tokens, new_run, read_run
+from rope_probe.tracing.perturbations import Perturbation, Side
+from rope_probe.tracing.sweeps import sweep
 
 WINDOW = 1024
 DOSES = [2.0**k for k in range(-2, 11)]

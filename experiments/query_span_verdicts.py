@@ -20,7 +20,7 @@ from experiments.query_spans import (
     WITH_KEYS,
 )
 from experiments.toy_checkpoints import LONG, SHORT
-from rope_probe.retrieval import student_interval
+from rope_probe.retrieval.probe import student_interval
 from rope_probe.spans import contrast, enrichment, fraction_to_reach, stability
 
 MAIN = "kd_adamw"

@@ -55,10 +55,11 @@ from torch import Tensor
 from experiments import phase_scaling
 from experiments.propagation import packed_documents
 from experiments.toy_checkpoints import LONG, SHORT, SHORT_DOCUMENTS, CheckpointsIn
-from rope_probe import HookedCausalLM, KeyValueTask, checkpoints, load_model, retrieval_accuracy, rope
+from rope_probe import HookedCausalLM, KeyValueTask, load_model, retrieval_accuracy, rope
 from rope_probe.errors import InputError
-from rope_probe.progress import progress
-from rope_probe.results import describe_model, hash_tokens, new_run, read_run, tidy
+from rope_probe.models import checkpoints
+from rope_probe.runs.progress import progress
+from rope_probe.runs.results import describe_model, hash_tokens, new_run, read_run, tidy
 from rope_probe.seeds import derive
 from rope_probe.spans import (
     Span,

@@ -33,8 +33,8 @@ from experiments import (
 )
 from rope_probe import rope
 from rope_probe.errors import InputError
-from rope_probe.report import gallery
-from rope_probe.results import is_complete, read_frames, read_run
+from rope_probe.gallery.report import gallery
+from rope_probe.runs.results import is_complete, read_frames, read_run
 
 WORKERS = 2
 QUICK_ARMS = ("kd_phase_wise", "base", "theta_swapped", "ce_phase_wise", "ce_more_short", "kd_small_theta")

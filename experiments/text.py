@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rope_probe import TextTask, load_model, retrieval_accuracy
 from rope_probe.distillation import DistillConfig, distill, read_config
 from rope_probe.errors import InputError
-from rope_probe.results import describe_model, new_run, read_run
+from rope_probe.runs.results import describe_model, new_run, read_run
 
 CONFIG = Path(__file__).parents[1] / "examples" / "text.toml"
 WINDOW, DISTANCES, TRIALS = 512, (64, 256), 32

@@ -32,12 +32,13 @@ from scipy import stats
 
 from experiments import phase_scaling, toy_checkpoints
 from experiments.toy_checkpoints import LONG, SHORT, SHORT_DOCUMENTS, CheckpointsIn
-from rope_probe import KeyValueTask, checkpoints, load_model, retrieval_accuracy, rope
+from rope_probe import KeyValueTask, load_model, retrieval_accuracy, rope
 from rope_probe.distillation import Phase, train_phase
 from rope_probe.errors import InputError
-from rope_probe.plots.grid import read_cells
-from rope_probe.progress import progress
-from rope_probe.results import describe_model, hash_tokens, new_run, read_run
+from rope_probe.gallery.figures.grid import read_cells
+from rope_probe.models import checkpoints
+from rope_probe.runs.progress import progress
+from rope_probe.runs.results import describe_model, hash_tokens, new_run, read_run
 from rope_probe.seeds import derive
 
 HEAD_DIMS = (16, 32)

@@ -18,11 +18,12 @@ import torch
 import typer
 from transformers import LlamaConfig, PreTrainedModel
 
-from rope_probe import HookedCausalLM, KeyValueStream, checkpoints, load_model
+from rope_probe import HookedCausalLM, KeyValueStream, load_model
 from rope_probe.distillation import Gate, GateError, Objective, Phase, train_phase
 from rope_probe.distillation.loop import Record
-from rope_probe.progress import progress
-from rope_probe.results import Run, describe_model, hash_tokens, new_run, tidy
+from rope_probe.models import checkpoints
+from rope_probe.runs.progress import progress
+from rope_probe.runs.results import Run, describe_model, hash_tokens, new_run, tidy
 from rope_probe.seeds import derive
 
 SHORT, LONG = 64, 1024

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import typer
 
-from rope_probe import plots
-from rope_probe.report import write_figure
-from rope_probe.results import read_frames
+from rope_probe.gallery import figures as plots
+from rope_probe.gallery.report import write_figure
+from rope_probe.runs.results import read_frames
 
 
 def draw(out: Path, runs: list[Path]) -> None:

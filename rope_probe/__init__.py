@@ -8,42 +8,42 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rope_probe import rope
-    from rope_probe.corpora import KeyValueStream, TextCorpus
     from rope_probe.distillation import distill
     from rope_probe.errors import InputError
-    from rope_probe.hooked import HookedCausalLM, load_model
-    from rope_probe.packing import Batch, Window, pack, repeated_window
-    from rope_probe.perturbations import DocumentOffset, PairFreeze, PositionJitter, PositionShift, ThetaSwap
-    from rope_probe.propagation import copy_deltas, trace
-    from rope_probe.retrieval import KeyValueTask, retrieval_accuracy
+    from rope_probe.models.hooked import HookedCausalLM, load_model
+    from rope_probe.retrieval.probe import KeyValueTask, retrieval_accuracy
+    from rope_probe.retrieval.tasks import TextTask
     from rope_probe.spans import Span, compare_spans, compare_states, span_effects, transplant_spans
-    from rope_probe.tasks import TextTask
+    from rope_probe.tracing.perturbations import DocumentOffset, PairFreeze, PositionJitter, PositionShift, ThetaSwap
+    from rope_probe.tracing.propagation import copy_deltas, trace
+    from rope_probe.windows.corpora import KeyValueStream, TextCorpus
+    from rope_probe.windows.packing import Batch, Window, pack, repeated_window
 
 _MODULE_OF = {
-    "Batch": "packing",
-    "DocumentOffset": "perturbations",
-    "HookedCausalLM": "hooked",
+    "Batch": "windows.packing",
+    "DocumentOffset": "tracing.perturbations",
+    "HookedCausalLM": "models.hooked",
     "InputError": "errors",
-    "KeyValueStream": "corpora",
-    "KeyValueTask": "retrieval",
-    "PairFreeze": "perturbations",
-    "PositionJitter": "perturbations",
-    "PositionShift": "perturbations",
+    "KeyValueStream": "windows.corpora",
+    "KeyValueTask": "retrieval.probe",
+    "PairFreeze": "tracing.perturbations",
+    "PositionJitter": "tracing.perturbations",
+    "PositionShift": "tracing.perturbations",
     "Span": "spans",
-    "TextCorpus": "corpora",
-    "TextTask": "tasks",
-    "ThetaSwap": "perturbations",
-    "Window": "packing",
+    "TextCorpus": "windows.corpora",
+    "TextTask": "retrieval.tasks",
+    "ThetaSwap": "tracing.perturbations",
+    "Window": "windows.packing",
     "compare_spans": "spans",
     "compare_states": "spans",
-    "copy_deltas": "propagation",
+    "copy_deltas": "tracing.propagation",
     "distill": "distillation",
-    "load_model": "hooked",
-    "pack": "packing",
-    "repeated_window": "packing",
-    "retrieval_accuracy": "retrieval",
+    "load_model": "models.hooked",
+    "pack": "windows.packing",
+    "repeated_window": "windows.packing",
+    "retrieval_accuracy": "retrieval.probe",
     "span_effects": "spans",
-    "trace": "propagation",
+    "trace": "tracing.propagation",
     "transplant_spans": "spans",
 }
 

@@ -20,10 +20,10 @@ if TYPE_CHECKING:  # what takes seconds to import is imported by the commands th
     import pandas as pd
     import torch
 
-    from rope_probe.hooked import HookedCausalLM
-    from rope_probe.packing import Window
-    from rope_probe.perturbations import Perturbation
-    from rope_probe.retrieval import RetrievalTask
+    from rope_probe.models.hooked import HookedCausalLM
+    from rope_probe.retrieval.probe import RetrievalTask
+    from rope_probe.tracing.perturbations import Perturbation
+    from rope_probe.windows.packing import Window
 
 BAD_INPUT, MISSED_GATE, STOPPED, INTERRUPTED = 2, 3, 4, 130
 _LONGEST_LINE = 560
@@ -115,12 +115,12 @@ def trace(
     import pandas as pd
     import torch
 
-    from rope_probe.cone import LOGITS
-    from rope_probe.hooked import load_model
-    from rope_probe.progress import progress
-    from rope_probe.propagation import attribute
-    from rope_probe.propagation import trace as trace_deltas
-    from rope_probe.results import describe_model, hash_tokens, new_run
+    from rope_probe.models.hooked import load_model
+    from rope_probe.runs.progress import progress
+    from rope_probe.runs.results import describe_model, hash_tokens, new_run
+    from rope_probe.tracing.cone import LOGITS
+    from rope_probe.tracing.propagation import attribute
+    from rope_probe.tracing.propagation import trace as trace_deltas
 
     inputs: list[str | Path] = [model, *([tokens] if tokens else [])]
     with new_run(out, "trace", config, overwrite=overwrite, inputs=inputs) as run:
@@ -189,9 +189,9 @@ def spans(
     Weights are read tensor by tensor from safetensors files, so models of any size fit.
     """
     config = _recorded(locals())
-    from rope_probe.hooked import load_model
-    from rope_probe.progress import progress
-    from rope_probe.results import hash_tokens, new_run
+    from rope_probe.models.hooked import load_model
+    from rope_probe.runs.progress import progress
+    from rope_probe.runs.results import hash_tokens, new_run
     from rope_probe.spans import compare_spans, compare_states, landmarks, span_statistics
     from rope_probe.spans.stored import describe_checkpoint, weights_of
 
@@ -254,10 +254,10 @@ def retrieval(
     config = _recorded(locals())
     import pandas as pd
 
-    from rope_probe.hooked import load_model
-    from rope_probe.progress import progress
-    from rope_probe.results import describe_model, new_run
-    from rope_probe.retrieval import retrieval_accuracy, trials_hash
+    from rope_probe.models.hooked import load_model
+    from rope_probe.retrieval.probe import retrieval_accuracy, trials_hash
+    from rope_probe.runs.progress import progress
+    from rope_probe.runs.results import describe_model, new_run
 
     with new_run(out, "retrieval", config, overwrite=overwrite, inputs=[model]) as run:
         hooked = load_model(model, attn=attn.value, dtype=_torch_dtype(dtype), device=device)
@@ -303,7 +303,7 @@ def distill_command(
     from accelerate import PartialState
 
     from rope_probe.distillation import distill, read_config
-    from rope_probe.results import read_run
+    from rope_probe.runs.results import read_run
 
     changes = {"out": out, "seed": seed, "device": device, "dtype": dtype, "attn": attn}
     given = {key: value if key == "seed" else str(value) for key, value in changes.items() if value is not None}
@@ -328,7 +328,7 @@ def report_command(
     out: Annotated[Path, typer.Option(help="Folder for the gallery; an older gallery there is replaced.")],
 ) -> None:
     """Draw the figures of some runs into an offline HTML gallery."""
-    from rope_probe.report import gallery
+    from rope_probe.gallery.report import gallery
 
     _show(gallery(runs, out))
 
@@ -389,9 +389,9 @@ def _torch_dtype(dtype: _Dtype | None) -> "torch.dtype | None":
 
 def _tasks(model: str, asked: list[_Task] | None, window: int | None, keys: int, values: int) -> "list[RetrievalTask]":
     from rope_probe import checkpoints
-    from rope_probe.corpora import KeyValueStream
-    from rope_probe.retrieval import KeyValueTask
-    from rope_probe.tasks import TextTask
+    from rope_probe.retrieval.probe import KeyValueTask
+    from rope_probe.retrieval.tasks import TextTask
+    from rope_probe.windows.corpora import KeyValueStream
 
     tokenizer = None if asked == [KEY_VALUE] else checkpoints.load_tokenizer(model)
     tasks: list[RetrievalTask] = []
@@ -469,9 +469,9 @@ def _perturbations(
     pair: list[int] | None,
 ) -> "dict[str, Sequence[Perturbation]]":
     """By arm: the sweeps asked for, or one dose-response of the parts that are named."""
-    from rope_probe.perturbations import PositionShift
-    from rope_probe.sweeps import doses
-    from rope_probe.sweeps import sweep as sweep_of
+    from rope_probe.tracing.perturbations import PositionShift
+    from rope_probe.tracing.sweeps import doses
+    from rope_probe.tracing.sweeps import sweep as sweep_of
 
     sides: list[Any] = [one.value for one in side or list(_Side)]
     if sweeps and any(part is not None for part in (shift, layer, head, pair)):

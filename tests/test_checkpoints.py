@@ -5,7 +5,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rope_probe import InputError, checkpoints, load_model
+from rope_probe import InputError, load_model
+from rope_probe.models import checkpoints
 from tests import zoo
 
 

@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from transformers import ByT5Tokenizer, GPT2Config, GPT2LMHeadModel
 
 import rope_probe as rope_probe_package
-from rope_probe import checkpoints, cli, weight_files
+from rope_probe import cli
+from rope_probe.models import checkpoints, weight_files
 from rope_probe.names import SWEEPS, TEXT_TASKS
-from rope_probe.results import read_run
+from rope_probe.runs.results import read_run
 from tests import zoo
 
 

@@ -1,8 +1,9 @@
 import pytest
 import torch
 
-from rope_probe import DocumentOffset, PositionShift, ThetaSwap, cone, load_model, pack, trace
-from rope_probe.cone import Cone, cone_of
+from rope_probe import DocumentOffset, PositionShift, ThetaSwap, load_model, pack, trace
+from rope_probe.tracing import cone
+from rope_probe.tracing.cone import Cone, cone_of
 from tests import zoo
 
 WINDOW = pack([zoo.tokens(1, n, seed=n)[0] for n in (10, 13, 7)], 30)

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from rope_probe import Batch, InputError, KeyValueStream, TextCorpus, embedded_text
+from rope_probe import Batch, InputError, KeyValueStream, TextCorpus
+from rope_probe.windows import embedded_text
 
 
 def test_streams_are_a_pure_function_of_seed_and_index():

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from rope_probe import deltas
+from rope_probe.tracing import deltas
 
 
 def test_kl_of_nearly_equal_logits_keeps_its_digits():

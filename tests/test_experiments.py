@@ -5,7 +5,7 @@ import pytest
 
 from experiments import phase_scaling, propagation, query_span_verdicts, query_spans, reproduce, toy_checkpoints
 from rope_probe import InputError, Span, load_model
-from rope_probe.results import new_run, tidy
+from rope_probe.runs.results import new_run, tidy
 from rope_probe.seeds import derive
 from tests import zoo
 

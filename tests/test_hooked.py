@@ -11,8 +11,6 @@ from rope_probe import (
     InputError,
     KeyValueStream,
     PositionShift,
-    attention,
-    checkpoints,
     copy_deltas,
     load_model,
     pack,
@@ -20,8 +18,9 @@ from rope_probe import (
     rope,
     trace,
 )
-from rope_probe.architectures import ARCHITECTURES, query_key_value_rows
-from rope_probe.packing import Window
+from rope_probe.models import attention, checkpoints
+from rope_probe.models.architectures import ARCHITECTURES, query_key_value_rows
+from rope_probe.windows.packing import Window
 from tests import zoo
 
 KERNELS = ["sdpa", "eager"]

@@ -17,9 +17,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer
 
-from rope_probe import InputError, TextCorpus, TextTask, checkpoints, cli, load_model, retrieval_accuracy
+from rope_probe import InputError, TextCorpus, TextTask, cli, load_model, retrieval_accuracy
 from rope_probe.distillation import Training, distill, read_config
-from rope_probe.results import read_run
+from rope_probe.models import checkpoints
+from rope_probe.runs.results import read_run
 from rope_probe.seeds import derive
 from tests import zoo
 

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rope_probe import InputError, Window, pack, repeated_window
-from rope_probe.packing import skipped_positions
+from rope_probe.windows.packing import skipped_positions
 
 lengths = st.lists(st.integers(1, 12), min_size=1, max_size=6)
 

@@ -20,7 +20,7 @@ from rope_probe import (
     pack,
     repeated_window,
 )
-from rope_probe.checkpoints import with_rope
+from rope_probe.models.checkpoints import with_rope
 from tests import zoo
 
 SHIFTED = ["llama", "mistral_sliding", "qwen3", "gemma3", "phi3_partial", "gpt_neox", "glm", "cohere2_nope_layer"]

@@ -5,7 +5,8 @@ import torch
 from experiments import positional_channel
 from experiments.positional_channel import Scrubbed, kept_pairs, temperature_hooks
 from experiments.toy_checkpoints import LONG, SHORT, SHORT_DOCUMENTS
-from rope_probe import checkpoints, copy_deltas, load_model, repeated_window, rope
+from rope_probe import copy_deltas, load_model, repeated_window, rope
+from rope_probe.models import checkpoints
 from tests import zoo
 
 

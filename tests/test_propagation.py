@@ -12,15 +12,14 @@ from rope_probe import (
     PositionJitter,
     PositionShift,
     ThetaSwap,
-    cone,
     copy_deltas,
     load_model,
     pack,
-    propagation,
     repeated_window,
     trace,
 )
-from rope_probe.results import SCHEMA
+from rope_probe.runs.results import SCHEMA
+from rope_probe.tracing import cone, propagation
 from tests import zoo
 
 PERTURBATIONS = [PositionShift("q", 3.0), PositionShift("k", -0.25, layers=1), PositionJitter("qk", 4.0, positions=[5]),

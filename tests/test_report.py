@@ -6,10 +6,11 @@ import pytest
 
 from experiments import phase_scaling
 from experiments.theta_grid import cell_name, cells
-from rope_probe import InputError, PositionShift, copy_deltas, load_model, plots, repeated_window, rope, trace
+from rope_probe import InputError, PositionShift, copy_deltas, load_model, repeated_window, rope, trace
 from rope_probe.distillation import distillation_signal
-from rope_probe.report import gallery, write_figure
-from rope_probe.results import new_run, read_run, tidy
+from rope_probe.gallery import figures as plots
+from rope_probe.gallery.report import gallery, write_figure
+from rope_probe.runs.results import new_run, read_run, tidy
 from tests import zoo
 
 

@@ -10,8 +10,11 @@ import pandas as pd
 import pytest
 import torch
 
-from rope_probe import InputError, atomic, checkpoints, results
-from rope_probe.results import is_complete, new_run, open_run, read_run, tidy
+from rope_probe import InputError
+from rope_probe.models import checkpoints
+from rope_probe.runs import folders as atomic
+from rope_probe.runs import results
+from rope_probe.runs.results import is_complete, new_run, open_run, read_run, tidy
 from tests import zoo
 
 ROWS = [{"site": "logits", "metric": "kl_nats", "value": 0.5}]
@@ -361,7 +364,7 @@ def test_the_wall_time_of_every_session_counts(tmp_path, monkeypatch):
 
 
 def test_the_commit_is_the_projects_own_or_none(tmp_path, monkeypatch):
-    inside = tmp_path / "site-packages" / "rope_probe" / "results.py"
+    inside = tmp_path / "site-packages" / "rope_probe" / "runs" / "results.py"
     inside.parent.mkdir(parents=True)
     inside.touch()
     for command in (["init", "-q"], ["add", "."], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "x"]):

@@ -8,8 +8,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import ByT5Tokenizer, GenerationConfig, LlamaForCausalLM
 
 from rope_probe import InputError, KeyValueStream, load_model
-from rope_probe.retrieval import KeyValueTask, retrieval_accuracy, student_interval, trials_hash
-from rope_probe.tasks import TextTask
+from rope_probe.retrieval.probe import KeyValueTask, retrieval_accuracy, student_interval, trials_hash
+from rope_probe.retrieval.tasks import TextTask
 from tests import zoo
 
 STREAM = KeyValueStream(32, distinct=(2, 8), keys=30, values=30)

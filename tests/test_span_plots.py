@@ -6,9 +6,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from rope_probe import InputError, compare_spans, plots
-from rope_probe.report import gallery
-from rope_probe.results import new_run, read_run, tidy
+from rope_probe import InputError, compare_spans
+from rope_probe.gallery import figures as plots
+from rope_probe.gallery.report import gallery
+from rope_probe.runs.results import new_run, read_run, tidy
 from rope_probe.spans import landmarks
 from tests import zoo
 

@@ -2,7 +2,7 @@ import pytest
 
 from rope_probe import InputError, load_model
 from rope_probe.names import SWEEPS
-from rope_probe.sweeps import doses, sweep
+from rope_probe.tracing.sweeps import doses, sweep
 from tests import zoo
 
 

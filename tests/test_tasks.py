@@ -10,9 +10,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from rope_probe import InputError
-from rope_probe.embedded_text import documents
 from rope_probe.names import TEXT_TASKS
-from rope_probe.tasks import TextTask, _vocabulary
+from rope_probe.retrieval.tasks import TextTask, _vocabulary
+from rope_probe.windows.embedded_text import documents
 
 NEEDLES = ("passkey", "niah_single_1", "niah_multikey_2", "niah_multikey_3")
 TOKENIZERS = ("bytes", "bpe", "bpe with BOS")

@@ -18,9 +18,6 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rope_probe import checkpoints
-from rope_probe.atomic import clean_up_inside, kind_of, whole_folder
-from rope_probe.corpora import KeyValueStream, TextCorpus
 from rope_probe.distillation import snapshots
 from rope_probe.distillation.config import DistillConfig, read_config, recorded
 from rope_probe.distillation.log import Log
@@ -28,12 +25,15 @@ from rope_probe.distillation.loop import Training
 from rope_probe.distillation.phase import Phase
 from rope_probe.distillation.stopping import StopRequest, stop_requests
 from rope_probe.errors import InputError, Stopped
-from rope_probe.hooked import HookedCausalLM, load_model
-from rope_probe.packing import Batch
-from rope_probe.progress import progress
-from rope_probe.results import Run, describe_model, hash_tokens, is_complete, open_run
-from rope_probe.retrieval import KeyValueTask
+from rope_probe.models import checkpoints
+from rope_probe.models.hooked import HookedCausalLM, load_model
+from rope_probe.retrieval.probe import KeyValueTask
+from rope_probe.runs.folders import clean_up_inside, kind_of, whole_folder
+from rope_probe.runs.progress import progress
+from rope_probe.runs.results import Run, describe_model, hash_tokens, is_complete, open_run
 from rope_probe.seeds import derive
+from rope_probe.windows.corpora import KeyValueStream, TextCorpus
+from rope_probe.windows.packing import Batch
 
 LOG, SNAPSHOTS, CHECKPOINTS = "log.jsonl", "snapshots", "checkpoints"
 

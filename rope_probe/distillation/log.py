@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from rope_probe.errors import InputError
-from rope_probe.results import tidy
+from rope_probe.runs.results import tidy
 
 Line = dict[str, Any]
 _ONCE = ("phase", "step", "tokens", "time", "kd_nats_by_distance", "gate", "missed_gate")

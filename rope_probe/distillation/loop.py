@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
-from rope_probe.architectures import query_key_value_rows
-from rope_probe.corpora import KeyValueStream
 from rope_probe.distillation.losses import IGNORED
 from rope_probe.distillation.phase import GateError, Phase
 from rope_probe.distillation.student import Student, Taught, head_of, read, shares, targets_of
 from rope_probe.errors import InputError
-from rope_probe.hooked import HookedCausalLM
-from rope_probe.packing import Batch
+from rope_probe.models.architectures import query_key_value_rows
+from rope_probe.models.hooked import HookedCausalLM
+from rope_probe.windows.corpora import KeyValueStream
+from rope_probe.windows.packing import Batch
 
 Record = dict[str, Any]
 OnStep = Callable[[Record], Any]

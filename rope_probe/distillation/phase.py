@@ -8,14 +8,14 @@ from typing import Annotated, Any, Literal
 import pandas as pd
 from pydantic import Discriminator
 
-from rope_probe.corpora import KeyValueStream, TextCorpus
 from rope_probe.distillation.losses import Objective
 from rope_probe.errors import InputError
-from rope_probe.hooked import HookedCausalLM
+from rope_probe.models.hooked import HookedCausalLM
 from rope_probe.names import LONGEST_WINDOW
-from rope_probe.packing import Batch, Positions
-from rope_probe.retrieval import KeyValueTask, retrieval_accuracy
+from rope_probe.retrieval.probe import KeyValueTask, retrieval_accuracy
 from rope_probe.seeds import derive
+from rope_probe.windows.corpora import KeyValueStream, TextCorpus
+from rope_probe.windows.packing import Batch, Positions
 
 _LARGEST = 1e30
 """What float32 can still compute with."""

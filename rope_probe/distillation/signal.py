@@ -8,12 +8,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rope_probe.architectures import query_key_value_rows
 from rope_probe.distillation.student import by_distance
-from rope_probe.hooked import HookedCausalLM
-from rope_probe.packing import Window
-from rope_probe.perturbations import Perturbation
-from rope_probe.results import tidy
+from rope_probe.models.architectures import query_key_value_rows
+from rope_probe.models.hooked import HookedCausalLM
+from rope_probe.runs.results import tidy
+from rope_probe.tracing.perturbations import Perturbation
+from rope_probe.windows.packing import Window
 
 _BLOCK = 256
 Gradients = dict[tuple[int, str], Tensor]

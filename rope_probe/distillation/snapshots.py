@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rope_probe import checkpoints
-from rope_probe.atomic import kind_of, remove_folder, whole_folder
 from rope_probe.distillation.loop import Training
 from rope_probe.distillation.phase import Phase
 from rope_probe.errors import InputError
+from rope_probe.models import checkpoints
+from rope_probe.runs.folders import kind_of, remove_folder, whole_folder
 
 _STATE, _PLACE = "training.safetensors", "training.json"
 _RNG = "rng/"

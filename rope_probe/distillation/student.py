@@ -11,8 +11,8 @@ from transformer_lens.hook_points import HookPoint
 
 from rope_probe.distillation.losses import IGNORED, Head, Terms
 from rope_probe.distillation.phase import Phase
-from rope_probe.hooked import HookedCausalLM
-from rope_probe.packing import Batch
+from rope_probe.models.hooked import HookedCausalLM
+from rope_probe.windows.packing import Batch
 
 
 @dataclass

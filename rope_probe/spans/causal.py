@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rope_probe.errors import InputError
-from rope_probe.hooked import HookedCausalLM
+from rope_probe.models.hooked import HookedCausalLM
 from rope_probe.spans.parts import Piece, Span, pieces, projections_of
 from rope_probe.spans.stored import require_alike
 from rope_probe.spans.transplant import plain_model, transplanted

@@ -11,8 +11,14 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rope_probe.architectures import Rotary, architecture_of, projection_names, query_key_value_rows, rotary_layers
 from rope_probe.errors import InputError
+from rope_probe.models.architectures import (
+    Rotary,
+    architecture_of,
+    projection_names,
+    query_key_value_rows,
+    rotary_layers,
+)
 
 Part = Literal["W_Q", "W_K", "W_V", "W_O", "mlp", "norms", "W_E", "W_U", "rope"]
 ATTENTION: tuple[Part, ...] = ("W_Q", "W_K", "W_V", "W_O")

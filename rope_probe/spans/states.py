@@ -10,12 +10,12 @@ from jaxtyping import Complex, Float, Int
 from torch import Tensor
 
 from rope_probe import rope
-from rope_probe.architectures import Rotary
 from rope_probe.errors import InputError
-from rope_probe.hooked import HookedCausalLM
-from rope_probe.packing import Window
-from rope_probe.results import tidy
+from rope_probe.models.architectures import Rotary
+from rope_probe.models.hooked import HookedCausalLM
+from rope_probe.runs.results import tidy
 from rope_probe.spans.stored import require_alike, require_same_pairs
+from rope_probe.windows.packing import Window
 
 Site = tuple[int, str]
 

@@ -11,9 +11,9 @@ from scipy import stats
 from transformers import PreTrainedModel
 
 from rope_probe import rope
-from rope_probe.architectures import rotary_layers
 from rope_probe.errors import InputError
-from rope_probe.results import tidy
+from rope_probe.models.architectures import rotary_layers
+from rope_probe.runs.results import tidy
 
 Values = npt.ArrayLike
 BANDS = ("fast", "middle", "slow")

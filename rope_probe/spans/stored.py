@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from rope_probe import weight_files
-from rope_probe.architectures import Rotary, architecture_of
-from rope_probe.checkpoints import quiet, read_config, require_plain
 from rope_probe.errors import InputError, reason
-from rope_probe.hooked import HookedCausalLM
+from rope_probe.models import weight_files
+from rope_probe.models.architectures import Rotary, architecture_of
+from rope_probe.models.checkpoints import quiet, read_config, require_plain
+from rope_probe.models.hooked import HookedCausalLM
 from rope_probe.spans.parts import OUTPUT_HEADS, part_of
 
 Model: TypeAlias = str | os.PathLike[str] | PreTrainedModel | HookedCausalLM

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 import torch
 from transformers import PreTrainedModel
 
-from rope_probe import attention, checkpoints
-from rope_probe.architectures import rotary_layers
 from rope_probe.errors import InputError
-from rope_probe.hooked import HookedCausalLM
+from rope_probe.models import attention, checkpoints
+from rope_probe.models.architectures import rotary_layers
+from rope_probe.models.hooked import HookedCausalLM
 from rope_probe.spans.parts import Piece, Span, pieces, projections_of
 from rope_probe.spans.stored import Model, require_alike, require_same_pairs
 

@@ -16,9 +16,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rope_probe import rope
-from rope_probe.architectures import architecture_of, rotary_layers
 from rope_probe.errors import InputError
-from rope_probe.results import tidy
+from rope_probe.models.architectures import architecture_of, rotary_layers
+from rope_probe.runs.results import tidy
 from rope_probe.spans.parts import ATTENTION, Projection, part_of, projections_of, site_of
 from rope_probe.spans.stored import Model, Weights, require_alike, require_same_pairs, weights_of
 

@@ -7,7 +7,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from rope_probe.errors import InputError
-from rope_probe.plots.style import DASHES, PALETTE, SYMBOLS, listed, styled
+from rope_probe.gallery.figures.style import DASHES, PALETTE, SYMBOLS, listed, styled
 
 _PHASE = ["model", "phase", "seq_len"]
 

@@ -5,7 +5,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from rope_probe.errors import InputError
-from rope_probe.plots.style import BESIDE, line_style, listed, styled
+from rope_probe.gallery.figures.style import BESIDE, line_style, listed, styled
 
 _PARTS = {"W_Q": "W_Q", "W_K": "W_K", "W_V": "W_V", "W_O": "W_O", "mlp": "MLP"}
 _ROTARY = ("W_Q", "W_K")

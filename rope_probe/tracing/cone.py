@@ -20,11 +20,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from rope_probe.architectures import projections
-from rope_probe.attention import Tail
-from rope_probe.hooked import HookedCausalLM, returning
-from rope_probe.packing import Window
-from rope_probe.perturbations import Perturbation, Site, Turn
+from rope_probe.models.architectures import projections
+from rope_probe.models.attention import Tail
+from rope_probe.models.hooked import HookedCausalLM, returning
+from rope_probe.tracing.perturbations import Perturbation, Site, Turn
+from rope_probe.windows.packing import Window
 
 LOGITS = "logits"
 NOTHING = torch.empty(0)

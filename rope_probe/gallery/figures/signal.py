@@ -5,7 +5,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from rope_probe.errors import InputError
-from rope_probe.plots.style import line_style, listed, styled
+from rope_probe.gallery.figures.style import line_style, listed, styled
 
 _KL = ("loss_kl_nats", "signal_kl_nats")
 _GRADIENTS = ("loss_gradient", "signal_gradient")

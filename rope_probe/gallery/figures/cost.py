@@ -4,7 +4,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from rope_probe.errors import InputError
-from rope_probe.plots.style import BESIDE, line_style, styled
+from rope_probe.gallery.figures.style import BESIDE, line_style, styled
 
 
 def is_cost(frame: pd.DataFrame) -> pd.Series:

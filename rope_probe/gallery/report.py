@@ -9,10 +9,10 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
-from rope_probe import plots
-from rope_probe.atomic import whole_folder
 from rope_probe.errors import InputError
-from rope_probe.results import read_run
+from rope_probe.gallery import figures as plots
+from rope_probe.runs.folders import whole_folder
+from rope_probe.runs.results import read_run
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2rem auto; padding: 0 1rem; color: #222; }

@@ -23,10 +23,10 @@ from transformers import (
 )
 from transformers import logging as transformers_logging
 
-from rope_probe import attention, weight_files
-from rope_probe.architectures import architecture_of
-from rope_probe.atomic import whole_folder
 from rope_probe.errors import InputError, is_out_of_memory, reason
+from rope_probe.models import attention, weight_files
+from rope_probe.models.architectures import architecture_of
+from rope_probe.runs.folders import whole_folder
 
 _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

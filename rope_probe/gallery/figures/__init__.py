@@ -6,16 +6,26 @@ from dataclasses import dataclass
 import pandas as pd
 import plotly.graph_objects as go
 
-from rope_probe.plots import cost, geometry, grid, propagation, retrieval, sensitivity, signal, spans, training
-from rope_probe.plots.cost import trace_cost
-from rope_probe.plots.geometry import rotations_by_pair
-from rope_probe.plots.grid import theta_grid
-from rope_probe.plots.propagation import copy_heatmap, dose_response, restriction
-from rope_probe.plots.retrieval import retrieval_by_distance
-from rope_probe.plots.sensitivity import injected_by_read, sensitivity_by_pair
-from rope_probe.plots.signal import signal_of_distillation
-from rope_probe.plots.spans import causal_curves, change_by_part, span_heads, span_heatmap, transplants
-from rope_probe.plots.training import loss_curves
+from rope_probe.gallery.figures import (
+    cost,
+    geometry,
+    grid,
+    propagation,
+    retrieval,
+    sensitivity,
+    signal,
+    spans,
+    training,
+)
+from rope_probe.gallery.figures.cost import trace_cost
+from rope_probe.gallery.figures.geometry import rotations_by_pair
+from rope_probe.gallery.figures.grid import theta_grid
+from rope_probe.gallery.figures.propagation import copy_heatmap, dose_response, restriction
+from rope_probe.gallery.figures.retrieval import retrieval_by_distance
+from rope_probe.gallery.figures.sensitivity import injected_by_read, sensitivity_by_pair
+from rope_probe.gallery.figures.signal import signal_of_distillation
+from rope_probe.gallery.figures.spans import causal_curves, change_by_part, span_heads, span_heatmap, transplants
+from rope_probe.gallery.figures.training import loss_curves
 
 __all__ = [
     "DRAWINGS",

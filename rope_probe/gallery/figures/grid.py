@@ -7,7 +7,7 @@ from plotly.subplots import make_subplots
 
 from rope_probe import rope
 from rope_probe.errors import InputError
-from rope_probe.plots.style import listed, styled
+from rope_probe.gallery.figures.style import listed, styled
 
 FAR, GATE = 8, 0.95
 _CELL = r"(?P<short>\S+) to (?P<long>\S+), (?P<steps>\d+) steps"

@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from typing import get_args
 
 from rope_probe.errors import InputError
-from rope_probe.hooked import HookedCausalLM
+from rope_probe.models.hooked import HookedCausalLM
 from rope_probe.names import SWEEPS
-from rope_probe.perturbations import Perturbation, PositionJitter, PositionShift, Side, ThetaSwap
+from rope_probe.tracing.perturbations import Perturbation, PositionJitter, PositionShift, Side, ThetaSwap
 
 SIZE = 16.0
 THETA_FACTORS = (0.25, 0.5, 2.0, 4.0)

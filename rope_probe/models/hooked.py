@@ -27,11 +27,11 @@ from transformer_lens.hook_points import HookPoint
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
-from rope_probe import attention, checkpoints
-from rope_probe.architectures import architecture_of, exact_length, rotary_layers
 from rope_probe.errors import InputError
-from rope_probe.packing import Batch, Window
-from rope_probe.precision import promote_float32
+from rope_probe.models import attention, checkpoints
+from rope_probe.models.architectures import architecture_of, exact_length, rotary_layers
+from rope_probe.models.precision import promote_float32
+from rope_probe.windows.packing import Batch, Window
 
 
 class HookedCausalLM(HookedRootModule):

@@ -17,13 +17,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rope_probe import rope
-from rope_probe.cone import LOGITS, logit_block, run_beside
-from rope_probe.deltas import LOGIT_METRICS, VECTOR_METRICS, Deltas, logit_deltas, vector_deltas
 from rope_probe.errors import InputError
-from rope_probe.hooked import HookedCausalLM
-from rope_probe.packing import Window
-from rope_probe.perturbations import Perturbation, Selection
-from rope_probe.results import tidy
+from rope_probe.models.hooked import HookedCausalLM
+from rope_probe.runs.results import tidy
+from rope_probe.tracing.cone import LOGITS, logit_block, run_beside
+from rope_probe.tracing.deltas import LOGIT_METRICS, VECTOR_METRICS, Deltas, logit_deltas, vector_deltas
+from rope_probe.tracing.perturbations import Perturbation, Selection
+from rope_probe.windows.packing import Window
 
 LAYER_SITES = ("attn.hook_rot_q", "attn.hook_rot_k", "hook_attn_out", "hook_resid_post")
 ROUNDING_SHARE = 1e-3

@@ -17,12 +17,12 @@ from scipy import stats
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from rope_probe.corpora import KeyValueStream
 from rope_probe.errors import InputError
-from rope_probe.hooked import HookedCausalLM
+from rope_probe.models.hooked import HookedCausalLM
 from rope_probe.names import KEY_VALUE, LONGEST_WINDOW
-from rope_probe.results import hash_tokens, tidy
-from rope_probe.tasks import Trial
+from rope_probe.retrieval.tasks import Trial
+from rope_probe.runs.results import hash_tokens, tidy
+from rope_probe.windows.corpora import KeyValueStream
 
 _TOKENS_PER_BATCH = 2**14
 

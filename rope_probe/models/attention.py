@@ -29,8 +29,8 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_flash_attention_utils import _flash_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from rope_probe.architectures import attention_modules
 from rope_probe.errors import InputError
+from rope_probe.models.architectures import attention_modules
 from rope_probe.names import KERNELS
 
 QUERY_BLOCK = 512

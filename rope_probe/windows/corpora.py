@@ -17,10 +17,11 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase
 
-from rope_probe import checkpoints, embedded_text
 from rope_probe.errors import InputError
-from rope_probe.packing import Batch
-from rope_probe.weight_files import is_path
+from rope_probe.models import checkpoints
+from rope_probe.models.weight_files import is_path
+from rope_probe.windows import embedded_text
+from rope_probe.windows.packing import Batch
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from rope_probe.errors import InputError
-from rope_probe.plots.propagation import SIDES, is_shift, sample
-from rope_probe.plots.style import styled
-from rope_probe.propagation import is_rounding
+from rope_probe.gallery.figures.propagation import SIDES, is_shift, sample
+from rope_probe.gallery.figures.style import styled
+from rope_probe.tracing.propagation import is_rounding
 
 _READ = ("hook_resid_post", "logits")
 

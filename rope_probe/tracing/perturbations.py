@@ -25,10 +25,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rope_probe import rope
-from rope_probe.architectures import Rotary, rotary_layers
 from rope_probe.errors import InputError
-from rope_probe.hooked import HookedCausalLM
-from rope_probe.packing import Window
+from rope_probe.models.architectures import Rotary, rotary_layers
+from rope_probe.models.hooked import HookedCausalLM
+from rope_probe.windows.packing import Window
 
 WHOLE = slice(None)
 Side = Literal["q", "k", "qk"]

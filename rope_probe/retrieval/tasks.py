@@ -28,11 +28,11 @@ from scipy.special import zeta
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rope_probe.embedded_text import documents
 from rope_probe.errors import InputError
-from rope_probe.hooked import HookedCausalLM
+from rope_probe.models.hooked import HookedCausalLM
 from rope_probe.names import TEXT_TASKS
 from rope_probe.seeds import derive
+from rope_probe.windows.embedded_text import documents
 
 _NOISE = "The river is wide. The hill is steep. The wind is cold. Off we set. We are home by night."
 _HOPS, _COMMON, _FEWEST_UNCOMMON, _ALPHA = 4, 10, 10, 2.0

@@ -7,7 +7,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from rope_probe.errors import InputError
-from rope_probe.plots.style import BESIDE, line_style, listed, styled
+from rope_probe.gallery.figures.style import BESIDE, line_style, listed, styled
 
 _MARGIN = 1.15
 

@@ -8,8 +8,8 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from rope_probe.errors import InputError
-from rope_probe.plots.style import listed, styled
-from rope_probe.propagation import is_rounding
+from rope_probe.gallery.figures.style import listed, styled
+from rope_probe.tracing.propagation import is_rounding
 
 SIDES = {
     "q": ("queries only", "#0072b2", "circle", "solid"),

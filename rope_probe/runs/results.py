@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rope_probe.atomic import MARK, whole_folder
+from rope_probe.runs.folders import MARK, whole_folder
 from rope_probe.errors import InputError, reason
 
 METRICS, MANIFEST = "metrics.parquet", "manifest.json"
@@ -377,7 +377,7 @@ def _version(package: str) -> str | None:
 
 def _git() -> dict[str, Any] | None:
     """The commit of the project's own checkout; None where the package is installed elsewhere."""
-    checkout = Path(__file__).resolve().parents[1]
+    checkout = Path(__file__).resolve().parents[2]
 
     def ask(*command: str) -> str:
         return subprocess.run(

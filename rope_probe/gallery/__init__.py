@@ -1,0 +1,1 @@
+"""Figures of tidy frames, and pages of figures."""

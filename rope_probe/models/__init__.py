@@ -1,0 +1,1 @@
+"""Language models: loaded from checkpoints, built or wrapped, and read through hooks by any attention kernel."""

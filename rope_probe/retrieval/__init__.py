@@ -1,0 +1,1 @@
+"""Retrieval by distance: tasks, and the probe that measures them."""
