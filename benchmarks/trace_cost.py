@@ -41,9 +41,9 @@ def main(out: Path, repeats: Annotated[int, typer.Option(min=1)] = 3) -> None:
         fit, _ = nnls(work / scale / seconds[:, None], np.ones(len(frame)))
         fitted = work / scale @ fit
         off = np.abs(fitted / seconds - 1)
-        arm = [f"{row.layers} layers, {row.count} perturbations" for row in frame.itertuples()]
+        sizes = frame[["seq_len", "layers", "count"]].rename(columns={"count": "perturbations"})
         for metric, values in (("seconds", seconds), ("seconds_fitted", fitted)):
-            run.record(pd.DataFrame({"arm": arm, "seq_len": frame["seq_len"], "metric": metric, "value": values}))
+            run.record(sizes.assign(metric=metric, value=values))
         rates = run.manifest["fit"] = dict(zip(("linear", "attention", "read", "constant"), fit / scale, strict=True))
     print({name: f"{1e-9 / rates[name]:.0f} GFLOP/s" for name in ("linear", "attention") if rates[name]})
     print(f"{rates['read'] * 1e6:.2f} us a position read, {rates['constant'] * 1e3:.1f} ms a trace")

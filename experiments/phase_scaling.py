@@ -123,7 +123,7 @@ def extend(
                     on_step=lambda n: advance(phase.batch_tokens, f"loss {n['loss']:.2f}"),
                 )
             losses = [
-                {"position": n["tokens"], "metric": metric, "value": n[metric]}
+                {"tokens": n["tokens"], "metric": metric, "value": n[metric]}
                 for n in history
                 for metric in ("loss", "ce_nats", "kd_nats")
                 if metric in n

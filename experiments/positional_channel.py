@@ -58,7 +58,8 @@ from rope_probe.windows.packing import Batch
 ORDERS = 4
 TEMPERATURE = 0.1
 BANDS = {"fast_pairs": (0, SHORT), "middle_pairs": (SHORT, LONG), "slow_pairs": (LONG, float("inf"))}
-CHANNELS = ("scrubbed", *BANDS, "nope", "nope_masked")
+NOPE = ("nope", "nope_masked")
+CHANNELS = ("scrubbed", *BANDS, *NOPE)
 BESIDE = ("kd_phase_wise", "kd_teacher_masked", "kd_disjoint_keys")
 FAR = phase_scaling.FAR
 
@@ -151,7 +152,7 @@ def _train_teacher(seed: int, out: Path) -> None:
             history, gate, missed = toy_checkpoints.train_to_gate(
                 model, phase, derive(seed, "nope_teacher", phase.name), f"nope teacher {seed}, {phase.name}"
             )
-            losses = [{"position": n["tokens"], "metric": "ce_nats", "value": n["ce_nats"]} for n in history]
+            losses = [{"tokens": n["tokens"], "metric": "ce_nats", "value": n["ce_nats"]} for n in history]
             made.record(tidy(losses), model="nope_teacher", seed=seed, phase=phase.name, seq_len=phase.window)
             made.record(gate.assign(metric="gate_accuracy"), model="nope_teacher", seed=seed, phase=phase.name)
             print(gate[["distance", "value", "low", "high"]].to_string(index=False), file=sys.stderr)
@@ -175,7 +176,7 @@ def _place_in_logits(model: HookedCausalLM, seed: int) -> pd.DataFrame:
     """How far the logits of masked copies of one document lie apart: what the teacher's own place does to them."""
     document = toy_checkpoints.SHORT_DOCUMENTS.documents(1, seed=seed)[0]
     frame = copy_deltas(model, repeated_window(document, LONG // SHORT), masked=True, control=False)
-    return frame[frame["site"] == "logits"].assign(arm="repeated document, masked")
+    return frame[frame["site"] == "logits"].assign(arm="repeated document")
 
 
 def _nope_architecture() -> SmolLM3Config:
@@ -194,7 +195,7 @@ def _distil(channel: str, seed: int, out: Path, checkpoints_in: Path) -> None:
     with new_run(out, "positional_channel", config_of(channel, seed, checkpoints_in), overwrite=True) as made:
         teacher = teacher_of(channel, seed, checkpoints_in)
         if channel != "scrubbed":
-            made.record(phase_scaling.measure(teacher, seed), model=f"teacher, {channel}", arm=channel, seed=seed)
+            made.record(phase_scaling.measure(teacher, seed), model=channel, role="teacher", seed=seed)
         base = checkpoints.load(checkpoints_in / f"base-{seed}" / "checkpoint")
         student = load_model(checkpoints.with_rope(base, LARGE_THETA))
         phase = phase_of(channel)
@@ -207,7 +208,7 @@ def _distil(channel: str, seed: int, out: Path, checkpoints_in: Path) -> None:
                 on_step=lambda n: advance(phase.batch_tokens, f"loss {n['loss']:.2f}"),
             )
         measured = phase_scaling.measure(student, seed)
-        made.record(measured, model=channel, arm=channel, seed=seed, phase="extension")
+        made.record(measured, model=channel, role="student", seed=seed, phase="extension")
         checkpoints.save(student.release(), made.folder / "checkpoint")
         made.manifest |= {
             "models": {channel: describe_model(student.original_model)},
@@ -232,7 +233,7 @@ def needs(channel: str) -> tuple[str, ...]:
 
 
 def _source(channel: str) -> str:
-    return "nope_teacher" if channel.startswith("nope") else "teacher"
+    return "nope_teacher" if channel in NOPE else "teacher"
 
 
 def teacher_config(seed: int) -> dict:
@@ -269,7 +270,8 @@ def verdicts(frame: pd.DataFrame) -> pd.DataFrame:
     Intervals are Student's over seeds; with one seed, Wilson's over trials.
     """
     far = frame[(frame["metric"] == "accuracy") & (frame["seq_len"] == LONG) & (frame["distance"] == FAR)]
-    measured = dict(list(far.groupby("model")))
+    teachers, students = far[far["role"] == "teacher"], far[(far["role"] != "teacher").fillna(True)]
+    measured, of_teacher = dict(list(students.groupby("model"))), dict(list(teachers.groupby("model")))
     rows = []
 
     def judge(prediction: int | None, what: str, part: pd.DataFrame | None, sign: str = "", bound: float = 0.0) -> None:
@@ -287,7 +289,7 @@ def verdicts(frame: pd.DataFrame) -> pd.DataFrame:
     judge(2, "student of nope_masked", measured.get("nope_masked"), "<=", 0.1)
     judge(2, "student of nope", measured.get("nope"), ">=", 0.9)
     for band in filter(measured.__contains__, BANDS):
-        own = measured[f"teacher, {band}"]
+        own = of_teacher[band]
         judge(3, f"teacher with {band} alone", own, *(() if band == "middle_pairs" else ("<=", 0.5)))
         judge(3, f"student of {band}", measured[band], "<=", own["value"].mean() + 0.1)
     return pd.DataFrame(rows, columns=["prediction", "what", "seeds", "mean", "low", "high", "held"])

@@ -48,6 +48,7 @@ from rope_probe.distillation import distillation_signal
 from rope_probe.runs.progress import progress
 from rope_probe.runs.results import describe_model, hash_tokens, new_run, read_run
 from rope_probe.tracing.perturbations import Perturbation, Side
+from rope_probe.tracing.propagation import COPY
 from rope_probe.tracing.sweeps import sweep
 
 WINDOW = 1024
@@ -56,7 +57,7 @@ DOSE = 16.0
 REACH = 2 * SHORT
 FLOOR = 1e-10
 FIXED = "repeated document, same number of keys"
-SWEPT = "sweep by {}"
+DOSES_ARM = "dose"
 SIGNALS = [PositionShift("q", dose) for dose in (0.25, 1.0, WINDOW, DOSE)]
 
 
@@ -83,11 +84,11 @@ def measure(out: Path, checkpoints: list[Path]) -> None:
             for masked in (False, True):
                 told = f"{name} {seed}{', masked' if masked else ''}"
                 frame = _traced(model, twin, window, shifts(), masked, f"shifts, {told}")
-                run.record(frame, model=name, seed=seed, arm=f"packed documents{', masked' if masked else ''}")
+                run.record(frame, model=name, seed=seed, arm=DOSES_ARM)
             for kind in ("layer", "head", "pair", "jitter", "theta"):
                 perturbations = sweep(kind, model, WINDOW, size=DOSE)
                 frame = _traced(model, twin, window, perturbations, False, f"{kind}, {name} {seed}")
-                run.record(frame, model=name, seed=seed, arm=SWEPT.format(kind))
+                run.record(frame, model=name, seed=seed, arm=kind)
             if "arm" in made and seed in teachers:
                 run.record(
                     distillation_signal(teachers[seed], model, window, SIGNALS), model=name, seed=seed, arm="signal"
@@ -129,7 +130,7 @@ def copy_arms(seed: int) -> list[CopyArm]:
         CopyArm("repeated token", repeated_window(token, SHORT)),
         CopyArm("repeated token after another", pack([[other], *[[token]] * SHORT], SHORT + 1), reference=1),
         CopyArm("repeated document", repeated),
-        CopyArm("repeated document, masked", repeated, masked=True),
+        CopyArm("repeated document", repeated, masked=True),
         CopyArm("repeated document, second copy on", repeated, reference=1),
         CopyArm("repeated document, first token replaced", replaced, reference=1),
     ]
@@ -173,10 +174,10 @@ def _traced(
 def verdicts(frame: pd.DataFrame) -> pd.DataFrame:
     """Each prediction with its figures and whether it held, per model and seed."""
     logits = frame[frame["site"] == "logits"]
-    rel = logits[logits["metric"] == "rel_l2"].groupby(["arm", "model", "seed"])["value_float64"].max()
+    rel = logits[logits["metric"] == "rel_l2"].groupby(["arm", "masked", "model", "seed"])["value_float64"].max()
     kl = logits[logits["metric"] == "kl_nats"]
     shifts = (
-        kl[kl["perturbation"] != "Copy"]
+        kl[(kl["kind"] != COPY) & ~kl["masked"]]
         .groupby(["arm", "model", "seed", "side", "delta_tokens"])["value_float64"]
         .mean()
     )
@@ -186,15 +187,16 @@ def verdicts(frame: pd.DataFrame) -> pd.DataFrame:
         rows.append({"prediction": number, "what": what, "model": model, "seed": seed, "float64": figure, "held": held})
 
     for model, seed in frame.groupby(["model", "seed"]).groups:
-        for number, arm, reaches in (
-            (1, "repeated token", False),
-            (2, "repeated token after another", True),
-            (3, "repeated document", True),
-            (3, "repeated document, masked", False),
+        for number, arm, masked, reaches in (
+            (1, "repeated token", False, False),
+            (2, "repeated token after another", False, True),
+            (3, "repeated document", False, True),
+            (3, "repeated document", True, False),
         ):
-            figure = rel[arm, model, seed]
-            judge(number, f"logits rel_l2 between copies, {arm}", model, seed, figure, (figure > FLOOR) == reaches)
-        mine = shifts["packed documents", model, seed]
+            figure = rel[arm, masked, model, seed]
+            what = f"logits rel_l2 between copies, {arm}{', masked' if masked else ''}"
+            judge(number, what, model, seed, figure, (figure > FLOOR) == reaches)
+        mine = shifts[DOSES_ARM, model, seed]
         judge(4, "largest logit KL, both shifted", model, seed, mine["qk"].max(), mine["qk"].max() < FLOOR)
         judge(
             4,
@@ -216,13 +218,12 @@ def verdicts(frame: pd.DataFrame) -> pd.DataFrame:
         figure = fixed[(fixed["model"] == model) & (fixed["seed"] == seed)]["value_float64"].max()
         judge(7, "logits rel_l2 between copies, same number of keys", model, seed, figure, figure < FLOOR)
         figure = (
-            rel["repeated document, first token replaced", model, seed]
-            / rel["repeated document, second copy on", model, seed]
+            rel["repeated document, first token replaced", False, model, seed]
+            / rel["repeated document, second copy on", False, model, seed]
         )
         judge(8, "logits rel_l2, first token replaced over not", model, seed, figure, 0.5 < figure < 2)
         of_layer, of_pair = (
-            kl[(kl["arm"] == arm) & (kl["model"] == model) & (kl["seed"] == seed)]
-            for arm in map(SWEPT.format, ("layer", "pair"))
+            kl[(kl["arm"] == arm) & (kl["model"] == model) & (kl["seed"] == seed)] for arm in ("layer", "pair")
         )
         first = of_layer[(of_layer["side"] == "q") & (of_layer["inject_layer"] == 0)]["value_float64"].mean()
         figure = first / mine["q", DOSE]
@@ -242,20 +243,18 @@ def verdicts(frame: pd.DataFrame) -> pd.DataFrame:
             rows += _signal_verdicts(taught, model, seed)
     for seed in sorted(frame["seed"].unique()):
         if {("teacher", seed), ("base", seed)} <= set(frame.groupby(["model", "seed"]).groups):
-            ratio = (
-                shifts["packed documents", "teacher", seed, "q", DOSES[-1]]
-                / shifts["packed documents", "base", seed, "q", DOSES[-1]]
-            )
+            ratio = shifts[DOSES_ARM, "teacher", seed, "q", DOSES[-1]] / shifts[DOSES_ARM, "base", seed, "q", DOSES[-1]]
             judge(6, f"logit KL of q by {DOSES[-1]:g}, teacher over base", "both", seed, ratio, ratio > 1)
     return pd.DataFrame(rows)
 
 
 def _signal_verdicts(taught: pd.DataFrame, model: str, seed: int) -> list[dict]:
     shifted = taught[(taught["perturbation"] == str(SIGNALS[-1]))]
-    signal = shifted[shifted["metric"] == "signal_kl_nats"].set_index("distance")["value"]
-    loss = taught[(taught["metric"] == "loss_kl_nats") & taught["distance"].isna()]["value"].item()
-    share = signal[signal.index.isna()].item() / loss
-    beyond = signal[signal.index > SHORT].mean() / signal[0]
+    signal = shifted[shifted["metric"] == "signal_kl_nats"]
+    loss = taught[(taught["metric"] == "loss_kl_nats") & taught["occurrence"].isna()]["value"].item()
+    share = signal[signal["occurrence"].isna()]["value"].item() / loss
+    far = signal[signal["distance"] > SHORT]["value"].mean()
+    beyond = far / signal[signal["occurrence"] == "new"]["value"].item()
     size = shifted.pivot_table(values="value", index="site", columns="metric")
     part = (size["signal_gradient"] / size["loss_gradient"]).groupby(lambda site: site[-1]).mean()
     told = (

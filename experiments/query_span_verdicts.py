@@ -11,11 +11,14 @@ from experiments.query_spans import (
     ALONE,
     BY_EFFECT,
     CAUSAL,
-    INTO_END,
-    INTO_START,
+    CURVE,
+    END,
+    GROUPS,
     KEPT,
     PATH,
     PREDICTORS,
+    RANDOM,
+    START,
     TOGETHER,
     WITH_KEYS,
 )
@@ -24,7 +27,6 @@ from rope_probe.retrieval.probe import student_interval
 from rope_probe.spans import contrast, enrichment, fraction_to_reach, stability
 
 MAIN = "kd_adamw"
-RANDOM = "random"
 _PARTS = {"W_Q": "W_Q", "W_K": "W_K", "W_V": "W_V", "W_O": "W_O", "mlp": "MLP", "ln": "norms"}
 _EMBEDDINGS = {"W_E": "W_E", "W_U": "W_U"}
 
@@ -36,41 +38,44 @@ def part_changes(frame: pd.DataFrame, metric: str = "rel_change") -> pd.DataFram
     return rows.pivot_table(index=["model", "seed"], columns="part", values="value")
 
 
-def accuracies(frame: pd.DataFrame, arm: str, seq_len: int = LONG) -> pd.DataFrame:
-    """Accuracy, the mean over distances, after each transplant of a kind: by arm of training and seed."""
-    rows = frame[(frame["arm"] == arm) & (frame["metric"] == "accuracy") & (frame["seq_len"] == seq_len)]
-    return rows.pivot_table(index=["model", "seed"], columns="perturbation", values="value", sort=False)
+def accuracies(frame: pd.DataFrame, into: str, seq_len: int = LONG) -> pd.DataFrame:
+    """Accuracy, the mean over distances, after transplanting each group: by arm of training and seed."""
+    rows = frame[(frame["arm"] == GROUPS) & (frame["into"] == into)]
+    rows = rows[(rows["metric"] == "accuracy") & (rows["seq_len"] == seq_len)]
+    return rows.pivot_table(index=["model", "seed"], columns="group", values="value", sort=False)
 
 
-def gains(frame: pd.DataFrame, arm: str) -> pd.DataFrame:
-    """Share of the gain that is there after each transplant of a kind: 0 as at the start, 1 as at the end."""
-    table = accuracies(frame, arm)
-    start, end = ("nothing", "everything") if arm == INTO_START else ("everything", "nothing")
+def gains(frame: pd.DataFrame, into: str) -> pd.DataFrame:
+    """Share of the gain that is there after transplanting each group: 0 as at the start, 1 as at the end."""
+    table = accuracies(frame, into)
+    start, end = ("nothing", "everything") if into == START else ("everything", "nothing")
     return table.sub(table[start], axis=0).div(table[end] - table[start], axis=0)
 
 
-def curves(frame: pd.DataFrame, kind: str) -> pd.DataFrame:
-    """Accuracy against the fraction of query spans transplanted: a row for each arm of training, seed and order."""
-    prefix = kind.format("")
-    rows = frame[frame["arm"].str.startswith(prefix) & (frame["metric"] == "accuracy") & (frame["seq_len"] == LONG)]
-    counts = rows["perturbation"].str.extract(r"(\d+) of (\d+)").astype(float)
-    rows = rows.assign(order=rows["arm"].str.removeprefix(prefix), fraction=counts[0] / counts[1])
-    return rows.pivot_table(index=["model", "seed", "order"], columns="fraction", values="value")
+def curves(frame: pd.DataFrame, span_set: str) -> pd.DataFrame:
+    """Accuracy against the fraction of query spans transplanted: a row for each arm of training, seed, order, draw.
+
+    The draw of an order that is not random is -1.
+    """
+    rows = frame[(frame["arm"] == CURVE) & (frame["span_set"] == span_set)]
+    rows = rows[(rows["metric"] == "accuracy") & (rows["seq_len"] == LONG)]
+    fraction = (rows["moved"] / rows["movable"]).astype(float)
+    rows = rows.assign(fraction=fraction, draw=rows["draw"].fillna(-1))
+    return rows.pivot_table(index=["model", "seed", "order", "draw"], columns="fraction", values="value")
 
 
-def reached(frame: pd.DataFrame, kind: str, share: float) -> pd.DataFrame:
+def reached(frame: pd.DataFrame, span_set: str, share: float) -> pd.DataFrame:
     """The fraction of query spans at which each order has `share` of the gain; by arm and seed, random orders' mean.
 
     inf where no size reaches it.
     """
-    ends = accuracies(frame, INTO_START)
+    ends = accuracies(frame, START)
     found = []
-    for (model, seed, order), values in curves(frame, kind).iterrows():
+    for (model, seed, order, _), values in curves(frame, span_set).iterrows():
         start, end = (ends.loc[(model, seed), name] for name in ("nothing", "everything"))
         level = start + share * (end - start)
         fraction = fraction_to_reach(values.index.to_list(), values.to_list(), level)
-        found.append({"model": model, "seed": seed, "order": order.split(" ")[0] if RANDOM in order else order})
-        found[-1] |= {"fraction": fraction}
+        found.append({"model": model, "seed": seed, "order": order, "fraction": fraction})
     table = pd.DataFrame(found).groupby(["model", "seed", "order"])["fraction"].mean()
     return table.unstack("order")
 
@@ -81,20 +86,18 @@ def carrying(frame: pd.DataFrame) -> pd.DataFrame:
     `most` is the share of the gain that the best size reaches.
     """
     rows = []
-    ends = accuracies(frame, INTO_START)
-    for kind in (WITH_KEYS, TOGETHER, KEPT):
-        if curves(frame, kind).empty:
+    ends = accuracies(frame, START)
+    for span_set in (WITH_KEYS, TOGETHER, KEPT):
+        if curves(frame, span_set).empty:
             continue
-        shares = {name: reached(frame, kind, share) for name, share in (("half", 0.5), ("90%", 0.9))}
-        best = curves(frame, kind).max(axis=1).rename("best").reset_index("order")
-        best["order"] = best["order"].str.replace(r"random \d+", RANDOM, regex=True)
-        best = best.set_index("order", append=True)["best"].groupby(["model", "seed", "order"]).mean().unstack("order")
+        shares = {name: reached(frame, span_set, share) for name, share in (("half", 0.5), ("90%", 0.9))}
+        best = curves(frame, span_set).max(axis=1).groupby(["model", "seed", "order"]).mean().unstack("order")
         most = best.sub(ends["nothing"], axis=0).div(ends["everything"] - ends["nothing"], axis=0)
         for model in most.index.unique("model"):
             for order in most.columns[most.loc[model].notna().any()]:
                 told = {name: _told(table.loc[model][order].to_list()) for name, table in shares.items()}
                 told["most"] = _told(most.loc[model][order].to_list())
-                rows.append({"what": kind.format(order), "model": model, "seeds": len(most.loc[model]), **told})
+                rows.append({"what": f"{span_set}, {order}", "model": model, "seeds": len(most.loc[model]), **told})
     return pd.DataFrame(rows)
 
 
@@ -190,7 +193,7 @@ def verdicts(frame: pd.DataFrame) -> pd.DataFrame:
                 ratio = (changes.loc[MAIN]["W_Q"] / changes.loc[other]["W_Q"]).dropna()
                 wanted = "2 or more" if number == 5 else "within 1/1.5 to 1.5"
                 judge(number, f"change of W_Q, {MAIN} over {other} {wanted}", ratio, _within(low, high))
-    into_start, into_end, short = gains(frame, INTO_START), gains(frame, INTO_END), accuracies(frame, INTO_END, SHORT)
+    into_start, into_end, short = gains(frame, START), gains(frame, END), accuracies(frame, END, SHORT)
     seen = foresight(frame)
     for arm in CAUSAL:
         if arm not in into_start.index:
@@ -244,14 +247,13 @@ def _judge_spectrum(frame: pd.DataFrame, judge: Callable) -> None:
 def _judge_curves(kept: pd.DataFrame, arm: str, judge: Callable) -> None:
     """Prediction 9: of what the query spans add to the end without them, between none and all; seeds where they do."""
     found: dict[tuple[str, float], dict[int, list[float]]] = {}
-    for (seed, order), values in kept.iterrows():
+    for (seed, order, _), values in kept.iterrows():
         first, last = values.iloc[0], values.iloc[-1]
         if last <= first:
             continue
         for share in (0.5, 0.9):
             fraction = fraction_to_reach(values.index.to_list(), values.to_list(), first + share * (last - first))
-            by = RANDOM if order.startswith(RANDOM) else order
-            found.setdefault((by, share), {}).setdefault(seed, []).append(fraction)
+            found.setdefault((order, share), {}).setdefault(seed, []).append(fraction)
     means = {at: pd.Series({seed: np.mean(values) for seed, values in of.items()}) for at, of in found.items()}
     half = means[BY_EFFECT, 0.5]
     judge(9, f"{arm}: fraction of query spans by single effect for half .25 or less", half, _at_most(0.25))

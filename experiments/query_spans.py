@@ -44,7 +44,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
@@ -79,12 +79,12 @@ CAUSAL = ("kd_adamw", "kd_phase_wise")
 DISTANCES = (128, 256, 512, 1000)
 SHORT_DISTANCES = (8, 32)
 PARTS = ("W_Q", "W_K", "W_V", "W_O", "mlp", "norms", "W_E", "W_U")
-INTO_START, INTO_END = "into the start", "into the end"
-ALONE, TOGETHER_ALONE = "query span reverted in the end", "query and key span reverted in the end"
-KEPT = "query spans kept in the end, {}"
-WITH_KEYS = "query spans brought into the start after W_K, {}"
-TOGETHER = "query and key spans brought into the start, {}"
-BY_EFFECT, GREEDY, PATH = "by single effect", "greedy", "by gradients along the path"
+START, END = "start", "end"
+GROUPS, ALONE, TOGETHER_ALONE, CURVE = "groups", "query span alone", "query and key span alone", "curve"
+KEPT = "query spans kept in the end"
+WITH_KEYS = "query spans brought into the start after W_K"
+TOGETHER = "query and key spans brought into the start"
+BY_EFFECT, GREEDY, PATH, RANDOM = "by single effect", "greedy", "by gradients along the path", "random"
 PREDICTORS = {
     "by change of weights": "change_norm",
     "by change of states": "state_change",
@@ -172,14 +172,17 @@ def _causes(
     with progress(f"transplants, {what}", _evaluations(budget, len(spans), len(groups))) as advance:
         effects = partial(span_effects, progress=advance)
         frames = [
-            effects(start, end.original_model, groups, judge).assign(arm=INTO_START),
-            effects(end, start.original_model, groups, judge).assign(arm=INTO_END),
+            effects(start, end.original_model, groups, judge).assign(arm=GROUPS, into=START),
+            effects(end, start.original_model, groups, judge).assign(arm=GROUPS, into=END),
         ]
         alone = {str(span): [span] for span in spans}
         both = {f"{span} and key": _with_key(span) for span in spans}
         single = effects(end, start.original_model, alone, rank)
         paired = effects(end, start.original_model, both, rank)
-        frames += [_placed(single, alone).assign(arm=ALONE), _placed(paired, both).assign(arm=TOGETHER_ALONE)]
+        frames += [
+            _placed(single, alone).assign(arm=ALONE, into=END),
+            _placed(paired, both).assign(arm=TOGETHER_ALONE, into=END),
+        ]
         predictors = _predictors(start, end, spans, weights, states, budget, seed)
         orders = {BY_EFFECT: _ranked(spans, [-_logprob(single, name) for name in alone])}
         orders_together = {BY_EFFECT: _ranked(spans, [-_logprob(paired, name) for name in both])}
@@ -192,23 +195,32 @@ def _causes(
             for metric, order in (("greedy_rank", orders[GREEDY]), ("greedy_rank_together", orders_together[GREEDY])):
                 predictors[metric] = [order.index(span) for span in spans]
         for metric, values in predictors.items():
-            named_values = pd.DataFrame({"perturbation": list(alone), "metric": metric, "value": values})
+            named_values = pd.DataFrame({"group": list(alone), "metric": metric, "value": values})
             frames.append(_placed(named_values, alone).assign(arm="predictor"))
         shuffled = np.random.default_rng(derive(seed, "random orders"))
-        random = {f"random {i}": [spans[j] for j in shuffled.permutation(len(spans))] for i in range(budget.orders)}
+        random = {(RANDOM, draw): [spans[j] for j in shuffled.permutation(len(spans))] for draw in range(budget.orders)}
 
-        def named(sets: Iterable[list[Span]]) -> dict[str, list[Span]]:
-            return {f"{n} of {len(spans)}": some for n, some in zip(budget.sizes, sets, strict=True)}
+        def measured(
+            host: HookedCausalLM, donor: HookedCausalLM, sets: Iterable[list[Span]], **columns: Any
+        ) -> pd.DataFrame:
+            """What is found after transplanting each of the sets, the first of which moves `sizes[0]` query spans."""
+            moved = {str(n): n for n in budget.sizes}
+            by_size = dict(zip(moved, sets, strict=True))
+            found = effects(host, donor.original_model, by_size, judge)
+            return found.assign(arm=CURVE, moved=found["group"].map(moved), movable=len(spans), **columns)
 
-        for by, order in {BY_EFFECT: orders[BY_EFFECT], **random}.items():
-            reverted = named(order[n:] for n in budget.sizes)
-            frames.append(effects(end, start.original_model, reverted, judge).assign(arm=KEPT.format(by)))
-        for by, order in {**orders, **random}.items():
-            brought = named(keys + order[:n] for n in budget.sizes)
-            frames.append(effects(start, end.original_model, brought, judge).assign(arm=WITH_KEYS.format(by)))
-        for by, order in {**orders_together, **random}.items():
-            brought = named([one for span in order[:n] for one in _with_key(span)] for n in budget.sizes)
-            frames.append(effects(start, end.original_model, brought, judge).assign(arm=TOGETHER.format(by)))
+        def drawn(named: Mapping[str, list[Span]]) -> dict[tuple[str, int | None], list[Span]]:
+            return {**{(by, None): order for by, order in named.items()}, **random}
+
+        for (by, draw), order in drawn({BY_EFFECT: orders[BY_EFFECT]}).items():
+            sets = [order[n:] for n in budget.sizes]
+            frames.append(measured(end, start, sets, into=END, span_set=KEPT, order=by, draw=draw))
+        for (by, draw), order in drawn(orders).items():
+            sets = [keys + order[:n] for n in budget.sizes]
+            frames.append(measured(start, end, sets, into=START, span_set=WITH_KEYS, order=by, draw=draw))
+        for (by, draw), order in drawn(orders_together).items():
+            sets = [[one for span in order[:n] for one in _with_key(span)] for n in budget.sizes]
+            frames.append(measured(start, end, sets, into=START, span_set=TOGETHER, order=by, draw=draw))
     return tidy(pd.concat(frames, ignore_index=True))
 
 
@@ -250,8 +262,8 @@ def _retrieval(model: HookedCausalLM, *, trials: int, seed: int, short: bool = T
     )
 
 
-def _logprob(frame: pd.DataFrame, perturbation: str) -> float:
-    rows = frame[(frame["perturbation"] == perturbation) & (frame["metric"] == "answer_logprob_nats")]
+def _logprob(frame: pd.DataFrame, group: str) -> float:
+    rows = frame[(frame["group"] == group) & (frame["metric"] == "answer_logprob_nats")]
     return float(rows["value"].mean())
 
 
@@ -259,9 +271,7 @@ def _placed(frame: pd.DataFrame, groups: Mapping[str, Sequence[Span]]) -> pd.Dat
     """Layer, head and pair of the group's span beside its name."""
     places = {name: group[0] for name, group in groups.items()}
     columns = ("layer", "head", "pair")
-    return frame.assign(
-        **{column: [places[name][i] for name in frame["perturbation"]] for i, column in enumerate(columns)}
-    )
+    return frame.assign(**{column: [places[name][i] for name in frame["group"]] for i, column in enumerate(columns)})
 
 
 def _ranked(spans: Sequence[Span], values: Sequence[float]) -> list[Span]:

@@ -221,8 +221,8 @@ def _print_positional_channel(beside: Sequence[Path], runs: Sequence[Path]) -> N
 def _print_propagation(runs: Sequence[Path]) -> None:
     frame = read_frames(runs)
     logits = frame[(frame["site"] == "logits") & (frame["metric"] == "kl_nats")]
-    shifts = logits[logits["arm"].str.startswith("packed documents")]
-    table = shifts.groupby(["model", "seed", "arm", "side", "delta_tokens"])[["value", "value_float64"]].mean()
+    shifts = logits[logits["arm"] == propagation.DOSES_ARM]
+    table = shifts.groupby(["model", "seed", "masked", "side", "delta_tokens"])[["value", "value_float64"]].mean()
     print("\nPropagation: logit KL in nats by tokens shifted, in float32 and in float64, mean over documents")
     print(table.unstack("side").to_string(float_format="{:.2e}".format))
     print("\nPropagation: predictions (experiments/propagation.py) and what the float64 control says")
@@ -232,7 +232,8 @@ def _print_propagation(runs: Sequence[Path]) -> None:
 
 def _print_theta_grid(runs: Sequence[Path]) -> None:
     frame = read_frames(runs)
-    bases = frame[frame["metric"] == "gate_accuracy"].groupby(["model", "arm"])["value"].min().unstack("model")
+    gates = frame[frame["metric"] == "gate_accuracy"].groupby(["head_dim", "short_theta"])["value"]
+    bases = gates.min().unstack("head_dim")
     print("\nTheta grid: what each base retrieves in its own window, the worst distance; by short theta")
     print(bases.to_string(float_format="{:.2f}".format))
     table = theta_grid.cells(frame)
@@ -251,11 +252,9 @@ def _print_query_spans(runs: Sequence[Path]) -> None:
     tables = {
         "relative change of each part, mean over layers": query_span_verdicts.part_changes(frame),
         "how many times as much the query spans changed in one arm as in another": query_span_verdicts.contrasts(frame),
-        "share of the gain that transplants from the end bring": query_span_verdicts.gains(
-            frame, query_spans.INTO_START
-        ).T,
+        "share of the gain that transplants from the end bring": query_span_verdicts.gains(frame, query_spans.START).T,
         "share of the gain that is left after transplants from the start": query_span_verdicts.gains(
-            frame, query_spans.INTO_END
+            frame, query_spans.END
         ).T,
         "fraction of the query spans that brings half and 90% of the gain": query_span_verdicts.carrying(frame),
     }

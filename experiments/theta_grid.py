@@ -67,8 +67,8 @@ def make_row(
             base, short, derive(seed, *purpose, "short"), f"{out.name} base"
         )
         plain = base.release()
-        columns = {"model": f"head_dim {head_dim}", "seed": seed}
-        run.record(gate.assign(metric="gate_accuracy"), **columns, arm=f"{short_theta:g}", phase="short")
+        columns = {"seed": seed, "head_dim": head_dim, "short_theta": short_theta}
+        run.record(gate.assign(metric="gate_accuracy"), **columns, model="base", phase="short")
         run.manifest |= {"base_missed_gate": missed, "base_tokens": history[-1]["tokens"]}
         run.manifest["models"] = {"base": describe_model(plain)}
         for steps in BUDGETS:
@@ -86,8 +86,8 @@ def make_row(
                 task = KeyValueTask(SHORT_DOCUMENTS, LONG)
                 probe = derive(seed, "probe")
                 measured = retrieval_accuracy(student, task, DISTANCES, trials=phase_scaling.TRIALS, seed=probe)
-                arm = cell_name(short_theta, long_theta, steps)
-                run.record(measured, **{**columns, "arm": arm, "phase": "extension"})
+                cell = {**columns, "long_theta": long_theta, "steps": steps}
+                run.record(measured, **cell, model="student", phase="extension")
         run.manifest |= {"attention_kernel": "sdpa", "mask": "none", "positions": "continuous"}
         run.manifest["tokens_sha256"] = hash_tokens(phase.batch(derive(seed, "extension"), 0).tokens)
 
@@ -117,7 +117,7 @@ def cells(frame: pd.DataFrame) -> pd.DataFrame:
     Columns: head_dim, steps, short_theta, long_theta, seed, accuracy, reaches (the long theta is at or above the base
     bound of that distance), use_long (spectrum use of the long theta in its window).
     """
-    table = read_cells(frame).query("distance == @FAR").rename(columns={"short": "short_theta", "long": "long_theta"})
+    table = read_cells(frame).query("distance == @FAR")
     bounds = {dim: rope.base_bound(dim, FAR) for dim in table["head_dim"].unique()}
     use = [
         rope.spectrum_use(rope.inv_freq({"rope_type": "default", "rope_theta": theta}, dim), LONG)
@@ -149,11 +149,6 @@ def verdicts(frame: pd.DataFrame) -> pd.DataFrame:
         (4, f"cells at 0.5 or more with {BUDGETS[0]} steps, less those with {BUDGETS[1]}", few - many, few < many)
     )
     return pd.DataFrame(rows, columns=["prediction", "what", "figure", "held"])
-
-
-def cell_name(short_theta: float, long_theta: float, steps: int) -> str:
-    """What a cell is called in the `arm` column."""
-    return f"{short_theta:g} to {long_theta:g}, {steps} steps"
 
 
 if __name__ == "__main__":

@@ -146,7 +146,7 @@ def _train(run: Run, model: PreTrainedModel, phase: Phase, role: Role, seed: int
     hooked = load_model(model)
     history, gate, missed = train_to_gate(hooked, phase, derive(seed, role, phase.name), f"{phase.name} phase")
     hooked.release()
-    losses = [{"position": n["tokens"], "metric": "ce_nats", "value": n["ce_nats"]} for n in history]
+    losses = [{"tokens": n["tokens"], "metric": "ce_nats", "value": n["ce_nats"]} for n in history]
     run.record(tidy(losses), model=role, seed=seed, phase=phase.name, seq_len=phase.window)
     run.record(gate.assign(metric="gate_accuracy"), model=role, seed=seed, phase=phase.name)
     print(gate[["distance", "value", "low", "high"]].to_string(index=False), file=sys.stderr)

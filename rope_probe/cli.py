@@ -388,7 +388,7 @@ def _torch_dtype(dtype: _Dtype | None) -> "torch.dtype | None":
 
 
 def _tasks(model: str, asked: list[_Task] | None, window: int | None, keys: int, values: int) -> "list[RetrievalTask]":
-    from rope_probe import checkpoints
+    from rope_probe.models import checkpoints
     from rope_probe.retrieval.probe import KeyValueTask
     from rope_probe.retrieval.tasks import TextTask
     from rope_probe.windows.corpora import KeyValueStream
@@ -419,7 +419,7 @@ def _window(
 ) -> "Window":
     import torch
 
-    from rope_probe import packing
+    from rope_probe.windows import packing
 
     if file is not None and document is not None:
         raise InputError("--tokens and --document both say what to read; give one of them")

@@ -113,16 +113,17 @@ def spans_frame(seeds=(0, 1)):
                 rows.append({**at, **place, "metric": "rel_change", "value": value})
         accuracy = {**at, "metric": "accuracy", "distance": 128}
         for what, into_start, into_end in (("nothing", 0.1, 0.9), ("W_Q", 0.5, 0.3), ("everything", 0.9, 0.1)):
-            rows.append({**accuracy, "arm": query_spans.INTO_START, "perturbation": what, "value": into_start})
-            rows.append({**accuracy, "arm": query_spans.INTO_END, "perturbation": what, "value": into_end})
-        for order, values in (
-            ("greedy", (0.1, 0.5, 0.9)),
-            ("random 0", (0.1, 0.1, 0.7)),
-            ("random 1", (0.1, 0.1, 0.5)),
+            group = {**accuracy, "arm": query_spans.GROUPS, "group": what}
+            rows.append({**group, "into": query_spans.START, "value": into_start})
+            rows.append({**group, "into": query_spans.END, "value": into_end})
+        for order, draw, values in (
+            ("greedy", None, (0.1, 0.5, 0.9)),
+            ("random", 0, (0.1, 0.1, 0.7)),
+            ("random", 1, (0.1, 0.1, 0.5)),
         ):
-            for n, value in zip((0, 32, 64), values, strict=True):
-                kind = query_spans.WITH_KEYS.format(order)
-                rows.append({**accuracy, "arm": kind, "perturbation": f"{n} of 64", "value": value})
+            curve = {**accuracy, "arm": query_spans.CURVE, "span_set": query_spans.WITH_KEYS, "movable": 64}
+            curve |= {"order": order, "draw": draw}
+            rows += [{**curve, "moved": n, "value": value} for n, value in zip((0, 32, 64), values, strict=True)]
     return tidy(rows)
 
 
@@ -131,13 +132,13 @@ def test_what_is_said_of_query_spans_is_arithmetic():
     changes = query_span_verdicts.part_changes(frame)
     np.testing.assert_allclose(changes["W_Q"], 0.4)
     np.testing.assert_allclose(changes["W_K"], [0.2, 0.3])
-    brought, left = (query_span_verdicts.gains(frame, arm) for arm in (query_spans.INTO_START, query_spans.INTO_END))
+    brought, left = (query_span_verdicts.gains(frame, arm) for arm in (query_spans.START, query_spans.END))
     np.testing.assert_allclose(brought["W_Q"], 0.5)
     np.testing.assert_allclose(left["W_Q"], 0.25)
     curves = query_span_verdicts.curves(frame, query_spans.WITH_KEYS)
-    np.testing.assert_allclose(curves.loc["kd_adamw", 0, "random 0"], [0.1, 0.1, 0.7])
+    np.testing.assert_allclose(curves.loc["kd_adamw", 0, "random", 0], [0.1, 0.1, 0.7])
     table = query_span_verdicts.carrying(frame).set_index("what")
-    greedy, random = (table.loc[query_spans.WITH_KEYS.format(order)] for order in ("greedy", "random"))
+    greedy, random = (table.loc[f"{query_spans.WITH_KEYS}, {order}"] for order in ("greedy", "random"))
     assert greedy["half"] == "0.50 [0.50, 0.50]"
     assert greedy["90%"] == "0.90 [0.90, 0.90]"
     assert random["half"] == "0.92 [0.92, 0.92]"  # the mean of 5/6 and 1, each order by itself

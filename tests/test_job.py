@@ -292,9 +292,10 @@ def test_a_run_holds_what_the_next_stage_needs(whole):
     assert {"loss", "ce_nats", "kd_nats", "grad_norm", "grad_norm_q", "grad_norm_k", "grad_norm_v"} <= metrics
     assert {"tokens_per_s", "lr", "kd_nats_by_distance"} <= metrics
     last = frame[(frame["metric"] == "kd_nats") & (frame["phase"] == "long")]
-    assert last["position"].iloc[-1] == 32 * 128
+    assert last["tokens"].iloc[-1] == 32 * 128
     by_distance = frame[frame["metric"] == "kd_nats_by_distance"]
-    assert set(by_distance["distance"]) <= {0, 1, 2, 4, 8, 16, 32}
+    assert set(by_distance["distance"].dropna()) <= {1, 2, 4, 8, 16, 32}
+    assert set(by_distance["occurrence"]) == {"new", "again"}
     trained = {name for name in weights(whole) if "teacher" not in name}
     assert trained == set(load_file(whole.parent / "teacher" / "model.safetensors"))
     assert load_model(whole / "checkpoints" / "long").config.rope_parameters["rope_theta"] == 10_000.0
@@ -348,7 +349,7 @@ def test_a_missed_gate_ends_the_run_and_is_told(tmp_path):
     assert "missed its gate" in manifest["missed_gate"]
     assert set(manifest["models"]) == {"short", "teacher"}
     gates = frame[frame["metric"] == "gate_accuracy"]
-    assert gates["position"].tolist() == [8 * 128] * 2 + [16 * 128] * 2
+    assert gates["tokens"].tolist() == [8 * 128] * 2 + [16 * 128] * 2
     assert gates["distance"].tolist() == [2, 8, 2, 8]
 
 

@@ -63,13 +63,13 @@ def test_the_nope_teacher_knows_its_place_through_masks_by_its_temperature_alone
 
 
 def test_verdicts_are_arithmetic():
-    def rows(model, values):
-        told = {"model": model, "metric": "accuracy", "seq_len": LONG, "distance": positional_channel.FAR}
+    def rows(model, values, role="student"):
+        told = {"model": model, "role": role, "metric": "accuracy", "seq_len": LONG, "distance": positional_channel.FAR}
         return [{**told, "seed": seed, "value": v, "low": v, "high": v} for seed, v in enumerate(values)]
 
     frame = pd.DataFrame(
         rows("kd_phase_wise", [1, 1]) + rows("scrubbed", [0.9, 1.0]) + rows("nope", [0.5, 0.6])
-        + rows("teacher, slow_pairs", [0.0, 0.2]) + rows("slow_pairs", [0.3, 0.3])
+        + rows("slow_pairs", [0.0, 0.2], role="teacher") + rows("slow_pairs", [0.3, 0.3])
     )  # fmt: skip
     table = positional_channel.verdicts(frame).set_index("what")
     assert table.loc["student of scrubbed >= 0.90", ["mean", "held"]].tolist() == [pytest.approx(0.95), "yes"]

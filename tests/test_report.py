@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from experiments import phase_scaling
-from experiments.theta_grid import cell_name, cells
+from experiments.theta_grid import cells
 from rope_probe import InputError, PositionShift, copy_deltas, load_model, repeated_window, rope, trace
 from rope_probe.distillation import distillation_signal
 from rope_probe.gallery import figures as plots
@@ -229,7 +229,7 @@ def test_wavelengths_of_no_theta_are_named_by_the_slowest_pair():
 
 
 def losses(model, seed, values, *, metric="ce_nats", phase="short", run_id="a"):
-    rows = [{"position": 8 * (i + 1), "value": value} for i, value in enumerate(values)]
+    rows = [{"tokens": 8 * (i + 1), "value": value} for i, value in enumerate(values)]
     return tidy(rows).assign(model=model, seed=seed, phase=phase, metric=metric, run_id=run_id)
 
 
@@ -258,13 +258,14 @@ def grid_rows(missed=()):
     rows = []
     for head_dim in (16, 32):
         for short in (300.0, 20_000.0, 1e6):
-            at = {"model": f"head_dim {head_dim}", "arm": f"{short:g}", "phase": "short", "metric": "gate_accuracy"}
+            base = {"model": "base", "head_dim": head_dim, "short_theta": short}
+            at = {**base, "phase": "short", "metric": "gate_accuracy"}
             gate = 0.9 if (head_dim, short) in missed else 1.0
             rows += [{**at, "seed": seed, "seq_len": 64, "distance": 8, "value": gate} for seed in (0, 1)]
             for i, long in enumerate((300.0, 20_000.0, 1e6)):
-                at = {"model": f"head_dim {head_dim}", "phase": "extension", "metric": "accuracy", "seq_len": 1024}
+                at = {**base, "model": "student", "long_theta": long, "phase": "extension", "metric": "accuracy"}
                 rows += [
-                    {**at, "arm": cell_name(short, long, steps), "seed": seed, "distance": distance, "value": value}
+                    {**at, "seq_len": 1024, "steps": steps, "seed": seed, "distance": distance, "value": value}
                     for steps in (75, 250)
                     for seed in (0, 1)
                     for distance, value in ((256, 1.0), (512, (head_dim + 10 * i + steps / 50 + seed) / 100))

@@ -43,11 +43,15 @@ def test_numbers_are_those_of_whole_logits(masked, vocabulary, monkeypatch):
         return torch.autograd.grad(loss, attention.k_proj.weight)[0]
 
     loss = gradient_to_keys(clean)
-    assert value(frame, metric="loss_kl_nats", distance=None) == pytest.approx(kl(clean, student(WINDOW)).mean().item())
+    assert value(frame, metric="loss_kl_nats", occurrence=None) == pytest.approx(
+        kl(clean, student(WINDOW)).mean().item()
+    )
     for shift in shifts:
         of_shift = frame[frame["perturbation"] == str(shift)]
         signal = kl(clean, other[shift])
-        assert value(of_shift, metric="signal_kl_nats", distance=None) == pytest.approx(signal.mean().item(), rel=1e-9)
+        assert value(of_shift, metric="signal_kl_nats", occurrence=None) == pytest.approx(
+            signal.mean().item(), rel=1e-9
+        )
         each = of_shift[of_shift["metric"] == "signal_kl_nats_at"].sort_values("position")["value"]
         assert each.tolist() == pytest.approx(signal.tolist(), rel=1e-9, abs=1e-15)
         taken = loss - gradient_to_keys(other[shift])
@@ -61,11 +65,13 @@ def test_numbers_are_those_of_whole_logits(masked, vocabulary, monkeypatch):
 def test_bins_by_distance_average_to_the_whole():
     tokens = torch.tensor([5, 6, 5, 7, 6, 5, 8, 9, 7, 5])
     frame = distillation_signal(*models(), pack([tokens], 10), PositionShift("q", 3.0))
-    signal = frame[frame["metric"] == "signal_kl_nats"].set_index("distance")["value"]
-    counts = {0: 5, 2: 1, 4: 3, 8: 1}
-    assert set(signal.index.dropna()) == set(counts)
-    whole = sum(count * signal[distance] for distance, count in counts.items()) / 10
-    assert whole == pytest.approx(signal[signal.index.isna()].item())
+    signal = frame[frame["metric"] == "signal_kl_nats"]
+    whole = signal[signal["occurrence"].isna()]["value"].item()
+    new, again = (signal[signal["occurrence"] == name].set_index("distance")["value"] for name in ("new", "again"))
+    counts = {2: 1, 4: 3, 8: 1}
+    assert set(again.index) == set(counts)
+    mean = (5 * new.item() + sum(count * again[distance] for distance, count in counts.items())) / 10
+    assert mean == pytest.approx(whole)
 
 
 def test_a_fused_projection_is_told_apart():

@@ -23,9 +23,10 @@ def checkpoints(seed):
     return before, after
 
 
-def curve(arm, values, seed=0):
+def curve(order, values, draw=None, seed=0):
     return [
-        {"arm": arm, "perturbation": f"{n} of 4", "seq_len": 64, "distance": distance, "seed": seed, "model": "tiny",
+        {"arm": "curve", "into": "end", "span_set": "query spans kept in the end", "order": order, "draw": draw,
+         "group": str(n), "moved": n, "movable": 4, "seq_len": 64, "distance": distance, "seed": seed, "model": "tiny",
          "metric": "accuracy", "value": value + 0.1 * k}
         for n, value in values.items()
         for k, distance in enumerate((8, 16))
@@ -33,10 +34,10 @@ def curve(arm, values, seed=0):
 
 
 TRANSPLANTS = [
-    {"arm": arm, "perturbation": what, "seq_len": window, "distance": 8, "seed": seed, "model": "tiny",
+    {"arm": "groups", "into": into, "group": group, "seq_len": window, "distance": 8, "seed": seed, "model": "tiny",
      "metric": "accuracy", "value": value + 0.1 * seed}
-    for arm in ("into the start", "into the end")
-    for what, value in (("nothing", 0.1), ("W_Q", 0.6))
+    for into in ("start", "end")
+    for group, value in (("nothing", 0.1), ("W_Q", 0.6))
     for window in (16, 64)
     for seed in (0, 1)
 ]  # fmt: skip
@@ -51,9 +52,9 @@ def run(tmp_path_factory):
             made.record(compare_spans(*models), model="tiny", seed=seed, arm="weights")
             made.record(landmarks(*models, short=16, long=128), model="tiny", seed=seed, arm="landmarks")
         made.record(tidy(TRANSPLANTS))
-        made.record(tidy(curve("query spans kept in the end, by single effect", {0: 0.0, 2: 0.5, 4: 0.8})))
-        made.record(tidy(curve("query spans kept in the end, random 0", {0: 0.0, 2: 0.1, 4: 0.8})))
-        made.record(tidy(curve("query spans kept in the end, random 1", {0: 0.0, 2: 0.3, 4: 0.8})))
+        made.record(tidy(curve("by single effect", {0: 0.0, 2: 0.5, 4: 0.8})))
+        made.record(tidy(curve("random", {0: 0.0, 2: 0.1, 4: 0.8}, draw=0)))
+        made.record(tidy(curve("random", {0: 0.0, 2: 0.3, 4: 0.8}, draw=1)))
     return folder
 
 

@@ -88,13 +88,14 @@ class Log:
         return pd.DataFrame(tries[-1] if tries else [])
 
     def frame(self) -> pd.DataFrame:
-        """The log as a tidy frame: `position` counts tokens trained on, `distance` is the upper end of its bin."""
+        """The log as a tidy frame: `tokens` counts those trained on, `distance` is the upper end of its bin."""
         rows = []
         for line in self.lines():
-            at = {"phase": line["phase"], "position": line["tokens"]}
+            at = {"phase": line["phase"], "tokens": line["tokens"]}
             rows += [{**at, "metric": name, "value": line[name]} for name in line if name not in _ONCE]
             for distance, value in line.get("kd_nats_by_distance", {}).items():
-                reach = 0 if distance == "new" else int(distance)
-                rows.append({**at, "metric": "kd_nats_by_distance", "distance": reach, "value": value})
+                new = distance == "new"
+                seen = {"occurrence": "new"} if new else {"occurrence": "again", "distance": int(distance)}
+                rows.append({**at, **seen, "metric": "kd_nats_by_distance", "value": value})
             rows += [{**at, "metric": "gate_accuracy", **measured} for measured in line.get("gate", [])]
         return tidy(rows)

@@ -31,8 +31,8 @@ def distillation_signal(
 
     With p the teacher's next-token distribution, p' that of the perturbed teacher and s the student's, rows are
 
-    - `signal_kl_nats`, KL(p || p'), and `loss_kl_nats`, KL(p || s): means over the window, and by how many tokens ago a
-      position's token last occurred (`distance`, the upper end of a bin that doubles; 0 for a first occurrence); and
+    - `signal_kl_nats`, KL(p || p'), and `loss_kl_nats`, KL(p || s): means over the window, and by `occurrence` of a
+      position's token ("new", or "again" after `distance` tokens, the upper end of a bin that doubles); and
       `signal_kl_nats_at`, `loss_kl_nats_at`, the same of each `position`;
     - by layer, at the sites `blocks.{i}.attn.W_Q|W_K|W_V` of the student: `loss_gradient`, the Frobenius norm of the
       gradient of the mean of KL(p || s); `signal_gradient`, that of what the perturbation takes from it, the gradient
@@ -55,7 +55,7 @@ def distillation_signal(
     loss = _gradients(student, learned, of_loss)
     rows = list(_where("loss_kl_nats", loss_kl, window, {}))
     for perturbation, (kl, pull) in zip(perturbations, parts[1:], strict=True):
-        told = {"perturbation": str(perturbation), "side": perturbation.side}
+        told = {"perturbation": str(perturbation), "kind": type(perturbation).__name__, "side": perturbation.side}
         told["delta_tokens"] = perturbation.delta_tokens  # type: ignore[assignment]
         rows += _where("signal_kl_nats", kl, window, told)
         for key, taken in _gradients(student, learned, pull).items():
@@ -110,4 +110,5 @@ def _where(metric: str, values: Tensor, window: Window, told: dict[str, Any]) ->
         yield {**told, "metric": f"{metric}_at", "document": document, "position": position, "value": value}
     for k, (total, count) in enumerate(by_distance(values, window.tokens).T.tolist()):
         if count:
-            yield {**told, "metric": metric, "distance": 2 ** (k - 1) if k else 0, "value": total / count}
+            last_seen = {"occurrence": "again", "distance": 2 ** (k - 1)} if k else {"occurrence": "new"}
+            yield {**told, **last_seen, "metric": metric, "value": total / count}

@@ -34,19 +34,29 @@ METRICS, MANIFEST = "metrics.parquet", "manifest.json"
 WRITER = ".writer"
 """File in a running run that says who writes to it."""
 KEEP_TIME_EVERY_S = 1.0
-_TEXT, _WHOLE, _REAL = "string", "Int64", "float64"
+_TEXT, _WHOLE, _REAL, _FLAG = "string", "Int64", "float64", "boolean"
 SCHEMA = {
     "run_id": _TEXT,
     "experiment": _TEXT,
     "model": _TEXT,
     "seed": _WHOLE,
+    "role": _TEXT,
     "phase": _TEXT,
     "arm": _TEXT,
+    "head_dim": _WHOLE,
+    "short_theta": _REAL,
+    "long_theta": _REAL,
+    "steps": _WHOLE,
+    "tokens": _WHOLE,
     "seq_len": _WHOLE,
+    "masked": _FLAG,
     "document": _WHOLE,
     "position": _WHOLE,
     "distance": _WHOLE,
+    "occurrence": _TEXT,
     "perturbation": _TEXT,
+    "kind": _TEXT,
+    "restriction": _TEXT,
     "side": _TEXT,
     "delta_tokens": _REAL,
     "inject_layer": _WHOLE,
@@ -56,15 +66,32 @@ SCHEMA = {
     "pair": _WHOLE,
     "wavelength": _REAL,
     "wavelength_after": _REAL,
+    "into": _TEXT,
+    "group": _TEXT,
+    "span_set": _TEXT,
+    "order": _TEXT,
+    "draw": _WHOLE,
+    "moved": _WHOLE,
+    "movable": _WHOLE,
+    "layers": _WHOLE,
+    "perturbations": _WHOLE,
     "metric": _TEXT,
     "value": _REAL,
     "value_float64": _REAL,
     "low": _REAL,
     "high": _REAL,
 }
-"""Columns of the tidy frame, in order. Where two checkpoints are compared, `wavelength` is a pair's in the first, and
-`wavelength_after` in the second. `value_float64` is the float64 control of `value`; `low` and `high` are the ends
-of its 95% confidence interval. A column that does not apply is null."""
+"""Columns of the tidy frame, in order. A column that does not apply is null.
+
+- Of a model: what part it plays in its run (`role`); the thetas of its two phases; its head dim. `tokens` and `steps` are
+  what it was trained on.
+- Of a perturbation: its text, its class (`kind`), the parts it is restricted to (`restriction`), `side` and size.
+- `distance` in tokens; `occurrence` is "new" for tokens that occur for the first time, and "again" for others.
+- Of transplanted spans: which checkpoint they go `into` ("start" or "end"), what `group` or `span_set` they are, in which
+  `order` (and which `draw` of a random one), how many are `moved` of those `movable`.
+- Where two checkpoints are compared, `wavelength` is a pair's in the first, `wavelength_after` in the second.
+- `value_float64` is the float64 control of `value`; `low` and `high` are the ends of its 95% confidence interval.
+"""
 
 _MANIFEST_KEYS = {"run_id", "experiment", "status", "config", "argv", "packages", "git", "wall_s"}
 _PACKAGES = ("rope_probe", "torch", "transformers", "transformer-lens", "numpy", "pandas", "pyarrow", "safetensors")

@@ -36,7 +36,7 @@ def span_effects(
     *,
     progress: Callable[[int], Any] | None = None,
 ) -> pd.DataFrame:
-    """What `measure` finds in `host` with each group of spans as `donor` has them; the group's name as `perturbation`.
+    """What `measure` finds in `host` with each group of spans as `donor` has them; its name in the column `group`.
 
     With the checkpoint before as host and the one after as donor this asks what suffices, the other way round what is
     necessary. The host is as it was when this returns. `progress` is called with the groups just measured. Raises
@@ -47,7 +47,7 @@ def span_effects(
     frames = []
     for name, spans in groups.items():
         with transplanted(host, donor, spans):
-            frames.append(measure(host).assign(perturbation=name))
+            frames.append(measure(host).assign(group=name))
         if progress is not None:
             progress(1)
     return pd.concat(frames, ignore_index=True)

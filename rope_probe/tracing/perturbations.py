@@ -91,6 +91,13 @@ class Perturbation(ABC):
         parts = (f"{name}={value!r}" for name, value in told.items() if value is not None)
         return f"{type(self).__name__}({', '.join(parts)})"
 
+    @property
+    def restriction(self) -> str | None:
+        """The layers, heads, pairs and positions that it is restricted to, as text; None where it is not."""
+        named = {name: getattr(self, name) for name in ("layers", "heads", "pairs", "positions")}
+        parts = [f"{name}={value!r}" for name, value in named.items() if value is not None]
+        return ", ".join(parts) or None
+
     @abstractmethod
     def angles(self, rotary: Rotary, positions: Float[Tensor, " T"], window: Window | None) -> Float[Tensor, "T P"]:
         """Radians by which each position's pairs turn onward, float64."""

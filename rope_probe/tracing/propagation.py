@@ -31,6 +31,8 @@ ROUNDING_SHARE = 1e-3
 ROUNDING_FLOOR = {"l2": 1e-10, "rel_l2": 1e-10, "cosine_distance": 1e-20, "kl_nats": 1e-20}
 """... or less than this, the most that float64's own rounding makes of nothing."""
 
+COPY = "Copy"
+"""The `kind` of rows that compare copies of a document; other rows have the name of their perturbation's class."""
 By = Literal["position", "document", "window"]
 _STATE_ELEMENTS = 2**27
 
@@ -72,7 +74,8 @@ def trace(
         add = partial(means.add, first)
         with model.measuring():
             run_beside(model, window, group, sites, add, masked=masked, progress=progress)
-    frame = means.frame([_columns(perturbation, model) for perturbation in perturbations])
+    frame = means.frame([_columns(perturbation, model) for perturbation in perturbations]).assign(masked=masked)
+    frame = tidy(frame)
     if control is None:
         control = masked
     if control:
@@ -176,7 +179,9 @@ def copy_deltas(
     frame = tidy(
         [
             {
-                "perturbation": "Copy",
+                "perturbation": COPY,
+                "kind": COPY,
+                "masked": masked,
                 "delta_tokens": float((copy - reference) * length),
                 "seq_len": len(window),
                 "document": copy,
@@ -238,6 +243,8 @@ def _columns(perturbation: Perturbation, model: HookedCausalLM) -> dict[str, Any
     wavelength = rope.wavelengths(rotating[0].inv_freq)[pair].item() if pair is not None and alike else None
     return {
         "perturbation": str(perturbation),
+        "kind": type(perturbation).__name__,
+        "restriction": perturbation.restriction,
         "side": perturbation.side,
         "delta_tokens": perturbation.delta_tokens,
         "inject_layer": layer,

@@ -20,7 +20,7 @@ from rope_probe.gallery.figures import (
 from rope_probe.gallery.figures.cost import trace_cost
 from rope_probe.gallery.figures.geometry import rotations_by_pair
 from rope_probe.gallery.figures.grid import theta_grid
-from rope_probe.gallery.figures.propagation import copy_heatmap, dose_response, restriction
+from rope_probe.gallery.figures.propagation import copy_heatmap, dose_response
 from rope_probe.gallery.figures.retrieval import retrieval_by_distance
 from rope_probe.gallery.figures.sensitivity import injected_by_read, sensitivity_by_pair
 from rope_probe.gallery.figures.signal import signal_of_distillation
@@ -36,7 +36,6 @@ __all__ = [
     "dose_response",
     "injected_by_read",
     "loss_curves",
-    "restriction",
     "retrieval_by_distance",
     "rotations_by_pair",
     "sensitivity_by_pair",
@@ -69,7 +68,7 @@ class Drawing:
 
 
 def _is_retrieval(frame: pd.DataFrame) -> pd.Series:
-    return retrieval.is_accuracy(frame) & ~grid.is_cell(frame) & frame["perturbation"].isna()
+    return retrieval.is_accuracy(frame) & ~grid.is_cell(frame) & frame["into"].isna()
 
 
 def _task(frame: pd.DataFrame) -> pd.Series:
@@ -89,8 +88,12 @@ def _model(frame: pd.DataFrame) -> list[pd.Series]:
 
 def _kind(frame: pd.DataFrame) -> pd.Series:
     """What is dosed, "" for a shift."""
-    kind = propagation.kind(frame)
-    return kind.mask(kind == "PositionShift", "")
+    return frame["kind"].mask(frame["kind"] == "PositionShift", "")
+
+
+def _masked(frame: pd.DataFrame) -> pd.Series:
+    """Whether documents were masked from each other, "" where they were not."""
+    return frame["masked"].map({True: "masked"}, na_action="ignore").fillna("")
 
 
 DRAWINGS = (
@@ -104,12 +107,14 @@ DRAWINGS = (
     Drawing("theta_grid", grid.is_cell, theta_grid, context=grid.is_gate),
     Drawing("rotations_by_pair", geometry.is_rotations, rotations_by_pair, context=geometry.is_spectrum_use),
     Drawing("loss_curves", training.is_loss, loss_curves),
-    Drawing("copy_heatmap", propagation.is_copy, copy_heatmap, lambda rows: [rows["model"], rows["arm"]]),
+    Drawing(
+        "copy_heatmap", propagation.is_copy, copy_heatmap, lambda rows: [rows["model"], rows["arm"], _masked(rows)]
+    ),
     Drawing(
         "dose_response",
         propagation.is_dose,
         dose_response,
-        lambda rows: [rows["model"], rows["arm"], _kind(rows), restriction(rows)],
+        lambda rows: [rows["model"], rows["arm"], _masked(rows), _kind(rows), rows["restriction"]],
     ),
     Drawing("injected_by_read", sensitivity.is_of_layer, injected_by_read, _model),
     Drawing("sensitivity_by_pair", sensitivity.is_of_pair, sensitivity_by_pair, _model),

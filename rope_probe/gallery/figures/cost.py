@@ -21,14 +21,14 @@ def trace_cost(frame: pd.DataFrame, label: str = "") -> go.Figure:
     if rows.empty:
         raise InputError("these results hold no costs; make them with benchmarks/trace_cost.py")
     figure = go.Figure()
-    table = rows.pivot_table(index=["arm", "seq_len"], columns="metric", values="value").reset_index()
-    order = sorted(table["arm"].unique(), key=lambda arm: [int(word) for word in arm.split() if word.isdigit()])
-    for i, arm in enumerate(order):
-        part = table[table["arm"] == arm].sort_values("seq_len")
+    sizes = ["layers", "perturbations"]
+    table = rows.pivot_table(index=[*sizes, "seq_len"], columns="metric", values="value").reset_index()
+    for i, ((layers, perturbations), part) in enumerate(table.groupby(sizes)):
         colour, dash, symbol = line_style(i)
-        shared = {"x": part["seq_len"], "legendgroup": arm}
+        name = f"{layers} layers, {perturbations} perturbations"
+        shared = {"x": part["seq_len"], "legendgroup": name}
         marks = {"color": colour, "symbol": symbol, "size": 9}
-        figure.add_trace(go.Scatter(y=part["seconds"], name=arm, mode="markers", marker=marks, **shared))
+        figure.add_trace(go.Scatter(y=part["seconds"], name=name, mode="markers", marker=marks, **shared))
         line = {"color": colour, "dash": dash}
         fit = go.Scatter(
             y=part["seconds_fitted"], mode="lines", line=line, showlegend=False, hoverinfo="skip", **shared

@@ -10,20 +10,19 @@ from rope_probe.errors import InputError
 from rope_probe.gallery.figures.style import listed, styled
 
 FAR, GATE = 8, 0.95
-_CELL = r"(?P<short>\S+) to (?P<long>\S+), (?P<steps>\d+) steps"
-_HEAD_DIM = r"head_dim (?P<head_dim>\d+)"
 _PANEL = 330
 
 
 def is_cell(frame: pd.DataFrame) -> pd.Series:
-    """Rows with the accuracy of one cell, whose arm is called "300 to 20000, 250 steps" and its model "head_dim 32"."""
-    named = frame["arm"].str.fullmatch(_CELL) & frame["model"].str.fullmatch(_HEAD_DIM)
-    return named.fillna(False) & (frame["metric"] == "accuracy") & frame["distance"].notna()
+    """Rows with the accuracy of one cell: a head dim, the thetas of both phases and the budget of the second."""
+    cell = frame[["head_dim", "short_theta", "long_theta", "steps"]].notna().all(axis=1)
+    return cell & (frame["metric"] == "accuracy") & frame["distance"].notna()
 
 
 def is_gate(frame: pd.DataFrame) -> pd.Series:
-    """Rows with what the gate of a base measured; the base's theta is their arm."""
-    return (frame["metric"] == "gate_accuracy") & (frame["phase"] == "short").fillna(False)
+    """Rows with what the gate of a base measured."""
+    base = (frame["phase"] == "short").fillna(False) & frame["short_theta"].notna() & frame["head_dim"].notna()
+    return base & (frame["metric"] == "gate_accuracy")
 
 
 def theta_grid(frame: pd.DataFrame, label: str = "") -> go.Figure:
@@ -41,7 +40,7 @@ def theta_grid(frame: pd.DataFrame, label: str = "") -> go.Figure:
     cells = cells[cells["distance"] == distance]
     if cells.empty:
         raise InputError(f"these results hold no accuracy at {distance} tokens, {FAR} times {documents}")
-    missed = set(gates[gates["value"] < GATE][["model", "arm"]].itertuples(index=False, name=None))
+    missed = set(gates[gates["value"] < GATE][["head_dim", "short_theta"]].itertuples(index=False, name=None))
     head_dims, budgets = (sorted(cells[column].unique()) for column in ("head_dim", "steps"))
     figure = make_subplots(
         rows=len(head_dims),
@@ -61,7 +60,7 @@ def theta_grid(frame: pd.DataFrame, label: str = "") -> go.Figure:
     figure.update_xaxes(title="long theta", title_standoff=6, row=len(head_dims))
     ticks = {"tickvals": [0, 0.25, 0.5, 0.75, 1], "title": {"text": "accuracy", "side": "right"}}
     figure.update_layout(coloraxis={"colorscale": "Viridis", "cmin": 0, "cmax": 1, "colorbar": ticks})
-    cell = cells.groupby(["head_dim", "steps", "short", "long"])["accuracy"]
+    cell = cells.groupby(["head_dim", "steps", "short_theta", "long_theta"])["accuracy"]
     seeds = f"seed {listed(cells['seed'])}"
     if cells["seed"].nunique() > 1:
         apart = (cell.max() - cell.min()).max()
@@ -80,35 +79,35 @@ def theta_grid(frame: pd.DataFrame, label: str = "") -> go.Figure:
 
 
 def read_cells(frame: pd.DataFrame) -> pd.DataFrame:
-    """Accuracy of each cell and seed by distance, with the numbers that its names hold.
+    """Accuracy of each cell and seed by distance.
 
-    Columns: model, seed, seq_len, distance, short, long, steps, head_dim, accuracy.
+    Columns: seed, seq_len, distance, head_dim, short_theta, long_theta, steps, accuracy.
     """
-    rows = frame[is_cell(frame)]
-    numbers = rows["arm"].str.extract(_CELL).astype(float).astype({"steps": int})
-    head_dim = rows["model"].str.extract(_HEAD_DIM, expand=False).astype(int)
-    told = rows[["model", "seed", "seq_len", "distance"]]
-    return pd.concat([told, numbers], axis=1).assign(head_dim=head_dim, accuracy=rows["value"])
+    columns = ["seed", "seq_len", "distance", "head_dim", "short_theta", "long_theta", "steps", "value"]
+    return frame.loc[is_cell(frame), columns].rename(columns={"value": "accuracy"})
 
 
 def _panel(
     figure: go.Figure,
     cells: pd.DataFrame,
-    missed: set[tuple[str, str]],
+    missed: set[tuple[int, float]],
     bound: float,
     documents: int,
     at: dict[str, int],
 ) -> None:
     """The heatmap of one head dim and budget."""
-    table = cells.pivot_table(values="accuracy", index="short", columns="long")
-    head_dim, model = int(cells["head_dim"].iloc[0]), cells["model"].iloc[0]
-    marks = ["*" if (model, f"{theta:g}") in missed else "" for theta in table.index]
+    table = cells.pivot_table(values="accuracy", index="short_theta", columns="long_theta")
+    head_dim = int(cells["head_dim"].iloc[0])
+    marks = ["*" if (head_dim, theta) in missed else "" for theta in table.index]
     text = [
         ["" if np.isnan(value) else f"{value:.2f}{mark}" for value in row]
         for row, mark in zip(table.to_numpy(), marks, strict=True)
     ]
     seeds = cells.pivot_table(
-        values="accuracy", index="short", columns="long", aggfunc=lambda values: ", ".join(f"{v:.2f}" for v in values)
+        values="accuracy",
+        index="short_theta",
+        columns="long_theta",
+        aggfunc=lambda values: ", ".join(f"{v:.2f}" for v in values),
     )
     trace = go.Heatmap(
         z=table.to_numpy(),

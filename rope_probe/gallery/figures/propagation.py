@@ -9,7 +9,7 @@ from plotly.subplots import make_subplots
 
 from rope_probe.errors import InputError
 from rope_probe.gallery.figures.style import listed, styled
-from rope_probe.tracing.propagation import is_rounding
+from rope_probe.tracing.propagation import COPY, is_rounding
 
 SIDES = {
     "q": ("queries only", "#0072b2", "circle", "solid"),
@@ -31,31 +31,20 @@ _LOWEST_KL = 1e-16
 
 def is_copy(frame: pd.DataFrame) -> pd.Series:
     """Rows that `copy_heatmap` draws."""
-    return (frame["perturbation"] == "Copy").fillna(False) & (frame["metric"] == "rel_l2")
+    return (frame["kind"] == COPY).fillna(False) & (frame["metric"] == "rel_l2")
 
 
 def is_shift(frame: pd.DataFrame) -> pd.Series:
     """Rows of position shifts."""
-    return frame["perturbation"].str.startswith("PositionShift").fillna(False)
+    return (frame["kind"] == "PositionShift").fillna(False)
 
 
 def is_dose(frame: pd.DataFrame) -> pd.Series:
     """Rows that `dose_response` draws: shifts, or jitter, of several sizes or not restricted to a part of the model."""
-    rows = kind(frame).isin(KINDS) & (frame["metric"] == "kl_nats")
-    alike = [frame["run_id"], frame["model"], frame["arm"], kind(frame), restriction(frame)]
+    rows = frame["kind"].isin(list(KINDS)).fillna(False) & (frame["metric"] == "kl_nats")
+    alike = [frame[column] for column in ("run_id", "model", "arm", "masked", "kind", "restriction")]
     doses = frame["delta_tokens"].where(rows).groupby(alike, dropna=False).transform("nunique")
     return rows & ((doses > 1) | frame[["inject_layer", "head", "pair"]].isna().all(axis=1))
-
-
-def kind(frame: pd.DataFrame) -> pd.Series:
-    """The perturbation of each row by its class's name."""
-    return frame["perturbation"].str.extract(r"^(\w+)", expand=False)
-
-
-def restriction(frame: pd.DataFrame) -> pd.Series:
-    """How each row's perturbation is restricted: its text without side, size and seed, "" where it is not."""
-    text = frame["perturbation"].str.extract(r"\((.*)\)", expand=False).fillna("")
-    return text.str.replace(r"(side|tokens|seed)=[^,]*(, )?", "", regex=True).str.rstrip(", ")
 
 
 def copy_heatmap(frame: pd.DataFrame, label: str = "") -> go.Figure:
@@ -129,9 +118,9 @@ def dose_response(frame: pd.DataFrame, label: str = "") -> go.Figure:
     rows = frame[is_dose(frame)]
     if rows.empty:
         raise InputError("these results hold no logit KL of a PositionShift; trace some shifts first")
-    if (classes := kind(rows).unique()).size > 1:
+    if (classes := rows["kind"].unique()).size > 1:
         raise InputError(f"these results hold {' and '.join(classes)}; draw one at a time")
-    if (kinds := restriction(rows).unique()).size > 1:
+    if (kinds := rows["restriction"].fillna("").unique()).size > 1:
         raise InputError(
             f"these shifts are restricted in {kinds.size} ways, {', '.join(kinds)}; draw one way at a time"
         )

@@ -25,7 +25,7 @@ def signal_of_distillation(frame: pd.DataFrame, label: str = "") -> go.Figure:
     rows = frame[is_signal(frame)]
     if not (rows["metric"] == "signal_kl_nats").any():
         raise InputError("these results hold no distillation signal; make them with distillation_signal")
-    whole = rows[(rows["metric"] == "signal_kl_nats") & rows["distance"].isna()]
+    whole = rows[(rows["metric"] == "signal_kl_nats") & rows["occurrence"].isna()]
     strongest = whole.groupby("perturbation")["value"].mean().idxmax()
     rows = rows[rows["perturbation"].isna() | (rows["perturbation"] == strongest)]
     titles = ("KL by tokens since the token last occurred", "part of the gradient's norm that hangs on position")
@@ -64,9 +64,10 @@ def signal_of_distillation(frame: pd.DataFrame, label: str = "") -> go.Figure:
 
 
 def _by_distance(rows: pd.DataFrame, name: str, line: dict) -> go.Scatter:
-    curve = rows.groupby("distance")["value"].agg(["mean", "min", "max"])
-    told = ["new" if distance == 0 else str(distance) for distance in curve.index]
-    return go.Scatter(x=told, y=curve["mean"], error_y=_range(curve), name=name, mode="lines+markers", line=line)
+    seen = rows[rows["occurrence"].notna()].assign(distance=lambda frame: frame["distance"].fillna(0))
+    curve = seen.groupby("distance")["value"].agg(["mean", "min", "max"])
+    labels = ["new" if distance == 0 else str(distance) for distance in curve.index]
+    return go.Scatter(x=labels, y=curve["mean"], error_y=_range(curve), name=name, mode="lines+markers", line=line)
 
 
 def _range(curve: pd.DataFrame) -> dict:

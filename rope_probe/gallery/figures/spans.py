@@ -9,8 +9,6 @@ from rope_probe.gallery.figures.style import BESIDE, line_style, listed, styled
 
 _PARTS = {"W_Q": "W_Q", "W_K": "W_K", "W_V": "W_V", "W_O": "W_O", "mlp": "MLP"}
 _ROTARY = ("W_Q", "W_K")
-_CURVE = r"^(?P<kind>.*), (?P<order>by .*|greedy|random \d+)$"
-_COUNT = r"^(?P<count>\d+) of (?P<of>\d+)$"
 _GREY = "#999999"
 
 
@@ -33,13 +31,13 @@ def is_landmark(frame: pd.DataFrame) -> pd.Series:
 
 def is_curve(frame: pd.DataFrame) -> pd.Series:
     """Rows that `causal_curves` draws: accuracy with so many of the spans transplanted, in some order."""
-    counted = frame["perturbation"].str.match(_COUNT).fillna(False) & frame["arm"].str.match(_CURVE).fillna(False)
-    return counted & (frame["metric"] == "accuracy")
+    return frame["span_set"].notna() & frame["moved"].notna() & (frame["metric"] == "accuracy")
 
 
 def is_transplant(frame: pd.DataFrame) -> pd.Series:
     """Rows that `transplants` draws: accuracy with a part transplanted into one of two checkpoints."""
-    return frame["arm"].str.startswith("into the ").fillna(False) & (frame["metric"] == "accuracy")
+    whole_group = frame["into"].notna() & frame["span_set"].isna() & frame["pair"].isna()
+    return whole_group & (frame["metric"] == "accuracy")
 
 
 def span_heatmap(frame: pd.DataFrame, label: str = "") -> go.Figure:
@@ -118,19 +116,19 @@ def causal_curves(frame: pd.DataFrame, label: str = "") -> go.Figure:
     rows = frame[is_curve(frame) & (frame["seq_len"] == frame.loc[is_curve(frame), "seq_len"].max())]
     if rows.empty:
         raise InputError("these results hold no curves of transplanted spans; see experiments/query_spans.py")
-    told = rows["arm"].str.extract(_CURVE)
-    counts = rows["perturbation"].str.extract(_COUNT).astype(float)
-    rows = rows.assign(kind=told["kind"], order=told["order"], share=counts["count"] / counts["of"])
-    rows = rows.groupby(["kind", "order", "seed", "share"], sort=False, as_index=False)["value"].mean()
-    kinds = rows["kind"].unique().tolist()
-    named = [order for order in rows["order"].unique() if not order.startswith("random")]
+    share = (rows["moved"] / rows["movable"]).astype(float)
+    rows = rows.assign(share=share, is_random=rows["draw"].notna(), draw=rows["draw"].fillna(-1))
+    keys = ["span_set", "order", "draw", "is_random", "seed", "share"]
+    rows = rows.groupby(keys, sort=False, as_index=False)["value"].mean()
+    span_sets = rows["span_set"].unique().tolist()
+    named = rows.loc[~rows["is_random"], "order"].unique()
     figure = make_subplots(
-        rows=1, cols=len(kinds), shared_yaxes=True, subplot_titles=[_wrapped(kind) for kind in kinds]
+        rows=1, cols=len(span_sets), shared_yaxes=True, subplot_titles=[_wrapped(name) for name in span_sets]
     )
-    for column, kind in enumerate(kinds, start=1):
-        part = rows[rows["kind"] == kind]
+    for column, span_set in enumerate(span_sets, start=1):
+        part = rows[rows["span_set"] == span_set]
         at = {"row": 1, "col": column}
-        random = part[part["order"].str.startswith("random")].groupby("share")["value"].agg(["mean", "min", "max"])
+        random = part[part["is_random"]].groupby("share")["value"].agg(["mean", "min", "max"])
         if len(random):
             band = {"x": [*random.index, *random.index[::-1]], "y": [*random["max"], *random["min"][::-1]]}
             filled = {"fill": "toself", "fillcolor": "rgba(153,153,153,.25)", "line": {"width": 0}, "mode": "lines"}
@@ -139,7 +137,7 @@ def causal_curves(frame: pd.DataFrame, label: str = "") -> go.Figure:
             shared = {"name": "random", "legendgroup": "random", "showlegend": column == 1}
             figure.add_trace(go.Scatter(x=random.index, y=random["mean"], mode="lines", line=line, **shared), **at)
         for i, order in enumerate(named):
-            mean = part[part["order"] == order].groupby("share")["value"].mean()
+            mean = part[(part["order"] == order) & ~part["is_random"]].groupby("share")["value"].mean()
             if mean.empty:
                 continue
             colour, dash, symbol = line_style(i)
@@ -172,14 +170,14 @@ def transplants(frame: pd.DataFrame, label: str = "") -> go.Figure:
     rows = frame[is_transplant(frame)]
     if rows.empty:
         raise InputError("these results hold no transplants; see experiments/query_spans.py")
-    rows = rows.groupby(["arm", "perturbation", "seed", "seq_len"], sort=False, as_index=False)["value"].mean()
+    rows = rows.groupby(["into", "group", "seed", "seq_len"], sort=False, as_index=False)["value"].mean()
     windows = sorted(rows["seq_len"].unique(), reverse=True)
-    order = rows["perturbation"].unique().tolist()
+    order = rows["group"].unique().tolist()
     titles = [f"window of {window:,} tokens" for window in windows]
     figure = make_subplots(rows=1, cols=len(windows), shared_yaxes=True, subplot_titles=titles, horizontal_spacing=0.05)
     for column, window in enumerate(windows, start=1):
-        for i, (arm, part) in enumerate(rows[rows["seq_len"] == window].groupby("arm", sort=False)):
-            found = part.groupby("perturbation")["value"].agg(["mean", "min", "max"]).reindex(order)
+        for i, (into, part) in enumerate(rows[rows["seq_len"] == window].groupby("into", sort=False)):
+            found = part.groupby("group")["value"].agg(["mean", "min", "max"]).reindex(order)
             bars = {"array": found["max"] - found["mean"], "arrayminus": found["mean"] - found["min"], "width": 3}
             trace = go.Bar(
                 x=found["mean"],
@@ -187,8 +185,8 @@ def transplants(frame: pd.DataFrame, label: str = "") -> go.Figure:
                 orientation="h",
                 error_x={**bars, "thickness": 1.2},
                 marker={"color": line_style(i)[0]},
-                name=arm,
-                legendgroup=arm,
+                name=f"into the {into}",
+                legendgroup=into,
                 showlegend=column == 1,
             )
             figure.add_trace(trace, row=1, col=column)

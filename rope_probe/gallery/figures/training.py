@@ -14,14 +14,14 @@ _PANEL = 330
 
 def is_loss(frame: pd.DataFrame) -> pd.Series:
     """Rows with a loss of the whole batch, by tokens trained on."""
-    return frame["metric"].isin(LOSSES) & frame["position"].notna()
+    return frame["metric"].isin(LOSSES) & frame["tokens"].notna()
 
 
 def loss_curves(frame: pd.DataFrame, label: str = "") -> go.Figure:
     """Cross-entropy and KD divergence against the tokens trained on: a panel for each loss and phase that there is.
 
     Thin lines are seeds as they were logged, not smoothed; a bold line is their mean, as far as all seeds of the model
-    went. Raises InputError where the frame has no losses by position.
+    went. Raises InputError where the frame has no losses by tokens.
     """
     rows = frame[is_loss(frame)]
     if rows.empty:
@@ -74,12 +74,12 @@ def _names(rows: pd.DataFrame) -> pd.Series:
 
 def _seeds_and_mean(name: str, part: pd.DataFrame, colour: str, dash: str, *, told: bool) -> list[go.Scatter]:
     """The thin lines of a model's seeds where it has several, and the bold one, in the legend if `told`."""
-    seeds = [seed.sort_values("position") for _, seed in part.groupby("seed", dropna=False)]
-    mean = part.groupby("position")["value"].agg(["mean", "count"])
+    seeds = [seed.sort_values("tokens") for _, seed in part.groupby("seed", dropna=False)]
+    mean = part.groupby("tokens")["value"].agg(["mean", "count"])
     mean = mean.loc[mean["count"] == len(seeds), "mean"]
     thin = {"mode": "lines", "line": {"color": colour, "width": 1}, "opacity": 0.4, "hoverinfo": "skip"}
     lines = [
-        go.Scatter(x=seed["position"], y=seed["value"], legendgroup=name, showlegend=False, **thin) for seed in seeds
+        go.Scatter(x=seed["tokens"], y=seed["value"], legendgroup=name, showlegend=False, **thin) for seed in seeds
     ]
     bold = {"color": colour, "width": 2, "dash": dash}
     shown = {"name": name, "mode": "lines", "line": bold, "legendgroup": name, "showlegend": told}
