@@ -198,7 +198,9 @@ def _causes(
             named_values = pd.DataFrame({"group": list(alone), "metric": metric, "value": values})
             frames.append(_placed(named_values, alone).assign(arm="predictor"))
         shuffled = np.random.default_rng(derive(seed, "random orders"))
-        random = {(RANDOM, draw): [spans[j] for j in shuffled.permutation(len(spans))] for draw in range(budget.orders)}
+        random: dict[tuple[str, int | None], list[Span]] = {}
+        for number in range(budget.orders):
+            random[RANDOM, number] = [spans[j] for j in shuffled.permutation(len(spans))]
 
         def measured(
             host: HookedCausalLM, donor: HookedCausalLM, sets: Iterable[list[Span]], **columns: Any

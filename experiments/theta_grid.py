@@ -118,9 +118,9 @@ def cells(frame: pd.DataFrame) -> pd.DataFrame:
     bound of that distance), use_long (spectrum use of the long theta in its window).
     """
     table = read_cells(frame).query("distance == @FAR")
-    bounds = {dim: rope.base_bound(dim, FAR) for dim in table["head_dim"].unique()}
+    bounds = {dim: rope.base_bound(int(dim), FAR) for dim in table["head_dim"].unique()}
     use = [
-        rope.spectrum_use(rope.inv_freq({"rope_type": "default", "rope_theta": theta}, dim), LONG)
+        rope.spectrum_use(rope.inv_freq({"rope_type": "default", "rope_theta": theta}, int(dim)), LONG)
         for theta, dim in zip(table["long_theta"], table["head_dim"], strict=True)
     ]
     told = table[["head_dim", "steps", "short_theta", "long_theta", "seed", "accuracy"]]

@@ -394,8 +394,9 @@ def test_the_signal_shows_the_numbers_of_the_frame():
     figure = plots.signal_of_distillation(frame)
     assert str(shifts[1]) in figure.layout.annotations[-1].text.replace("<br>", " ")
     lines = {line.name: line for line in figure.data}
-    loss = frame[(frame["metric"] == "loss_kl_nats") & frame["distance"].notna()].set_index("distance")["value"]
-    np.testing.assert_allclose(lines["loss of tiny"].y, loss)
+    loss = frame[(frame["metric"] == "loss_kl_nats") & frame["occurrence"].notna()]
+    assert lines["loss of tiny"].x[0] == "new"
+    np.testing.assert_allclose(lines["loss of tiny"].y, loss["value"])
     at = (frame["perturbation"] == str(shifts[1])) & (frame["site"] == "blocks.1.attn.W_K")
     of_keys = frame[at].set_index("metric")["value"]
     marks = dict(zip(lines["tiny"].x, lines["tiny"].y, strict=True))

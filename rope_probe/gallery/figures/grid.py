@@ -84,7 +84,8 @@ def read_cells(frame: pd.DataFrame) -> pd.DataFrame:
     Columns: seed, seq_len, distance, head_dim, short_theta, long_theta, steps, accuracy.
     """
     columns = ["seed", "seq_len", "distance", "head_dim", "short_theta", "long_theta", "steps", "value"]
-    return frame.loc[is_cell(frame), columns].rename(columns={"value": "accuracy"})
+    numbers = {"head_dim": int, "steps": int, "distance": int, "seq_len": int}  # plain ones, no missing values
+    return frame.loc[is_cell(frame), columns].astype(numbers).rename(columns={"value": "accuracy"})
 
 
 def _panel(
