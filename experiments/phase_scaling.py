@@ -3,27 +3,13 @@
 Every arm extends a base that only saw 64-token windows to 1,024 tokens, on the same budget of packed 64-token documents
 (the ceiling and the ones of more short training aside), and is then probed for retrieval by distance.
 
-Predictions, written before the first run, for accuracy at 512 tokens, 8 times the document length:
-
- 1. KD with theta chosen per phase (300, then 20,000) transfers the teacher's retrieval: 0.95 or more.
- 2. CE on the same documents does not, whatever its theta: 0.10 or less. Keys that collide between documents have
-    independent values there, so CE learns not to look past the document.
- 3. KD at the small theta throughout does not: 0.10 or less; beyond the wavelengths it was trained on, nothing carries
-    the match.
- 4. KD at the large theta throughout ties with phase-wise at this head dim (32), as the base gets by in its short window
-    with the slow pairs unused.
- 5. KD from a teacher with masked documents does not: 0.10 or less, since its logits are blind to what came before.
- 6. KD with disjoint keys does not: 0.10 or less; the accidental collisions carry the transfer.
- 7. Swapping theta without training does not: 0.10 or less. CE on real long documents, the ceiling, does: 0.95 or more.
- 8. With AdamW for all weights instead of Muon for the matrices, KD transfers too, 0.95 or more, and CE does not, 0.10
-    or less; nor does as much training more in the short window, 0.10 or less. These arms are there for what they do to
-    the weights (experiments/query_spans.py): Muon gives every direction of a matrix the same step.
-
     python -m experiments.phase_scaling kd_phase_wise 0 runs/phase_scaling/kd_phase_wise-0 --checkpoints runs
 """
 
 import dataclasses
 import sys
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +17,7 @@ import pandas as pd
 import torch
 import typer
 
+from experiments.stages import Options, Stage
 from experiments.toy_checkpoints import (
     BATCH_TOKENS,
     CE,
@@ -42,6 +29,7 @@ from experiments.toy_checkpoints import (
     SHORT_DOCUMENTS,
     SMALL_THETA,
     CheckpointsIn,
+    by_distance,
 )
 from rope_probe import HookedCausalLM, KeyValueStream, KeyValueTask, load_model, retrieval_accuracy, rope
 from rope_probe.distillation import Objective, Phase, train_phase
@@ -50,8 +38,30 @@ from rope_probe.models import checkpoints
 from rope_probe.retrieval.probe import student_interval
 from rope_probe.runs.progress import progress
 from rope_probe.runs.results import describe_model, hash_tokens, new_run, read_run, tidy
+from rope_probe.runs.verdicts import Section, verdict, verdicts
 from rope_probe.seeds import derive
 
+QUESTION = "Which theta for which phase, and which objective, gives a short-window base the long window?"
+PREDICTIONS = {
+    1: "KD with theta chosen per phase (300, then 20,000) transfers the teacher's retrieval: .95 or more.",
+    2: "CE on the same documents does not, whatever its theta: .10 or less. Keys that collide between documents "
+    "have independent values there, so CE learns not to look past the document.",
+    3: "KD at the small theta throughout does not: .10 or less. Beyond the wavelengths it was trained on, "
+    "nothing carries the match.",
+    4: "KD at the large theta throughout ties with phase-wise at this head dim (32), as the base gets by in its "
+    "short window with the slow pairs unused.",
+    5: "KD from a teacher with masked documents does not: .10 or less, since its logits are blind to what came before.",
+    6: "KD with disjoint keys does not: .10 or less; the accidental collisions carry the transfer.",
+    7: "Swapping theta without training does not: .10 or less. CE on real long documents, the ceiling, does: .95 "
+    "or more.",
+    8: "With AdamW for all weights instead of Muon for the matrices, KD transfers too, .95 or more, and CE does "
+    "not, .10 or less; nor does as much training more in the short window, .10 or less. These arms are there "
+    "for what they do to the weights (experiments/query_spans.py): Muon gives every direction of a matrix the "
+    "same step.",
+}
+"""Written before the first run, for accuracy at 512 tokens, 8 times the document length."""
+
+QUICK_ARMS = ("kd_phase_wise", "base", "theta_swapped", "ce_phase_wise", "ce_more_short", "kd_small_theta")
 STEPS = 250
 DISTANCES = (32, 64, 128, 256, 512, 768, 1000)
 SHORT_DISTANCES = (8, 32, 60)
@@ -206,7 +216,7 @@ def measure(model: HookedCausalLM, seed: int) -> pd.DataFrame:
     return pd.concat(frames)
 
 
-PREDICTIONS = (
+BOUNDS = (
     (1, ("kd_phase_wise", ">=", 0.95)),
     *((2, (f"ce_{theta}", "<=", 0.10)) for theta in ("phase_wise", "small_theta", "large_theta")),
     (3, ("kd_small_theta", "<=", 0.10)),
@@ -220,7 +230,38 @@ PREDICTIONS = (
 FAR, TIE = 8 * SHORT, 0.05
 
 
-def verdicts(frame: pd.DataFrame) -> pd.DataFrame:
+def stages(options: Options) -> dict[str, Stage]:
+    """Every arm, or the quick ones, of each seed."""
+    planned = {}
+    for seed in range(options.seeds):
+        for name in ARMS if options.full else QUICK_ARMS:
+            run = options.out / "phase_scaling" / f"{name}-{seed}"
+            command = ("phase_scaling", name, str(seed), str(run), "--checkpoints", str(options.out))
+            trains = ARMS[name].objective is not None
+            planned[f"phase_scaling/{run.name}"] = Stage(
+                command,
+                run,
+                partial(config_of, name, seed, options.out),
+                tuple(f"{role}-{seed}" for role in needs(name)),
+                seconds=100.0 if trains else 12.0,
+            )
+    return planned
+
+
+def report(frames: Mapping[str, pd.DataFrame]) -> Section:
+    """Retrieval by distance in both windows, and the predictions for the arms that were run."""
+    frame = frames["phase_scaling"]
+    accuracy = frame[frame["metric"] == "accuracy"]
+    tables = {
+        f"retrieval in a window of {window} tokens after the extension, accuracy by distance": by_distance(
+            part, ["model", "seed"]
+        )
+        for window, part in accuracy.groupby("seq_len")
+    }
+    return Section(judged(frame), tables)
+
+
+def judged(frame: pd.DataFrame) -> pd.DataFrame:
     """The predictions for the arms that were run: mean accuracy at 8 times the document length, and whether it held.
 
     A bound is held against the mean. The interval is Student's over seeds; with one seed, Wilson's over trials. A tie
@@ -230,24 +271,30 @@ def verdicts(frame: pd.DataFrame) -> pd.DataFrame:
     far = frame[(frame["metric"] == "accuracy") & (frame["seq_len"] == LONG) & (frame["distance"] == FAR)]
     by_arm = {arm: part.set_index("seed") for arm, part in far.groupby("model")}
     rows = []
-    for prediction, (arm, sign, bound) in PREDICTIONS:
-        if arm not in by_arm:
-            continue
-        part = by_arm[arm]
-        low, high = student_interval(part["value"]) if len(part) > 1 else (part["low"].item(), part["high"].item())
-        mean = part["value"].mean()
-        held = "yes" if (mean >= bound if sign == ">=" else mean <= bound) else "no"
-        rows.append((prediction, f"{arm} {sign} {bound}", len(part), mean, low, high, held))
+    for prediction, (arm, sign, bound) in BOUNDS:
+        if arm in by_arm:
+            part = by_arm[arm]
+            mean, low, high = mean_and_interval(part)
+            held = mean >= bound if sign == ">=" else mean <= bound
+            claim = f"{arm} {sign} {bound}"
+            rows.append(verdict(prediction, claim, mean, held, n=len(part), low=low, high=high))
     if {"kd_phase_wise", "kd_large_theta"} <= set(by_arm):
         apart = (by_arm["kd_phase_wise"]["value"] - by_arm["kd_large_theta"]["value"]).dropna()
         low, high = student_interval(apart)
         inside, outside = low >= -TIE and high <= TIE, high < -TIE or low > TIE
-        held = "yes" if inside else "no" if outside else "undecided"
-        what = f"kd_phase_wise - kd_large_theta within {TIE}"
-        rows.append((4, what, len(apart), apart.mean(), low, high, held))
-    return pd.DataFrame(rows, columns=["prediction", "what", "seeds", "mean", "low", "high", "held"]).sort_values(
-        "prediction", kind="stable"
-    )
+        tied = True if inside else False if outside else None
+        claim = f"kd_phase_wise - kd_large_theta within {TIE}"
+        rows.append(verdict(4, claim, apart.mean(), tied, n=len(apart), low=low, high=high))
+    return verdicts(rows)
+
+
+def mean_and_interval(rows: pd.DataFrame) -> tuple[float, float, float]:
+    """The mean over seeds with Student's interval; of one seed its own value, with the interval over trials."""
+    if len(rows) == 1:
+        low, high = rows["low"].item(), rows["high"].item()
+    else:
+        low, high = student_interval(rows["value"])
+    return rows["value"].mean(), low, high
 
 
 if __name__ == "__main__":

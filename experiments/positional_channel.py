@@ -14,25 +14,14 @@ The base (theta 300, window 64) is extended as the arm `kd_phase_wise` of `phase
 
 Beside them stand the arms `kd_phase_wise` (the teacher as it is), `kd_teacher_masked` and `kd_disjoint_keys`.
 
-Predictions, written before the first run, for accuracy at 512 tokens, 8 times the document length:
-
- 1. The scrubbed teacher still transfers retrieval, 0.90 or more: what transfers is that keys match across documents,
- not where they stand.
- 2. Masked, the NoPE teacher transfers nothing, 0.10 or less, though position does reach its logits: the channel alone
-    does not carry the skill. Unmasked it transfers it, 0.90 or more.
- 3. A teacher that keeps the fast pairs alone loses its own retrieval (0.50 or less), as the head that finds the token
-    after a match needs them but so does the slow match; one that keeps the slow pairs alone loses it too, for want of
-    a neighbour to find. None of the three bands transfers more than the teacher itself still has, within 0.10.
- 4. In short: retrieval transfers where, and only where, the teacher's logits at a position depend on what other
-    documents hold; whether they depend on position does not matter.
-
     python -m experiments.positional_channel teacher 0 runs/nope_teacher-0
     python -m experiments.positional_channel scrubbed 0 runs/positional_channel/scrubbed-0 --checkpoints runs
 """
 
 import dataclasses
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,17 +33,34 @@ from torch import Tensor
 from transformers import SmolLM3Config
 
 from experiments import phase_scaling, toy_checkpoints
-from experiments.toy_checkpoints import LARGE_THETA, LONG, MISSED_GATE, SHORT, CheckpointsIn
+from experiments.stages import MISSED_GATE, Options, Stage
+from experiments.toy_checkpoints import LARGE_THETA, LONG, SHORT, CheckpointsIn, by_distance
 from rope_probe import HookedCausalLM, PairFreeze, copy_deltas, load_model, repeated_window, rope
 from rope_probe.distillation import train_phase
 from rope_probe.errors import InputError
 from rope_probe.models import checkpoints
-from rope_probe.retrieval.probe import student_interval
 from rope_probe.runs.progress import progress
 from rope_probe.runs.results import describe_model, hash_tokens, new_run, read_run, tidy
+from rope_probe.runs.verdicts import Section, beside, verdict, verdicts
 from rope_probe.seeds import derive
 from rope_probe.windows.packing import Batch
 
+QUESTION = "Is it position in the teacher's logits that distils?"
+PREDICTIONS = {
+    1: "The scrubbed teacher still transfers retrieval, .90 or more: what transfers is that keys match across "
+    "documents, not where they stand.",
+    2: "Masked, the NoPE teacher transfers nothing, .10 or less, though position does reach its logits: the "
+    "channel alone does not carry the skill. Unmasked it transfers it, .90 or more.",
+    3: "A teacher that keeps the fast pairs alone loses its own retrieval (.50 or less), as the head that finds "
+    "the token after a match needs them but so does the slow match; one that keeps the slow pairs alone loses "
+    "it too, for want of a neighbour to find. None of the three bands transfers more than the teacher itself "
+    "still has, within .10.",
+    4: "In short: retrieval transfers where, and only where, the teacher's logits at a position depend on what "
+    "other documents hold; whether they depend on position does not matter.",
+}
+"""Written before the first run, for accuracy at 512 tokens, 8 times the document length."""
+
+QUICK_CHANNELS = ("scrubbed",)
 ORDERS = 4
 TEMPERATURE = 0.1
 BANDS = {"fast_pairs": (0, SHORT), "middle_pairs": (SHORT, LONG), "slow_pairs": (LONG, float("inf"))}
@@ -264,7 +270,33 @@ def config_of(channel: str, seed: int, checkpoints_in: Path) -> dict:
     }
 
 
-def verdicts(frame: pd.DataFrame) -> pd.DataFrame:
+def stages(options: Options) -> dict[str, Stage]:
+    """A student of every channel, or of the scrubbed teacher alone; in full the NoPE teacher too."""
+    planned = {}
+    for seed in range(options.seeds):
+        if options.full:
+            run = options.out / f"nope_teacher-{seed}"
+            train = ("positional_channel", "teacher", str(seed), str(run))
+            planned[run.name] = Stage(train, run, partial(teacher_config, seed), seconds=200.0)
+        for channel in CHANNELS if options.full else QUICK_CHANNELS:
+            run = options.out / "positional_channel" / f"{channel}-{seed}"
+            command = ("positional_channel", channel, str(seed), str(run), "--checkpoints", str(options.out))
+            sources = tuple(f"{role}-{seed}" for role in needs(channel))
+            config = partial(config_of, channel, seed, options.out)
+            planned[f"positional_channel/{run.name}"] = Stage(command, run, config, sources, seconds=200.0)
+    return planned
+
+
+def report(frames: Mapping[str, pd.DataFrame]) -> Section:
+    """Retrieval by students of teachers whose channel is cut, beside arms of phase_scaling, and the predictions."""
+    frame = frames["positional_channel"]
+    accuracy = frame[(frame["metric"] == "accuracy") & (frame["seq_len"] == LONG)]
+    table = by_distance(accuracy, ["model", "role", "seed"])
+    beside_it = frames.get("phase_scaling", frame.iloc[:0])
+    return Section(judged(pd.concat([frame, beside_it])), {"retrieval, accuracy by distance": table})
+
+
+def judged(frame: pd.DataFrame) -> pd.DataFrame:
     """The predictions for the channels that were run: mean accuracy at 512 tokens over seeds, and whether it held.
 
     Intervals are Student's over seeds; with one seed, Wilson's over trials.
@@ -274,25 +306,31 @@ def verdicts(frame: pd.DataFrame) -> pd.DataFrame:
     measured, of_teacher = dict(list(students.groupby("model"))), dict(list(teachers.groupby("model")))
     rows = []
 
-    def judge(prediction: int | None, what: str, part: pd.DataFrame | None, sign: str = "", bound: float = 0.0) -> None:
-        if part is None:
-            return
-        low, high = student_interval(part["value"]) if len(part) > 1 else (part["low"].item(), part["high"].item())
-        mean = part["value"].mean()
-        held = {"": "", ">=": "yes" if mean >= bound else "no", "<=": "yes" if mean <= bound else "no"}[sign]
-        told = f"{what} {sign} {bound:.2f}" if sign else what
-        rows.append((prediction, told, len(part), mean, low, high, held))
+    def judge(prediction: int, what: str, part: pd.DataFrame | None, sign: str, bound: float) -> None:
+        if part is not None:
+            mean, low, high = phase_scaling.mean_and_interval(part)
+            held = mean >= bound if sign == ">=" else mean <= bound
+            claim = f"{what} {sign} {bound:.2f}"
+            rows.append(verdict(prediction, claim, mean, held, n=len(part), low=low, high=high))
+
+    def tell(what: str, part: pd.DataFrame | None) -> None:
+        if part is not None:
+            mean, low, high = phase_scaling.mean_and_interval(part)
+            rows.append(beside(what, mean, n=len(part), low=low, high=high))
 
     for arm in BESIDE:
-        judge(None, f"student of {arm}", measured.get(arm))
+        tell(f"student of {arm}", measured.get(arm))
     judge(1, "student of scrubbed", measured.get("scrubbed"), ">=", 0.9)
     judge(2, "student of nope_masked", measured.get("nope_masked"), "<=", 0.1)
     judge(2, "student of nope", measured.get("nope"), ">=", 0.9)
     for band in filter(measured.__contains__, BANDS):
         own = of_teacher[band]
-        judge(3, f"teacher with {band} alone", own, *(() if band == "middle_pairs" else ("<=", 0.5)))
+        if band == "middle_pairs":
+            tell(f"teacher with {band} alone", own)
+        else:
+            judge(3, f"teacher with {band} alone", own, "<=", 0.5)
         judge(3, f"student of {band}", measured[band], "<=", own["value"].mean() + 0.1)
-    return pd.DataFrame(rows, columns=["prediction", "what", "seeds", "mean", "low", "high", "held"])
+    return verdicts(rows)
 
 
 if __name__ == "__main__":

@@ -9,31 +9,11 @@ On each model, with the float64 control beside every number:
 - shifts of q or k by 16 tokens in one layer, one head of a layer, one pair; jitter of every position; other thetas;
 - on the students, what a shift of the teacher's q takes from the loss and the gradients that distil it into them.
 
-Predictions, written before the first run (7 to 12 before the first run of what they are about):
-
- 1. One token repeated: every value vector is the same, so attention returns it whatever the weights are, and position
-    reaches neither the residual stream nor the logits (float64 below 1e-10), though rotated q and k differ.
- 2. The same after one other token: position 0 is now distinguishable and its softmax weight depends on distance, so
-    position does reach the logits, far above the float64 floor.
- 3. A document repeated: position reaches the logits, unless documents are masked from each other: then a plain RoPE
-    model is blind to a document's place and what is left is rounding.
- 4. Shifting q and k together changes nothing but rounding; shifting either alone changes the logits.
- 5. The logit KL of a shift of q by a quarter token is smaller than that of a shift by 16 tokens.
- 6. Delta size, teacher against base: the teacher uses position over a longer range, so the KL of its largest shift is
-    the larger one of the two.
- 7. With softmaxes over the same number of keys nothing is left between copies (float64 below 1e-10): in an unmasked
-    window of copies the growing denominator is the whole channel.
- 8. The first token is not the channel: replacing it changes the copies' rel_l2 at the logits by less than a factor 2.
- 9. A shift of q by 16 in layer 0 alone, where the neighbour is found, does at least half of the KL of all layers'.
-10. The pair whose shift by 16 has the largest logit KL, in the teacher, turns within a document (wavelength <= 64).
-11. At the start of the extension, a shift of the teacher's q by 16 takes a signal of at least half the student's loss
-    (KL against KL), and more of it at tokens last seen more than 64 tokens ago than at ones never seen.
-12. What it takes from the gradient is a larger part of it in W_Q and W_K than in W_V.
-
     python -m experiments.propagation runs/propagation-0 runs/teacher-0 runs/base-0 runs/phase_scaling/kd_phase_wise-0
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, get_args
 
@@ -42,14 +22,48 @@ import torch
 import typer
 from transformers import MistralConfig, MistralForCausalLM
 
+from experiments import phase_scaling
+from experiments.stages import Options, Stage
 from experiments.toy_checkpoints import SHORT, SHORT_DOCUMENTS
 from rope_probe import HookedCausalLM, PositionShift, Window, copy_deltas, load_model, pack, repeated_window, trace
 from rope_probe.distillation import distillation_signal
 from rope_probe.runs.progress import progress
 from rope_probe.runs.results import describe_model, hash_tokens, new_run, read_run
+from rope_probe.runs.verdicts import Kind, Section, verdict, verdicts
 from rope_probe.tracing.perturbations import Perturbation, Side
 from rope_probe.tracing.propagation import COPY
 from rope_probe.tracing.sweeps import sweep
+
+QUESTION = "How does a perturbation of position travel to the logits, and what else explains it?"
+PREDICTIONS = {
+    1: "One token repeated: every value vector is the same, so attention returns it whatever the weights are, "
+    "and position reaches neither the residual stream nor the logits (float64 below 1e-10), though rotated q "
+    "and k differ.",
+    2: "The same after one other token: position 0 is now distinguishable and its softmax weight depends on "
+    "distance, so position does reach the logits, far above the float64 floor.",
+    3: "A document repeated: position reaches the logits, unless documents are masked from each other: then a "
+    "plain RoPE model is blind to a document's place and what is left is rounding.",
+    4: "Shifting q and k together changes nothing but rounding; shifting either alone changes the logits.",
+    5: "The logit KL of a shift of q by a quarter token is smaller than that of a shift by 16 tokens.",
+    6: "Delta size, teacher against base: the teacher uses position over a longer range, so the KL of its "
+    "largest shift is the larger one of the two.",
+    7: "With softmaxes over the same number of keys nothing is left between copies (float64 below 1e-10): in an "
+    "unmasked window of copies the growing denominator is the whole channel.",
+    8: "The first token is not the channel: replacing it changes the copies' rel_l2 at the logits by less than a "
+    "factor 2.",
+    9: "A shift of q by 16 in layer 0 alone, where the neighbour is found, does at least half of the KL of all "
+    "layers'.",
+    10: "The pair whose shift by 16 has the largest logit KL, in the teacher, turns within a document (wavelength "
+    "<= 64).",
+    11: "At the start of the extension, a shift of the teacher's q by 16 takes a signal of at least half the "
+    "student's loss (KL against KL), and more of it at tokens last seen more than 64 tokens ago than at ones "
+    "never seen.",
+    12: "What it takes from the gradient is a larger part of it in W_Q and W_K than in W_V.",
+}
+"""Written before the first run; 7 to 12 before the first run of what they are about."""
+IDENTITIES = (1, 4, 7)
+"""What holds for any weights, and is no finding; so does the masked part of 3."""
+QUICK_STUDENTS = ("theta_swapped", "kd_phase_wise")
 
 WINDOW = 1024
 DOSES = [2.0**k for k in range(-2, 11)]
@@ -99,7 +113,6 @@ def measure(out: Path, checkpoints: list[Path]) -> None:
             if name == "teacher":
                 teachers[seed] = load_model(plain)
         run.manifest |= {"attention_kernel": "sdpa", "mask": "as the arm says, else none", "positions": "continuous"}
-        run.manifest["verdicts"] = verdicts(pd.concat(run.frames)).to_dict("records")
 
 
 def config_of(checkpoints: list[Path]) -> dict:
@@ -171,7 +184,33 @@ def _traced(
         return trace(model, window, perturbations, masked=masked, control=twin, progress=advance)
 
 
-def verdicts(frame: pd.DataFrame) -> pd.DataFrame:
+def stages(options: Options) -> dict[str, Stage]:
+    """One run a seed: teacher, base and students, all of them in full."""
+    planned = {}
+    students = [arm for arm in phase_scaling.ARMS if arm != "base"] if options.full else QUICK_STUDENTS
+    for seed in range(options.seeds):
+        checkpoints = {f"{role}-{seed}": options.out / f"{role}-{seed}" for role in ("teacher", "base")}
+        for arm in students:
+            checkpoints[f"phase_scaling/{arm}-{seed}"] = options.out / "phase_scaling" / f"{arm}-{seed}"
+        run = options.out / f"propagation-{seed}"
+        runs = list(checkpoints.values())
+        command = ("propagation", str(run), *map(str, runs))
+        config = partial(config_of, runs)
+        planned[run.name] = Stage(command, run, config, tuple(checkpoints), seconds=20.0 * len(runs))
+    return planned
+
+
+def report(frames: Mapping[str, pd.DataFrame]) -> Section:
+    """Logit KL by tokens shifted, and the predictions for each model and seed."""
+    frame = frames["propagation"]
+    logits = frame[(frame["site"] == "logits") & (frame["metric"] == "kl_nats") & (frame["arm"] == DOSES_ARM)]
+    keys = ["model", "seed", "masked", "side", "delta_tokens"]
+    table = logits.groupby(keys)[["value", "value_float64"]].mean().unstack("side")
+    title = "logit KL in nats by tokens shifted, in float32 and in float64, mean over documents"
+    return Section(judged(frame), {title: table})
+
+
+def judged(frame: pd.DataFrame) -> pd.DataFrame:
     """Each prediction with its figures and whether it held, per model and seed."""
     logits = frame[frame["site"] == "logits"]
     rel = logits[logits["metric"] == "rel_l2"].groupby(["arm", "masked", "model", "seed"])["value_float64"].max()
@@ -183,8 +222,12 @@ def verdicts(frame: pd.DataFrame) -> pd.DataFrame:
     )
     rows = []
 
-    def judge(number: int, what: str, model: str, seed: int, figure: float, held: bool) -> None:
-        rows.append({"prediction": number, "what": what, "model": model, "seed": seed, "float64": figure, "held": held})
+    def judge(
+        number: int, what: str, model: str, seed: int, figure: float, held: bool, *, reaches_logits: bool = True
+    ) -> None:
+        identity = number in IDENTITIES or (number == 3 and not reaches_logits)
+        kind: Kind = "identity" if identity else "prediction"
+        rows.append(verdict(number, f"{model} {seed}: {what}", figure, held, kind=kind))
 
     for model, seed in frame.groupby(["model", "seed"]).groups:
         for number, arm, masked, reaches in (
@@ -195,7 +238,7 @@ def verdicts(frame: pd.DataFrame) -> pd.DataFrame:
         ):
             figure = rel[arm, masked, model, seed]
             what = f"logits rel_l2 between copies, {arm}{', masked' if masked else ''}"
-            judge(number, what, model, seed, figure, (figure > FLOOR) == reaches)
+            judge(number, what, model, seed, figure, (figure > FLOOR) == reaches, reaches_logits=reaches)
         mine = shifts[DOSES_ARM, model, seed]
         judge(4, "largest logit KL, both shifted", model, seed, mine["qk"].max(), mine["qk"].max() < FLOOR)
         judge(
@@ -244,8 +287,8 @@ def verdicts(frame: pd.DataFrame) -> pd.DataFrame:
     for seed in sorted(frame["seed"].unique()):
         if {("teacher", seed), ("base", seed)} <= set(frame.groupby(["model", "seed"]).groups):
             ratio = shifts[DOSES_ARM, "teacher", seed, "q", DOSES[-1]] / shifts[DOSES_ARM, "base", seed, "q", DOSES[-1]]
-            judge(6, f"logit KL of q by {DOSES[-1]:g}, teacher over base", "both", seed, ratio, ratio > 1)
-    return pd.DataFrame(rows)
+            judge(6, f"logit KL of q by {DOSES[-1]:g}, over that of the base", "teacher", seed, ratio, ratio > 1)
+    return verdicts(rows)
 
 
 def _signal_verdicts(taught: pd.DataFrame, model: str, seed: int) -> list[dict]:
@@ -257,16 +300,13 @@ def _signal_verdicts(taught: pd.DataFrame, model: str, seed: int) -> list[dict]:
     beyond = far / signal[signal["occurrence"] == "new"]["value"].item()
     size = shifted.pivot_table(values="value", index="site", columns="metric")
     part = (size["signal_gradient"] / size["loss_gradient"]).groupby(lambda site: site[-1]).mean()
-    told = (
+    claims = (
         (11, "signal of q by 16 over the loss", share, share >= 0.5),
         (11, "signal at tokens last seen beyond 64, over new ones", beyond, beyond > 1),
         (12, "signal's part of the gradient, W_Q over W_V", part["Q"] / part["V"], part["Q"] > part["V"]),
         (12, "signal's part of the gradient, W_K over W_V", part["K"] / part["V"], part["K"] > part["V"]),
     )
-    return [
-        {"prediction": number, "what": what, "model": model, "seed": seed, "float64": figure, "held": bool(held)}
-        for number, what, figure, held in told
-    ]
+    return [verdict(number, f"{model} {seed}: {what}", figure, held) for number, what, figure, held in claims]
 
 
 if __name__ == "__main__":

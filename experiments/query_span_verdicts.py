@@ -24,6 +24,7 @@ from experiments.query_spans import (
 )
 from experiments.toy_checkpoints import LONG, SHORT
 from rope_probe.retrieval.probe import student_interval
+from rope_probe.runs.verdicts import verdict, verdicts
 from rope_probe.spans import contrast, enrichment, fraction_to_reach, stability
 
 MAIN = "kd_adamw"
@@ -165,16 +166,32 @@ def _seeds(frame: pd.DataFrame, arm: str) -> Iterable[int]:
     return frame.loc[frame["model"] == arm, "seed"].unique()
 
 
-def verdicts(frame: pd.DataFrame) -> pd.DataFrame:
+def tables(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """What changed, what transplants bring and leave, how many spans carry the gain, and what foresees it."""
+    shown = {
+        "relative change of each part, mean over layers": part_changes(frame),
+        "how many times as much the query spans changed in one arm as in another": contrasts(frame),
+        "share of the gain that transplants from the end bring": gains(frame, START).T,
+        "share of the gain that is left after transplants from the start": gains(frame, END).T,
+        "fraction of the query spans that brings half and 90% of the gain": carrying(frame),
+    }
+    if frame["seed"].nunique() > 1:
+        shown["agreement of seeds on which pairs change"] = agreement(frame)
+    foreseen = foresight(frame).groupby(["model", "foreseen", "predictor"])["rho"].mean()
+    title = "rank correlation of what is cheap to know with which spans matter, mean over seeds"
+    return {**shown, title: foreseen.unstack("predictor")}
+
+
+def judged(frame: pd.DataFrame) -> pd.DataFrame:
     """The predictions that these runs can judge: mean over seeds, Student's interval, whether it held by the mean."""
-    rows: list[tuple] = []
+    rows: list[dict] = []
 
     def judge(number: int, what: str, by_seed: Iterable[float], holds: Callable[[float], bool]) -> None:
         values = pd.Series(list(by_seed), dtype=float)
         if len(values):
             low, high = student_interval(values) if np.isfinite(values).all() else (math.nan, math.nan)
             mean = values.mean()
-            rows.append((number, what, len(values), mean, low, high, "yes" if holds(mean) else "no"))
+            rows.append(verdict(number, what, mean, holds(mean), n=len(values), low=low, high=high))
 
     changes = part_changes(frame)
     for number, arm in ((1, MAIN), (2, "kd_phase_wise")):
@@ -220,8 +237,7 @@ def verdicts(frame: pd.DataFrame) -> pd.DataFrame:
         judge(11, f"{arm}: less the better of weights and states, above 0", gradient - rivals, _above(0, strictly=True))
         judge(12, f"{arm}: short-window accuracy with W_Q reverted below .5", short.loc[arm]["W_Q"], _below(0.5))
         _judge_path(frame, arm, judge)
-    columns = ["prediction", "what", "seeds", "mean", "low", "high", "held"]
-    return pd.DataFrame(rows, columns=columns).sort_values("prediction", kind="stable")
+    return verdicts(rows)
 
 
 def _judge_spectrum(frame: pd.DataFrame, judge: Callable) -> None:

@@ -6,35 +6,6 @@ spans are transplanted between the *start* of the extension (the base's weights 
 start, to see what suffices; from the start into the end, to see what is necessary. The *gain* is accuracy at the end
 less accuracy at the start, the mean over 128, 256, 512 and 1,000 tokens.
 
-Predictions, written before the first run of this script; while compare_spans was tried out, the weights of seed 0 of
-`kd_adamw` had been seen by part and by pair (which favours 1), none of the rest:
-
- 1. By AdamW, KD changes W_Q relatively more than W_V, W_O and the MLP, in the mean over layers, and about as much as
-    W_K (ratio .8 to 1.25).
- 2. By Muon, which gives every direction of every matrix the same step, all these ratios lie within .8 to 1.25.
- 3. The pairs of W_Q that turned within the short window before and no longer do after (wavelength 64 or less before,
-    more after) change more than the others, in both layers (ratio above 1, p < .05): they are what the swap of theta
-    takes away.
- 4. In layer 0 the turn of a pair's attention scores makes up for the swap: over pairs it goes with the pair's change of
-    frequency (Spearman's correlation, heads' mean, above .5), as a head that looks one token back would need.
- 5. W_Q changes at least twice as much as by as many steps of more short training (AdamW both).
- 6. W_Q changes about as much by CE as by KD (ratio within 1/1.5 to 1.5, AdamW both), though CE brings no retrieval: how
-    much a span changes does not say what the change is for.
- 7. Into the start, W_Q alone brings less than .1 of the gain; W_Q, W_K, W_V and W_O together .5 or more.
- 8. In the end, reverting W_Q leaves less than .1 of the gain, reverting the MLP more than .5.
- 9. Of what the end's W_Q does in the end, a quarter of the query spans or less, in the order of their single effects,
-    carries half, and half of them 90%; spans in random order need more than twice as many for half.
-10. Reverting all fast pairs of W_Q (wavelength 64 or less) costs more than reverting all slow ones (above 1,024).
-11. Gradient times change foresees which single spans matter (Spearman's correlation .5 or more), and better than the
-    size of the change of weights or of query states.
-12. With W_Q reverted in the end, retrieval in the short window is below .5 too: it is one circuit.
-
-After seeds 0 and 1 of `kd_adamw` it was plain that the order of single effects, and gradient times change with it, is
-no order of causes; gradients along the path were added as a predictor then, with a prediction of their own:
-
-13. Brought into the start after W_K, query spans in the order of gradients along the path carry half of the gain by a
-    smaller fraction than by any other predictor, the mean over seeds.
-
     python -m experiments.query_spans kd_adamw 0 runs/query_spans/kd_adamw-0 --checkpoints runs
 """
 
@@ -54,12 +25,14 @@ from torch import Tensor
 
 from experiments import phase_scaling
 from experiments.propagation import packed_documents
+from experiments.stages import Options, Stage
 from experiments.toy_checkpoints import LONG, SHORT, SHORT_DOCUMENTS, CheckpointsIn
 from rope_probe import HookedCausalLM, KeyValueTask, load_model, retrieval_accuracy, rope
 from rope_probe.errors import InputError
 from rope_probe.models import checkpoints
 from rope_probe.runs.progress import progress
 from rope_probe.runs.results import describe_model, hash_tokens, new_run, read_run, tidy
+from rope_probe.runs.verdicts import Section
 from rope_probe.seeds import derive
 from rope_probe.spans import (
     Span,
@@ -74,6 +47,39 @@ from rope_probe.spans import (
 )
 from rope_probe.spans.statistics import BANDS, bands
 
+QUESTION = "Which query spans does extension change, and which of these changes cause the new retrieval?"
+PREDICTIONS = {
+    1: "By AdamW, KD changes W_Q relatively more than W_V, W_O and the MLP, in the mean over layers, and about "
+    "as much as W_K (ratio .8 to 1.25).",
+    2: "By Muon, which gives every direction of every matrix the same step, all these ratios lie within .8 to 1.25.",
+    3: "The pairs of W_Q that turned within the short window before and no longer do after (wavelength 64 or "
+    "less before, more after) change more than the others, in both layers (ratio above 1, p < .05): they are "
+    "what the swap of theta takes away.",
+    4: "In layer 0 the turn of a pair's attention scores makes up for the swap: over pairs it goes with the "
+    "pair's change of frequency (Spearman's correlation, heads' mean, above .5), as a head that looks one "
+    "token back would need.",
+    5: "W_Q changes at least twice as much as by as many steps of more short training (AdamW both).",
+    6: "W_Q changes about as much by CE as by KD (ratio within 1/1.5 to 1.5, AdamW both), though CE brings no "
+    "retrieval: how much a span changes does not say what the change is for.",
+    7: "Into the start, W_Q alone brings less than .1 of the gain; W_Q, W_K, W_V and W_O together .5 or more.",
+    8: "In the end, reverting W_Q leaves less than .1 of the gain, reverting the MLP more than .5.",
+    9: "Of what the end's W_Q does in the end, a quarter of the query spans or less, in the order of their "
+    "single effects, carries half, and half of them 90%; spans in random order need more than twice as many "
+    "for half.",
+    10: "Reverting all fast pairs of W_Q (wavelength 64 or less) costs more than reverting all slow ones (above "
+    "1,024).",
+    11: "Gradient times change foresees which single spans matter (Spearman's correlation .5 or more), and better "
+    "than the size of the change of weights or of query states.",
+    12: "With W_Q reverted in the end, retrieval in the short window is below .5 too: it is one circuit.",
+    13: "Brought into the start after W_K, query spans in the order of gradients along the path carry half of the "
+    "gain by a smaller fraction than by any other predictor, the mean over seeds.",
+}
+"""Written before the first run of this script. While compare_spans was tried out, the weights of seed 0 of `kd_adamw`
+had been seen by part and by pair, which favours 1; none of the rest had. After seeds 0 and 1 of `kd_adamw` it was plain
+that the order of single effects, and gradient times change with it, is no order of causes. Gradients along the path
+were added as a predictor then, with prediction 13 of their own."""
+
+QUICK_ARMS = ("kd_phase_wise", "ce_phase_wise", "ce_more_short")
 ARMS = tuple(arm for arm, made in phase_scaling.ARMS.items() if made.objective is not None)
 CAUSAL = ("kd_adamw", "kd_phase_wise")
 DISTANCES = (128, 256, 512, 1000)
@@ -109,6 +115,32 @@ class Budget:
 
 THOROUGH = Budget()
 QUICK = Budget(trials=8, ranking_trials=2, orders=1, sizes=(0, 4, 16, 64), greedy=0, path=4)
+
+
+def stages(options: Options) -> dict[str, Stage]:
+    """Every arm that trains, or the quick ones, of each seed."""
+    planned = {}
+    for seed in range(options.seeds):
+        for arm in ARMS if options.full else QUICK_ARMS:
+            run = options.out / "query_spans" / f"{arm}-{seed}"
+            quick = () if options.full else ("--quick",)
+            command = ("query_spans", arm, str(seed), str(run), "--checkpoints", str(options.out), *quick)
+            planned[f"query_spans/{run.name}"] = Stage(
+                command,
+                run,
+                partial(config_of, arm, seed, options.out, quick=not options.full),
+                (f"{phase_scaling.ARMS[arm].base}-{seed}", f"phase_scaling/{arm}-{seed}"),
+                seconds=15.0 if arm not in CAUSAL else 600.0 if options.full else 90.0,
+            )
+    return planned
+
+
+def report(frames: Mapping[str, pd.DataFrame]) -> Section:
+    """Tables and verdicts; see experiments/query_span_verdicts.py."""
+    from experiments.query_span_verdicts import judged, tables
+
+    frame = frames["query_spans"]
+    return Section(judged(frame), tables(frame))
 
 
 def measure(

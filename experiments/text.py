@@ -3,14 +3,12 @@
 The model is far too small to retrieve, so nothing is claimed of its accuracy: the run shows that the path from text to
 a checkpoint that transformers loads, and on to a task in text, is whole.
 
-Prediction, written before the first run: the cross-entropy of the first phase falls by more than 1 nat a byte, and the
-second phase ends lower still than the first.
-
     python -m experiments.text runs/text
 """
 
 import dataclasses
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -18,10 +16,20 @@ import torch
 import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from experiments.stages import Options, Stage
+from experiments.toy_checkpoints import by_distance
 from rope_probe import TextTask, load_model, retrieval_accuracy
 from rope_probe.distillation import DistillConfig, distill, read_config
 from rope_probe.errors import InputError
 from rope_probe.runs.results import describe_model, new_run, read_run
+from rope_probe.runs.verdicts import Section, verdict, verdicts
+
+QUESTION = "Is the path from text to a checkpoint, and on to a task in text, whole?"
+PREDICTIONS = {
+    1: "The cross-entropy of the first phase falls by more than 1 nat a byte, and the second phase ends lower "
+    "still than the first.",
+}
+"""Written before the first run."""
 
 CONFIG = Path(__file__).parents[1] / "examples" / "text.toml"
 WINDOW, DISTANCES, TRIALS = 512, (64, 256), 32
@@ -55,17 +63,26 @@ def config_of() -> dict:
     return {"training": dataclasses.asdict(training_config()), "probe": probe}
 
 
-def verdicts(frame: pd.DataFrame) -> pd.DataFrame:
-    """The prediction with its figures, and whether it held; losses are means over the last three measured steps."""
+def stages(options: Options) -> dict[str, Stage]:
+    """The one run."""
+    run = options.out / "text"
+    return {"text": Stage(("text", str(run)), run, config_of, seconds=60.0)}
+
+
+def report(frames: Mapping[str, pd.DataFrame]) -> Section:
+    """The task on its checkpoint, and the prediction; losses are means over the last three measured steps."""
+    frame = frames["text"]
     losses = frame[frame["metric"] == "ce_nats"]
     short, long = (losses[losses["phase"] == phase]["value"] for phase in ("short", "long"))
     end, further = short.tail(3).mean(), long.tail(3).mean()
     fall = short.iloc[0] - end
+    claim = "cross-entropy at the end of the long phase, less that of the short, below 0"
     rows = [
-        ("cross-entropy falls in the short phase, nats a byte", fall, fall > 1),
-        ("cross-entropy at the end of the long phase, less that of the short", further - end, further < end),
+        verdict(1, "cross-entropy falls by more than 1 nat a byte in the short phase", fall, fall > 1),
+        verdict(1, claim, further - end, further < end),
     ]
-    return pd.DataFrame(rows, columns=["what", "figure", "held"])
+    table = by_distance(frame[frame["metric"] == "accuracy"], ["model", "arm"])
+    return Section(verdicts(rows), {"passkey on its checkpoint, accuracy by distance": table})
 
 
 if __name__ == "__main__":

@@ -8,21 +8,14 @@ Two formulas from the literature could foresee which cells work, from the long t
 - the base bound (arXiv 2405.14591): theta is enough for a reach L when sum_p cos(m inv_freq_p) >= 0 for all m < L;
 - spectrum use: the share of rotary pairs whose wavelength fits into the window.
 
-Predictions, written before the first run:
-
- 1. Below the bound of 512 tokens (12.5k for head dim 32, 56k for 16) the long theta gives less than 0.5 at 512
-    tokens, above it 0.5 or more, in at least four cells out of five on the larger budget.
- 2. Head dim 32: a constant large theta does as well as phase-wise, within 0.1 (means over the cells with a long theta
-    of 20,000 or more, diagonal against above it). Head dim 16: phase-wise is better by more than 0.1.
- 3. Spectrum use ranks the cells the wrong way round: its correlation with accuracy is negative, the base bound's is
-    positive, as a theta that fills the window with rotations leaves no slow pair to match content by.
- 4. On the smaller budget fewer cells reach 0.5.
-
     python -m experiments.theta_grid 32 300 0 runs/theta_grid/32-300-0 --checkpoints runs
 """
 
 import dataclasses
+import itertools
 import sys
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -31,6 +24,7 @@ import typer
 from scipy import stats
 
 from experiments import phase_scaling, toy_checkpoints
+from experiments.stages import Options, Stage
 from experiments.toy_checkpoints import LONG, SHORT, SHORT_DOCUMENTS, CheckpointsIn
 from rope_probe import KeyValueTask, load_model, retrieval_accuracy, rope
 from rope_probe.distillation import Phase, train_phase
@@ -39,7 +33,22 @@ from rope_probe.gallery.figures.grid import read_cells
 from rope_probe.models import checkpoints
 from rope_probe.runs.progress import progress
 from rope_probe.runs.results import describe_model, hash_tokens, new_run, read_run
+from rope_probe.runs.verdicts import Section, verdict, verdicts
 from rope_probe.seeds import derive
+
+QUESTION = "Which short theta goes with which long theta, and what foresees it?"
+PREDICTIONS = {
+    1: "Below the bound of 512 tokens (12.5k for head dim 32, 56k for 16) the long theta gives less than .5 at "
+    "512 tokens, above it .5 or more, in at least four cells out of five on the larger budget.",
+    2: "Head dim 32: a constant large theta does as well as phase-wise, within .1 (means over the cells with a "
+    "long theta of 20,000 or more, diagonal against above it). Head dim 16: phase-wise is better by more than "
+    ".1.",
+    3: "Spectrum use ranks the cells the wrong way round: its correlation with accuracy is negative, the base "
+    "bound's is positive, as a theta that fills the window with rotations leaves no slow pair to match "
+    "content by.",
+    4: "On the smaller budget fewer cells reach .5.",
+}
+"""Written before the first run."""
 
 HEAD_DIMS = (16, 32)
 THETAS = (300.0, 2_000.0, 20_000.0, 100_000.0, 1_000_000.0)
@@ -127,28 +136,53 @@ def cells(frame: pd.DataFrame) -> pd.DataFrame:
     return told.assign(reaches=table["long_theta"] >= table["head_dim"].map(bounds), use_long=use)
 
 
-def verdicts(frame: pd.DataFrame) -> pd.DataFrame:
-    """Each prediction with its figures and whether it held; see the docstring above."""
+def stages(options: Options) -> dict[str, Stage]:
+    """In full only: a row of the grid for each head dim and short theta."""
+    planned = {}
+    for head_dim, theta in itertools.product(HEAD_DIMS, THETAS) if options.full else ():
+        run = options.out / "theta_grid" / f"{head_dim}-{theta:g}-0"
+        command = ("theta_grid", str(head_dim), f"{theta:g}", "0", str(run), "--checkpoints", str(options.out))
+        config = partial(config_of, head_dim, theta, 0, options.out)
+        planned[f"theta_grid/{run.name}"] = Stage(command, run, config, ("teacher-0",), seconds=500.0)
+    return planned
+
+
+def report(frames: Mapping[str, pd.DataFrame]) -> Section:
+    """What each base retrieves, the accuracy of each cell, and the predictions."""
+    frame = frames["theta_grid"]
+    gates = frame[frame["metric"] == "gate_accuracy"].groupby(["head_dim", "short_theta"])["value"]
+    tables = {"what each base retrieves in its own window, the worst distance": gates.min().unstack("head_dim")}
+    for (head_dim, steps), part in cells(frame).groupby(["head_dim", "steps"]):
+        bound = rope.base_bound(int(head_dim), FAR)
+        title = (
+            f"head dim {head_dim}, {steps} steps: accuracy at {FAR} tokens, short theta in rows, long theta in columns"
+        )
+        title += f"; the base bound of that distance is {bound:,.0f}"
+        tables[title] = part.pivot_table(index="short_theta", columns="long_theta", values="accuracy")
+    return Section(judged(frame), tables)
+
+
+def judged(frame: pd.DataFrame) -> pd.DataFrame:
+    """Each prediction with its figures and whether it held."""
     table, rows = cells(frame), []
     larger = table[table["steps"] == max(BUDGETS)]
-    agree = (larger["accuracy"] >= 0.5) == larger["reaches"]
-    rows.append((1, "cells the base bound sorts right, larger budget", agree.mean(), agree.mean() >= 0.8))
+    agree = ((larger["accuracy"] >= 0.5) == larger["reaches"]).mean()
+    rows.append(verdict(1, "share of cells the base bound sorts right, larger budget, .8 or more", agree, agree >= 0.8))
     high = larger[larger["long_theta"] >= 20_000]
-    gap = {}
     for dim, part in high.groupby("head_dim"):
         constant = part[part["short_theta"] == part["long_theta"]]["accuracy"].mean()
-        gap[dim] = part[part["short_theta"] < part["long_theta"]]["accuracy"].mean() - constant
-        held = abs(gap[dim]) <= 0.1 if dim == 32 else gap[dim] > 0.1
-        rows.append((2, f"head_dim {dim}: phase-wise less constant large theta", gap[dim], held))
+        gap = part[part["short_theta"] < part["long_theta"]]["accuracy"].mean() - constant
+        wanted, held = ("within .1", abs(gap) <= 0.1) if dim == 32 else ("above .1", gap > 0.1)
+        rows.append(verdict(2, f"head dim {dim}: phase-wise less constant large theta {wanted}", gap, held))
     for name, column, sign in (("base bound", "reaches", 1), ("spectrum use", "use_long", -1)):
         rank = stats.spearmanr(larger[column], larger["accuracy"]).statistic
-        rows.append((3, f"rank correlation with accuracy, {name}", rank, sign * rank > 0))
+        wanted = "above 0" if sign > 0 else "below 0"
+        rows.append(verdict(3, f"rank correlation of {name} with accuracy {wanted}", rank, sign * rank > 0))
     work = table[table["accuracy"] >= 0.5].groupby("steps")["accuracy"].size()
     few, many = (int(work.get(steps, 0)) for steps in BUDGETS)
-    rows.append(
-        (4, f"cells at 0.5 or more with {BUDGETS[0]} steps, less those with {BUDGETS[1]}", few - many, few < many)
-    )
-    return pd.DataFrame(rows, columns=["prediction", "what", "figure", "held"])
+    claim = f"cells at .5 or more with {BUDGETS[0]} steps, less those with {BUDGETS[1]}, below 0"
+    rows.append(verdict(4, claim, few - many, few < many))
+    return verdicts(rows)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ distance (0.90 for the teacher's first phase, which only prepares the second).
 
 import dataclasses
 import sys
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,12 +20,14 @@ import torch
 import typer
 from transformers import LlamaConfig, PreTrainedModel
 
+from experiments.stages import MISSED_GATE, Options, Stage
 from rope_probe import HookedCausalLM, KeyValueStream, load_model
 from rope_probe.distillation import Gate, GateError, Objective, Phase, train_phase
 from rope_probe.distillation.loop import Record
 from rope_probe.models import checkpoints
 from rope_probe.runs.progress import progress
 from rope_probe.runs.results import Run, describe_model, hash_tokens, new_run, tidy
+from rope_probe.runs.verdicts import Section, verdict, verdicts
 from rope_probe.seeds import derive
 
 SHORT, LONG = 64, 1024
@@ -31,10 +35,15 @@ BATCH_TOKENS = 8192
 OPTIMISER: dict[str, Any] = {"lr": 3e-3, "matrix_lr": 0.01}
 CE = Objective(ce_weight=1.0, kd_weight=0.0, chunk=BATCH_TOKENS)
 BY_CE: dict[str, Any] = {"objective": CE, **OPTIMISER}
-MISSED_GATE = 3
 SMALL_THETA, LARGE_THETA = 300.0, 20_000.0
 CheckpointsIn = Annotated[Path, typer.Option("--checkpoints", help="Folder of the toy checkpoints.")]
 Role = Literal["teacher", "base", "base_large_theta"]
+BASE_SEEDS = 5
+
+QUESTION = "Do the toy models learn what the other experiments build on?"
+PREDICTIONS = {
+    1: "Every phase of every checkpoint passes its gate within its budget of steps.",
+}
 
 SHORT_DOCUMENTS = KeyValueStream(SHORT, distinct=(4, 16))
 LONG_DOCUMENTS = KeyValueStream(LONG, distinct=(32, 256))
@@ -66,6 +75,48 @@ PHASES: dict[str, tuple[Phase, ...]] = {
     "base": (short_phase(SMALL_THETA),),
     "base_large_theta": (short_phase(LARGE_THETA),),
 }
+
+
+def stages(options: Options) -> dict[str, Stage]:
+    """The teacher and the base of each seed; in full both bases, and more seeds of them."""
+    wanted = [(role, seed) for seed in range(options.seeds) for role in ("teacher", "base")]
+    if options.full:
+        wanted += [("base_large_theta", seed) for seed in range(options.seeds)]
+        wanted += [(role, seed) for seed in range(options.seeds, BASE_SEEDS) for role in ("base", "base_large_theta")]
+    planned = {}
+    for role, seed in wanted:
+        run = options.out / f"{role}-{seed}"
+        command = ("toy_checkpoints", role, str(seed), str(run))
+        seconds = 150.0 if role == "teacher" else 60.0
+        planned[run.name] = Stage(command, run, partial(config_of, role, seed), seconds=seconds)
+    return planned
+
+
+def report(frames: Mapping[str, pd.DataFrame]) -> Section:
+    """Retrieval at the end of each phase, by distance, and whether every gate passed."""
+    frame = frames["toy_checkpoints"]
+    gates = frame[frame["metric"] == "gate_accuracy"]
+    worst = gates.groupby(["model", "seed", "phase"])["value"].min()
+    rows = [
+        verdict(1, f"{model} {seed}, {phase} phase: worst distance at or above {bound}", value, value >= bound)
+        for (model, seed, phase), value in worst.items()
+        if (bound := _gate_of(model, phase)) is not None
+    ]
+    table = by_distance(gates, ["model", "seed", "phase"])
+    return Section(verdicts(rows), {"retrieval at the end of each phase, accuracy by distance": table})
+
+
+def _gate_of(role: str, phase: str) -> float | None:
+    gates = {one.name: one.gate for one in PHASES[role]}
+    return None if (gate := gates[phase]) is None else gate.accuracy
+
+
+def by_distance(frame: pd.DataFrame, index: list[str]) -> pd.DataFrame:
+    """Values with their intervals as text, a column for each distance."""
+    text = [f"{row.value:.2f} [{row.low:.2f}, {row.high:.2f}]" for row in frame.itertuples()]
+    shown = frame.assign(value=pd.Series(text, index=frame.index, dtype="object"))
+    table = shown.pivot_table(index=index, columns="distance", values="value", aggfunc="first", sort=False)
+    return table.sort_index(axis=1).fillna("")
 
 
 def make(role: Role, seed: int, out: Path) -> None:

@@ -1,25 +1,52 @@
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from experiments import phase_scaling, propagation, query_span_verdicts, query_spans, reproduce, toy_checkpoints
+from experiments import phase_scaling, propagation, query_span_verdicts, query_spans, stages, toy_checkpoints
 from rope_probe import InputError, Span, load_model
-from rope_probe.runs.results import new_run, tidy
+from rope_probe.runs.results import is_complete, new_run, source_hash, tidy
 from rope_probe.seeds import derive
 from tests import zoo
 
 
 @pytest.mark.parametrize("full", [False, True])
 def test_every_stage_needs_stages_that_are_planned_and_has_a_place_of_its_own(full):
-    stages = reproduce.plan(Path("runs"), 2, full)
-    assert len(stages) == len({stage.run for stage in stages.values()})
-    assert all(need in stages for stage in stages.values() for need in stage.needs)
-    assert {stage.command[0] for stage in stages.values()} == set(reproduce.SCRIPTS) - (
-        set() if full else {"theta_grid"}
-    )
-    scripts = Path(reproduce.__file__).parent
-    assert all((scripts / f"{stage.command[0]}.py").is_file() for stage in stages.values())
+    planned = stages.plan(stages.Options(Path("runs"), 2, full))
+    assert len(planned) == len({stage.run for stage in planned.values()})
+    assert all(need in planned for stage in planned.values() for need in stage.needs)
+    scripts = {stage.script for stage in planned.values()}
+    experiments = {module.__name__.removeprefix("experiments.") for module in stages.discover()}
+    assert scripts == experiments - (set() if full else {"theta_grid"})
+    assert all(stages._file(script).is_file() for script in scripts)
+
+
+def test_every_experiment_keeps_the_contract():
+    assert len(stages.discover()) >= 7
+    for module in stages.discover():
+        assert module.QUESTION.endswith("?")
+        assert list(module.PREDICTIONS) == list(range(1, len(module.PREDICTIONS) + 1))
+        assert all(text.endswith(".") for text in module.PREDICTIONS.values())
+        assert callable(module.report)
+
+
+def test_stages_with_the_longest_wait_behind_them_come_first():
+    planned = list(stages.plan(stages.Options(Path("runs"))))
+    assert planned[0] == "teacher-0"
+    assert planned.index("phase_scaling/kd_phase_wise-0") < planned.index("text")
+
+
+def test_a_run_is_reused_only_if_its_sources_are_unchanged(tmp_path, monkeypatch):
+    script = tmp_path / "script.py"
+    script.write_text("one")
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(script))
+    with new_run(tmp_path / "run", "test", {"steps": 1}):
+        pass
+    assert is_complete(tmp_path / "run", {"steps": 1}, sources=source_hash(script))
+    script.write_text("another")
+    assert not is_complete(tmp_path / "run", {"steps": 1}, sources=source_hash(script))
+    assert is_complete(tmp_path / "run", {"steps": 1})
 
 
 def test_every_arm_that_trains_has_the_same_budget_and_says_in_its_name_what_else_differs():
@@ -49,16 +76,17 @@ def test_a_stage_that_fails_is_told_and_takes_only_its_dependents_along(tmp_path
     def no_config():
         raise InputError("no such parent")
 
-    stages = {
-        "broken": reproduce.Stage(("no_such_script",), tmp_path / "run", dict),
-        "after": reproduce.Stage(("no_such_script",), tmp_path / "after", dict, ("there", "broken")),
-        "far after": reproduce.Stage(("no_such_script",), tmp_path / "far", dict, ("after",)),
-        "there": reproduce.Stage(("no_such_script",), tmp_path / "there", dict),
-        "missed": reproduce.Stage(("no_such_script",), tmp_path / "missed", dict),
-        "unknown": reproduce.Stage(("no_such_script",), tmp_path / "unknown", no_config),
+    planned = {
+        "broken": stages.Stage(("text", "--no-such-option"), tmp_path / "run", dict),
+        "after": stages.Stage(("text",), tmp_path / "after", dict, ("there", "broken")),
+        "far after": stages.Stage(("text",), tmp_path / "far", dict, ("after",)),
+        "there": stages.Stage(("text",), tmp_path / "there", dict),
+        "missed": stages.Stage(("text",), tmp_path / "missed", dict),
+        "unknown": stages.Stage(("text",), tmp_path / "unknown", no_config),
     }
-    assert reproduce.run_all(stages) == {
-        "broken": "exit code 1, see above",
+    without = stages.run_all(planned, reuse_anyway=True)
+    assert without.pop("broken").startswith("exit code 2: ")
+    assert without == {
         "after": "needs broken",
         "far after": "needs after",
         "missed": "0.94 at 60",
@@ -90,16 +118,16 @@ def test_verdicts_of_phase_scaling_are_arithmetic():
         for arm, values in far.items()
         for seed, value in enumerate(values)
     ]
-    table = phase_scaling.verdicts(tidy(rows)).set_index("prediction")
-    assert table.loc[1, "mean"] == pytest.approx(0.95)
-    assert table.loc[1, "held"] == "yes"
-    assert table.loc[2, "held"] == "yes"
-    assert table.loc[4, "mean"] == pytest.approx(0.5)
-    assert table.loc[4, "held"] == "no"
-    few = phase_scaling.verdicts(tidy([row for row in rows if row["seed"] == 0])).set_index("prediction")
+    table = phase_scaling.judged(tidy(rows)).set_index("prediction")
+    assert table.loc[1, "measured"] == pytest.approx(0.95)
+    assert table.loc[1, "held"] == "held"
+    assert table.loc[2, "held"] == "held"
+    assert table.loc[4, "measured"] == pytest.approx(0.5)
+    assert table.loc[4, "held"] == "not held"
+    few = phase_scaling.judged(tidy([row for row in rows if row["seed"] == 0])).set_index("prediction")
     assert few.loc[4, "held"] == "undecided"
-    one = phase_scaling.verdicts(tidy(rows[:1])).iloc[0]
-    assert (one["seeds"], one["low"], one["high"]) == (1, 0.0, 1.0)
+    one = phase_scaling.judged(tidy(rows[:1])).iloc[0]
+    assert (one["n"], one["low"], one["high"]) == (1, 0.0, 1.0)
 
 
 def spans_frame(seeds=(0, 1)):

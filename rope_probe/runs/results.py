@@ -333,8 +333,30 @@ def read_frames(runs: Sequence[str | os.PathLike[str]]) -> pd.DataFrame:
     return pd.concat([read_run(run)[0] for run in runs], ignore_index=True)
 
 
-def is_complete(run: str | os.PathLike[str], config: Mapping[str, Any]) -> bool:
-    """Whether `run` is a complete run of just this config, made by this version of rope_probe, so it can be reused."""
+def source_hash(script: Path | None) -> str:
+    """SHA-256 over the package's Python files, and those of the script that uses it."""
+    package = Path(__file__).resolve().parents[1]
+    files = sorted(package.rglob("*.py"))
+    digest = hashlib.sha256()
+    for file in files if script is None else [*files, script]:
+        digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def _running_script() -> Path | None:
+    """The script that this process runs, where it is no part of the package."""
+    main = getattr(sys.modules.get("__main__"), "__file__", None)
+    package = Path(__file__).resolve().parents[1]
+    if main is None or not Path(main).is_file() or Path(main).suffix != ".py":
+        return None
+    return None if Path(main).resolve().is_relative_to(package) else Path(main)
+
+
+def is_complete(run: str | os.PathLike[str], config: Mapping[str, Any], *, sources: str | None = None) -> bool:
+    """Whether `run` is a complete run of just this config, made by this version of rope_probe, so it can be reused.
+
+    With `sources`, a `source_hash`, only if it was made by those.
+    """
     try:
         manifest = _read_manifest(Path(run))
     except InputError:
@@ -345,6 +367,7 @@ def is_complete(run: str | os.PathLike[str], config: Mapping[str, Any]) -> bool:
         and manifest.get("config") == _as_json(config)
         and isinstance(packages := manifest.get("packages"), dict)
         and packages.get("rope_probe") == metadata.version("rope_probe")
+        and (sources is None or manifest.get("sources_sha256") == sources)
     )
 
 
@@ -385,6 +408,7 @@ def _manifest(experiment: str, config: Mapping[str, Any]) -> dict[str, Any]:
         "packages": {name: _version(name) for name in _PACKAGES},
         "python": platform.python_version(),
         "git": _git(),
+        "sources_sha256": source_hash(_running_script()),
         "hardware": {
             "machine": platform.machine(),
             "system": platform.system(),
