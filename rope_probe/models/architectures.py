@@ -164,7 +164,7 @@ def shape_of(config: PreTrainedConfig) -> dict[str, Any]:
         "model_type": config.model_type,
         "num_hidden_layers": config.num_hidden_layers,
         "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
+        "intermediate_size": getattr(config, "intermediate_size", None),  # not every model type has it
         "num_attention_heads": heads.query,
         "num_key_value_heads": heads.key,
         "vocab_size": config.vocab_size,
