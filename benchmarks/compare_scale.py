@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 from rope_probe import compare_spans
-from rope_probe.spans.stored import skeleton
+from rope_probe.models.checkpoints import skeleton
 
 SHAPE = {
     "vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14_336, "num_attention_heads": 32,

@@ -30,6 +30,7 @@ from experiments.toy_checkpoints import LONG, SHORT, SHORT_DOCUMENTS, Checkpoint
 from rope_probe import HookedCausalLM, KeyValueTask, load_model, retrieval_accuracy, rope
 from rope_probe.errors import InputError
 from rope_probe.models import checkpoints
+from rope_probe.models.architectures import heads_of
 from rope_probe.runs.progress import progress
 from rope_probe.runs.results import describe_model, hash_tokens, new_run, read_run, tidy
 from rope_probe.runs.verdicts import Section
@@ -265,7 +266,7 @@ def _groups(model: HookedCausalLM) -> dict[str, list[Span]]:
     groups |= {"W_Q, W_K": attention[:2], "W_V, W_O": attention[2:], "W_Q, W_K, W_V, W_O": attention}
     groups["all but W_Q, W_K"] = [Span(part=part) for part in PARTS[2:]]  # type: ignore[arg-type]
     groups["everything"] = [Span(part=part) for part in PARTS]  # type: ignore[arg-type]
-    layers, heads = len(model.blocks), model.config.num_attention_heads
+    layers, heads = len(model.blocks), heads_of(model.config).query
     within = {f"layer {layer}": [Span(layer)] for layer in range(layers)}
     within |= {f"layer {layer} head {head}": [Span(layer, head)] for layer in range(layers) for head in range(heads)}
     within |= {f"{band} pairs": [Span(pair=pair) for pair in pairs] for band, pairs in _bands(model).items()}

@@ -19,7 +19,8 @@ from rope_probe import (
     trace,
 )
 from rope_probe.models import attention, checkpoints
-from rope_probe.models.architectures import ARCHITECTURES, query_key_value_rows
+from rope_probe.models.architectures import ARCHITECTURES
+from rope_probe.models.parameters import query_key_value_rows
 from rope_probe.windows.packing import Window
 from tests import zoo
 

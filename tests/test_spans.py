@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from rope_probe import InputError, PositionShift, compare_spans, load_model, rope
 from rope_probe.models.architectures import architecture_of, rotary_layers
+from rope_probe.models.parameters import ATTENTION, part_of, projections_of
 from rope_probe.models.precision import promote_float32
 from rope_probe.spans import Span
-from rope_probe.spans.parts import ATTENTION, part_of, pieces, projections_of
+from rope_probe.spans.parts import pieces
 from tests import zoo
 
 QK_NORMS = ("qwen3", "qwen3_moe", "gemma3", "olmo2")

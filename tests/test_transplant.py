@@ -211,6 +211,12 @@ def test_other_shapes_are_refused():
         transplant_spans(zoo.llama(), zoo.llama(num_attention_heads=2), [])
 
 
+def test_a_donor_of_another_model_type_is_refused():
+    donor = hf.GPT2LMHeadModel(hf.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64))
+    with pytest.raises(InputError, match="model_type is llama before and gpt2 after"):
+        transplant_spans(zoo.llama(), donor, [Span()])
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_within_a_transplant_the_host_differs_and_then_is_itself_again(fails):
     before, after = pair_of("phi3")

@@ -24,8 +24,9 @@ from rope_probe.distillation.losses import IGNORED
 from rope_probe.distillation.phase import GateError, Phase
 from rope_probe.distillation.student import Student, Taught, head_of, read, shares, targets_of
 from rope_probe.errors import InputError
-from rope_probe.models.architectures import query_key_value_rows
+from rope_probe.models.architectures import layers_of
 from rope_probe.models.hooked import HookedCausalLM
+from rope_probe.models.parameters import query_key_value_rows
 from rope_probe.windows.corpora import KeyValueStream
 from rope_probe.windows.packing import Batch
 
@@ -228,7 +229,7 @@ class Training:
 
     def _gradient_norms(self) -> dict[str, float]:
         squares: dict[str, float] = dict.fromkeys("qkv", 0.0)
-        for layer in range(len(self.model.original_model.base_model.layers)):
+        for layer in range(len(layers_of(self.model.original_model))):
             for name, part in query_key_value_rows(self.model.original_model, layer).items():
                 gradient = part.weight.grad
                 if gradient is not None:
@@ -253,7 +254,7 @@ def _optimizers(model: PreTrainedModel, phase: Phase) -> list[torch.optim.Optimi
     parameters = list(model.parameters())
     if phase.matrix_lr is None:
         return [_adamw(parameters, phase)]
-    inside = {id(p) for p in model.base_model.layers.parameters() if p.ndim == 2}
+    inside = {id(p) for p in layers_of(model).parameters() if p.ndim == 2}
     matrices = [p for p in parameters if id(p) in inside]
     rest = [p for p in parameters if id(p) not in inside]
     return [_adamw(rest, phase), torch.optim.Muon(matrices, lr=phase.matrix_lr, weight_decay=phase.weight_decay)]

@@ -9,8 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rope_probe.distillation.student import by_distance
-from rope_probe.models.architectures import query_key_value_rows
 from rope_probe.models.hooked import HookedCausalLM
+from rope_probe.models.parameters import query_key_value_rows
 from rope_probe.runs.results import tidy
 from rope_probe.tracing.perturbations import Perturbation
 from rope_probe.windows.packing import Window

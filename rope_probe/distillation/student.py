@@ -11,6 +11,7 @@ from transformer_lens.hook_points import HookPoint
 
 from rope_probe.distillation.losses import IGNORED, Head, Terms
 from rope_probe.distillation.phase import Phase
+from rope_probe.models.architectures import output_projection_of
 from rope_probe.models.hooked import HookedCausalLM
 from rope_probe.windows.packing import Batch
 
@@ -78,7 +79,7 @@ def head_of(model: HookedCausalLM) -> Head:
     def after(projected: Tensor) -> Tensor:
         return model.after_projection(projected.unsqueeze(0)).squeeze(0)
 
-    return Head(model.original_model.get_output_embeddings(), after)
+    return Head(output_projection_of(model.original_model), after)
 
 
 def shares(loss: Tensor, terms: Terms, over: tuple[int, int], tokens: Tensor | None) -> dict[str, Tensor]:

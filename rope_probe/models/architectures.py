@@ -1,4 +1,6 @@
-"""What rope_probe must know of a transformers model type: where its parts are and how its pairs lie in memory.
+"""What rope_probe must know of a transformers model type: its heads, where its parts are, how its pairs lie in memory.
+
+Nothing else asks a config for its heads, or a model for its modules. Which tensor is what is told by `parameters`.
 
 One table entry per model type, each checked by tests that never read the entry: with one token repeated, the rotated
 queries of layer 0 must be rotations of each other under the layout and frequencies given here, and hooked logits must
@@ -45,6 +47,11 @@ class Architecture:
     qk_norms: tuple[str, str] = ("q_norm", "k_norm")
     gain_offset: float = 0.0
     rotates: LayerRule = field(default=lambda config, layer: True)
+
+    @property
+    def query_key_value(self) -> tuple[str, ...]:
+        """Names, in the attention module, of what projects to q, k and v: three modules, or the fused one."""
+        return ("q_proj", "k_proj", "v_proj") if self.fused is None else self.fused[:1]
 
 
 @dataclass(frozen=True)
@@ -134,10 +141,88 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
     return entry if isinstance(entry, Architecture) else entry(config)
 
 
+class Heads(NamedTuple):
+    """How many heads q has in each layer, how many k and v have, and the dimensions of one."""
+
+    query: int
+    key: int
+    width: int
+
+
+def heads_of(config: PreTrainedConfig) -> Heads:
+    """The heads of a config's attention; k and v have as many as q where the config names no other number."""
+    query = config.num_attention_heads
+    key = getattr(config, "num_key_value_heads", None) or query
+    width = getattr(config, "head_dim", None) or config.hidden_size // query
+    return Heads(query, key, width)
+
+
+def shape_of(config: PreTrainedConfig) -> dict[str, Any]:
+    """Entries of a config that say which weights a model has, and how large they are; by their names in configs."""
+    heads = heads_of(config)
+    return {
+        "model_type": config.model_type,
+        "num_hidden_layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": getattr(config, "intermediate_size", None),  # not every model type has it
+        "num_attention_heads": heads.query,
+        "num_key_value_heads": heads.key,
+        "vocab_size": config.vocab_size,
+        "head_dim": heads.width,
+    }
+
+
+def backbone_of(model: PreTrainedModel) -> Any:
+    """The model without its head: from token ids to final hidden states."""
+    return model.base_model
+
+
+def layers_of(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder layers, first layer first."""
+    return backbone_of(model).layers
+
+
+def attention_modules(model: PreTrainedModel) -> list[Any]:
+    """The attention module of every layer, first layer first."""
+    name = architecture_of(model.config).attn
+    return [layer.get_submodule(name) for layer in layers_of(model)]
+
+
+def query_key_value_modules(model: PreTrainedModel, layer: int) -> list[Any]:
+    """The modules that project to q, k and v of a layer: three of them, or the fused one."""
+    attention = attention_modules(model)[layer]
+    return [attention.get_submodule(name) for name in architecture_of(model.config).query_key_value]
+
+
+def embedding_of(model: PreTrainedModel) -> Any:
+    """The module that embeds token ids."""
+    return model.get_input_embeddings()
+
+
+def final_norm_of(model: PreTrainedModel) -> nn.Module:
+    """The norm between the last layer and the head."""
+    return backbone_of(model).get_submodule(architecture_of(model.config).final_norm)
+
+
+def output_projection_of(model: PreTrainedModel) -> Any:
+    """The module that projects final hidden states to logits."""
+    return model.get_output_embeddings()
+
+
+def rotary_module_of(model: PreTrainedModel) -> Any:
+    """The module that makes cos and sin of positions, for all layers."""
+    return backbone_of(model).rotary_emb
+
+
+def set_rotary_module(model: PreTrainedModel, module: nn.Module) -> None:
+    """Let another module make cos and sin, in place."""
+    backbone_of(model).rotary_emb = module
+
+
 def rotary_layers(model: PreTrainedModel) -> list[Rotary | None]:
     """Per layer, the rotation the model's own buffers say it applies; None for a layer without RoPE."""
     architecture = architecture_of(model.config)
-    embedding = model.base_model.rotary_emb
+    embedding = rotary_module_of(model)
     layer_types = getattr(model.config, "layer_types", None) or [""] * model.config.num_hidden_layers
 
     def rotary(layer: int) -> Rotary | None:
@@ -163,8 +248,7 @@ def _require_factors(config: PreTrainedConfig) -> None:
     rope = config.rope_parameters
     if rope.get("rope_type") != "longrope":
         return
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    pairs = int(head_dim * rope.get("partial_rotary_factor", 1.0)) // 2
+    pairs = int(heads_of(config).width * rope.get("partial_rotary_factor", 1.0)) // 2
     for name in ("short_factor", "long_factor"):
         if len(rope[name]) != pairs:
             raise InputError(
@@ -183,52 +267,3 @@ def exact_length(config: PreTrainedConfig) -> int | None:
         elif rope["rope_type"] == "longrope":
             limits.append(rope["original_max_position_embeddings"])
     return min(limits, default=None)
-
-
-def attention_modules(model: PreTrainedModel) -> list[Any]:
-    """The attention module of every layer, first layer first."""
-    name = architecture_of(model.config).attn
-    return [layer.get_submodule(name) for layer in model.base_model.layers]
-
-
-def projections(model: PreTrainedModel, layer: int) -> list[Any]:
-    """The modules that project to q, k and v of a layer: three of them, or the fused one."""
-    attention = attention_modules(model)[layer]
-    return [attention.get_submodule(name) for name in projection_names(architecture_of(model.config))]
-
-
-def projection_names(architecture: Architecture) -> tuple[str, ...]:
-    """Names, in the attention module, of what projects to q, k and v: three modules, or the fused one."""
-    return ("q_proj", "k_proj", "v_proj") if architecture.fused is None else architecture.fused[:1]
-
-
-class Rows(NamedTuple):
-    """Some rows of a projection: its weight [out, M] (and bias, where it has one), and the module's name in a layer."""
-
-    weight: nn.Parameter
-    rows: Int[Tensor, " n"]
-    module: str
-
-
-def query_key_value_rows(model: PreTrainedModel, layer: int) -> dict[str, Rows]:
-    """Where W_Q, W_K and W_V of a layer are: for "q", "k", "v", a weight and the rows of it, head by head."""
-    config = model.config
-    architecture = architecture_of(config)
-    fused = architecture.fused
-    names = [f"{architecture.attn}.{name}" for name in projection_names(architecture)]
-    modules = projections(model, layer)
-    if fused is None:
-        return {
-            part: Rows(module.weight, torch.arange(len(module.weight)), name)
-            for part, module, name in zip("qkv", modules, names, strict=True)
-        }
-    weight = modules[0].weight
-    rows = torch.arange(len(weight))
-    queries = config.num_attention_heads
-    groups = queries if fused[1] == "by_head" else config.num_key_value_heads
-    width = len(weight) // (queries + 2 * groups)
-    if fused[1] == "by_head":
-        parts = [part.flatten() for part in rows.view(queries, 3, width).unbind(1)]
-    else:
-        parts = list(rows.split([queries * width, groups * width, groups * width]))
-    return {part: Rows(weight, some, names[0]) for part, some in zip("qkv", parts, strict=True)}

@@ -25,7 +25,7 @@ from transformers import logging as transformers_logging
 
 from rope_probe.errors import InputError, is_out_of_memory, reason
 from rope_probe.models import attention, weight_files
-from rope_probe.models.architectures import architecture_of
+from rope_probe.models.architectures import architecture_of, backbone_of, rotary_module_of, set_rotary_module
 from rope_probe.runs.folders import whole_folder
 
 _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
@@ -41,6 +41,7 @@ _COUNTS = {
     "max_position_embeddings": 2**31,
 }
 """Counts in a config, and the most that any of them can sensibly be."""
+_ROTATION = ("rope_parameters", "max_position_embeddings", "original_max_position_embeddings", "partial_rotary_factor")
 
 
 def config_of(table: Mapping[str, Any]) -> PreTrainedConfig:
@@ -81,6 +82,22 @@ def build(config: Any, *, seed: int) -> PreTrainedModel:
                 raise
             what = f"this {config.model_type} config"
             raise InputError(f"transformers makes no causal LM of {what}: {reason(error)}") from error
+
+
+def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+    """A causal LM's modules and shapes without their values, but with the rotary embedding it would have.
+
+    Raises InputError for a config that transformers makes no causal LM of.
+    """
+    try:
+        with quiet(), torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        set_rotary_module(model, type(rotary_module_of(model))(config=config))
+    except Exception as error:  # each config has its own checks
+        raise InputError(
+            f"transformers makes no causal LM of this {config.model_type} config: {reason(error)}"
+        ) from error
+    return model
 
 
 def read_config(model: str) -> PreTrainedConfig:
@@ -175,9 +192,9 @@ def load_tokenizer(model: str | os.PathLike[str]) -> PreTrainedTokenizerBase | N
 
 def cast(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """Move a model in place, as loading it in `dtype` would: its rotary frequencies keep the precision they have."""
-    kept = {name: buffer.clone() for name, buffer in model.base_model.named_buffers() if "inv_freq" in name}
+    kept = {name: buffer.clone() for name, buffer in backbone_of(model).named_buffers() if "inv_freq" in name}
     model.to(device=device, dtype=dtype)
-    for name, buffer in model.base_model.named_buffers():
+    for name, buffer in backbone_of(model).named_buffers():
         if name in kept:
             buffer.data = kept[name].to(device)
     return model
@@ -227,8 +244,16 @@ def with_rope(model: PreTrainedModel, rope: float | Mapping[str, Any]) -> PreTra
     embedding, parameters = rotary_embedding(model, rope)
     switched = attention.plain_copy(model)
     switched.config.rope_parameters = parameters
-    switched.base_model.rotary_emb = embedding
+    set_rotary_module(switched, embedding)
     return switched
+
+
+def rotate_as(model: PreTrainedModel, donor: PreTrainedModel) -> None:
+    """Make a model rotate as `donor` does, in place: its frequencies, and the entries of its config that say them."""
+    set_rotary_module(model, copy.deepcopy(rotary_module_of(donor)).to(model.device))
+    for entry in _ROTATION:
+        if hasattr(donor.config, entry):
+            setattr(model.config, entry, copy.deepcopy(getattr(donor.config, entry)))
 
 
 def rotary_embedding(model: PreTrainedModel, rope: float | Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
@@ -249,7 +274,7 @@ def rotary_embedding(model: PreTrainedModel, rope: float | Mapping[str, Any]) ->
         raise InputError(f"rope_theta must be a positive finite number, but it is {theta!r}")
     config = copy.deepcopy(model.config)
     config.rope_parameters = parameters
-    old = model.base_model.rotary_emb
+    old = rotary_module_of(model)
     try:
         with quiet():
             config.validate()

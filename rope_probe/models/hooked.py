@@ -29,7 +29,16 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from rope_probe.errors import InputError
 from rope_probe.models import attention, checkpoints
-from rope_probe.models.architectures import architecture_of, exact_length, rotary_layers
+from rope_probe.models.architectures import (
+    architecture_of,
+    backbone_of,
+    embedding_of,
+    exact_length,
+    final_norm_of,
+    layers_of,
+    output_projection_of,
+    rotary_layers,
+)
 from rope_probe.models.precision import promote_float32
 from rope_probe.windows.packing import Batch, Window
 
@@ -68,8 +77,8 @@ class HookedCausalLM(HookedRootModule):
             model.set_experts_implementation("eager")  # the grouped kernels of mixtures of experts stop at float32
         attention.attach(model, self.attn, self._seams)
         on_embedding = partial(_on_output, self.hook_embed)
-        self._seams[0].handles = [model.get_input_embeddings().register_forward_hook(on_embedding)]
-        for seam, block, layer in zip(self._seams, self.blocks, model.base_model.layers, strict=True):
+        self._seams[0].handles = [embedding_of(model).register_forward_hook(on_embedding)]
+        for seam, block, layer in zip(self._seams, self.blocks, layers_of(model), strict=True):
             inputs, outputs = [(layer, block.hook_resid_pre)], [(layer, block.hook_resid_post)]
             outputs.append((layer.get_submodule(architecture.attn_out), block.hook_attn_out))
             outputs.append((layer.get_submodule(architecture.mlp_out), block.hook_mlp_out))
@@ -164,7 +173,7 @@ class HookedCausalLM(HookedRootModule):
     @property
     def device(self) -> torch.device:
         """Device of the input embeddings."""
-        return self.original_model.get_input_embeddings().weight.device
+        return embedding_of(self.original_model).weight.device
 
     def forward(
         self, tokens: Window | Batch | Int[Tensor, "B T"], *, masked: bool = False, rows: int = 1
@@ -199,7 +208,7 @@ class HookedCausalLM(HookedRootModule):
             ids, positions, bounds = tokens, torch.arange(tokens.shape[1]).unsqueeze(0), None
         with self._one_thread, self._precision():
             self._check(ids, positions)
-            state = self.original_model.base_model(
+            state = backbone_of(self.original_model)(
                 input_ids=ids.to(self.device),
                 position_ids=positions.expand(len(ids), -1).to(self.device),
                 use_cache=False,
@@ -211,9 +220,8 @@ class HookedCausalLM(HookedRootModule):
 
     def final_norm(self, resid_post: Float[Tensor, "B T M"]) -> Float[Tensor, "B T M"]:
         """What `hidden` makes of the residual stream after the last layer."""
-        norm = self.original_model.base_model.get_submodule(architecture_of(self.config).final_norm)
         with self._one_thread, self._precision():
-            return self.ln_final.hook_out(norm(resid_post))
+            return self.ln_final.hook_out(final_norm_of(self.original_model)(resid_post))
 
     @torch.no_grad()
     def greedy(self, prompt: Int[Tensor, " n"], count: int, *, stop: int | None = None) -> Int[Tensor, " written"]:
@@ -243,12 +251,12 @@ class HookedCausalLM(HookedRootModule):
     def unembed(self, hidden: Float[Tensor, "B T M"]) -> Float[Tensor, "B T V"]:
         """Logits of final hidden states, by the model's own head: bias, soft cap and logit scale included."""
         state = MoeModelOutputWithPast(last_hidden_state=hidden)
-        with self._one_thread, self._precision(), returning(self.original_model.base_model, state):
+        with self._one_thread, self._precision(), returning(backbone_of(self.original_model), state):
             return self.original_model(inputs_embeds=hidden, use_cache=False).logits
 
     def after_projection(self, projected: Float[Tensor, "B T V"]) -> Float[Tensor, "B T V"]:
         """What the model's head does after its projection: soft cap and logit scale; nothing on most models."""
-        projection = self.original_model.get_output_embeddings()
+        projection = output_projection_of(self.original_model)
         with self._one_thread, returning(projection, projected):
             return self.unembed(projected.new_empty(*projected.shape[:2], projection.in_features))
 

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from rope_probe.errors import InputError
 from rope_probe.models.hooked import HookedCausalLM
-from rope_probe.spans.parts import Piece, Span, pieces, projections_of
+from rope_probe.models.parameters import projections_of
+from rope_probe.spans.parts import Piece, Span, pieces
 from rope_probe.spans.stored import require_alike
 from rope_probe.spans.transplant import plain_model, transplanted
 

@@ -1,30 +1,18 @@
-"""What a model's weights are made of: parts, and in the attention's projections heads and rotary pairs."""
+"""Spans: some of a model's weights, named by part, layer, head and rotary pair, and the elements that they are."""
 
-import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
 import pandas as pd
-import torch
 from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from rope_probe.errors import InputError
-from rope_probe.models.architectures import (
-    Rotary,
-    architecture_of,
-    projection_names,
-    query_key_value_rows,
-    rotary_layers,
-)
+from rope_probe.models.architectures import layers_of
+from rope_probe.models.parameters import ATTENTION, Part, Projection, part_of, projections_of
 
-Part = Literal["W_Q", "W_K", "W_V", "W_O", "mlp", "norms", "W_E", "W_U", "rope"]
-ATTENTION: tuple[Part, ...] = ("W_Q", "W_K", "W_V", "W_O")
 _OF_LAYERS: tuple[Part, ...] = (*ATTENTION, "mlp", "norms")
-OUTPUT_HEADS = ("lm_head", "embed_out")  # the second in files of GPT-NeoX
-_NO_PAIRS = torch.zeros(0, 2, dtype=torch.int64)
 _SITES = {"mlp": "mlp", "norms": "ln", "W_E": "embed.W_E", "W_U": "unembed.W_U"}
 
 
@@ -40,93 +28,11 @@ class Span(NamedTuple):
     layer: int | None = None
     head: int | None = None
     pair: int | None = None
-    part: Part = "W_Q"
+    part: Part | Literal["rope"] = "W_Q"
 
     def __str__(self) -> str:
         where = ((name, value) for name, value in zip(self._fields, self, strict=True) if name != "part")
         return " ".join([self.part, *(f"{name} {value}" for name, value in where if value is not None)])
-
-
-@dataclass(frozen=True)
-class Projection:
-    """One attention projection of a layer: where its heads lie in a weight, and the pairs in a head.
-
-    `index` are rows of the weight and elements of the bias, columns for W_O; `pairs` dimensions of a head, none where
-    the layer does not rotate, or in W_V and W_O.
-    """
-
-    part: Part
-    layer: int
-    weight: str
-    bias: str | None
-    index: Int[Tensor, "H D"]
-    pairs: Int[Tensor, "P 2"]
-    rotary: Rotary | None
-
-    @property
-    def site(self) -> str:
-        """How the frames call it."""
-        return f"blocks.{self.layer}.attn.{self.part}"
-
-
-def projections_of(model: PreTrainedModel) -> list[Projection]:
-    """W_Q, W_K, W_V and W_O of every layer. The model's weights are not looked at, so it may be on the meta device."""
-    architecture, config = architecture_of(model.config), model.config
-    present = dict(model.named_parameters())
-    found = []
-    for layer, rotary in enumerate(rotary_layers(model)):
-        prefix = f"{model.base_model_prefix}.layers.{layer}"
-        queries = config.num_attention_heads
-        keys = getattr(config, "num_key_value_heads", None) or queries
-        counts = {"q": queries, "k": keys, "v": keys}
-        for name, some in query_key_value_rows(model, layer).items():
-            index = some.rows.view(counts[name], -1)
-            pairs = _NO_PAIRS if rotary is None or name == "v" else rotary.pairs(index.shape[1])
-            module = f"{prefix}.{some.module}"
-            part: Part = f"W_{name.upper()}"  # type: ignore[assignment]
-            found.append(_projection(part, layer, module, index, pairs, rotary, present))
-        module = f"{prefix}.{architecture.attn}.{architecture.out_proj}"
-        index = torch.arange(present[f"{module}.weight"].shape[1]).view(config.num_attention_heads, -1)
-        found.append(_projection("W_O", layer, module, index, _NO_PAIRS, rotary, present))
-    return found
-
-
-def _projection(
-    part: Part, layer: int, module: str, index: Tensor, pairs: Tensor, rotary: Rotary | None, present: Iterable[str]
-) -> Projection:
-    bias = f"{module}.bias" if f"{module}.bias" in present else None
-    return Projection(part, layer, f"{module}.weight", bias, index, pairs, rotary)
-
-
-def part_of(model: PreTrainedModel, name: str) -> tuple[Part | None, int | None]:
-    """The part and layer that a whole tensor belongs to; no part for those that `projections_of` tells apart.
-
-    `name` is that of a parameter, or of a tensor in a file. Raises InputError for one that is in no part.
-    """
-    architecture = architecture_of(model.config)
-    base = model.base_model_prefix
-    if match := re.match(rf"{base}\.layers\.(\d+)\.(.+)", name):
-        layer, inside = int(match[1]), match[2]
-        if layer >= len(model.base_model.layers):
-            raise InputError(f"tensor {name!r} is of layer {layer}, but the config has {len(model.base_model.layers)}")
-        if "norm" in inside:
-            return "norms", layer
-        if not inside.startswith(f"{architecture.attn}."):
-            return "mlp", layer
-        module = inside.removeprefix(f"{architecture.attn}.").rpartition(".")[0]
-        if module in (*projection_names(architecture), architecture.out_proj):
-            return None, layer
-    elif name.startswith(f"{base}.{architecture.final_norm}."):
-        return "norms", None
-    elif name.rpartition(".")[0] in OUTPUT_HEADS:
-        return "W_U", None
-    elif model.get_submodule(base).get_input_embeddings() is _module(model, name):
-        return "W_E", None
-    raise InputError(f"tensor {name!r} is in no part of a {model.config.model_type} that rope_probe knows")
-
-
-def _module(model: PreTrainedModel, name: str) -> torch.nn.Module | None:
-    return dict(model.named_modules()).get(name.rpartition(".")[0])
 
 
 def site_of(part: Part, layer: int | None) -> str:
@@ -167,9 +73,9 @@ def pieces(model: PreTrainedModel, span: Span, projections: Sequence[Projection]
 
     Raises InputError for a part, layer, head or pair that is not there, and for "rope", which is no weight.
     """
-    if span.part not in get_args(Part) or span.part == "rope":
-        raise InputError(f"{span.part!r} is no part of the weights; parts are {', '.join(get_args(Part)[:-1])}")
-    layers = len(model.base_model.layers)
+    if span.part not in get_args(Part):
+        raise InputError(f"{span.part!r} is no part of the weights; parts are {', '.join(get_args(Part))}")
+    layers = len(layers_of(model))
     if span.layer is not None and (span.part not in _OF_LAYERS or not 0 <= span.layer < layers):
         raise InputError(f"span {span} is not there: {_which(span.part, 'layers', layers)}")
     if span.part in ATTENTION:
@@ -215,4 +121,5 @@ def _which(what: str, of: str, count: int) -> str:
 def whole(model: PreTrainedModel) -> list[Span]:
     """Every part that a model has: transplanting them all makes the other model."""
     own = {part_of(model, name)[0] for name, _ in model.named_parameters()}
-    return [Span(part=part) for part in get_args(Part) if part in (*ATTENTION, "rope") or part in own]
+    weights = [Span(part=part) for part in get_args(Part) if part in ATTENTION or part in own]
+    return [*weights, Span(part="rope")]

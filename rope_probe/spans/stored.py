@@ -7,27 +7,17 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
-import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from rope_probe.errors import InputError, reason
+from rope_probe.errors import InputError
 from rope_probe.models import weight_files
-from rope_probe.models.architectures import Rotary, architecture_of
-from rope_probe.models.checkpoints import quiet, read_config, require_plain
+from rope_probe.models.architectures import Rotary, architecture_of, shape_of
+from rope_probe.models.checkpoints import read_config, require_plain, skeleton
 from rope_probe.models.hooked import HookedCausalLM
-from rope_probe.spans.parts import OUTPUT_HEADS, part_of
+from rope_probe.models.parameters import is_weight, name_in_files, part_of
 
 Model: TypeAlias = str | os.PathLike[str] | PreTrainedModel | HookedCausalLM
-_ALIKE = (
-    "model_type",
-    "num_hidden_layers",
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "vocab_size",
-)
 
 
 class Weights(Protocol):
@@ -63,16 +53,8 @@ class _Stored:
         require_plain(config, label)
         architecture_of(config)
         self.model = skeleton(config)
-        ignored = self.model._keys_to_ignore_on_load_unexpected or ()
-        self.files = {
-            name: file
-            for name, file in weight_files.files_of_tensors(label).items()
-            if not name.endswith((".inv_freq", *(f".{pattern}" for pattern in ignored)))
-        }
-        if config.tie_word_embeddings:
-            self.files = {
-                name: file for name, file in self.files.items() if name.rpartition(".")[0] not in OUTPUT_HEADS
-            }
+        files = weight_files.files_of_tensors(label)
+        self.files = {name: file for name, file in files.items() if is_weight(self.model, name)}
         self.names = list(self.files)
         weight_files.require_floats(self._name, self.files)
         self._require_whole()
@@ -87,9 +69,7 @@ class _Stored:
 
     def _require_whole(self) -> None:
         """That what the config describes is there, in that shape; files have their own names for parts of experts."""
-        wanted = dict(self.model.named_parameters())
-        if "lm_head.weight" in wanted and "embed_out.weight" in self.files:
-            wanted["embed_out.weight"] = wanted.pop("lm_head.weight")
+        wanted = {name_in_files(name, self.files): parameter for name, parameter in self.model.named_parameters()}
         own_names = {name for name in self.names if name not in wanted}
         for name, parameter in wanted.items():
             if name not in self.files:
@@ -137,14 +117,7 @@ def describe_checkpoint(model: str | os.PathLike[str]) -> dict[str, Any]:
 
 def require_alike(before: PreTrainedConfig, after: PreTrainedConfig) -> None:
     """Raises InputError unless two models are of one architecture and shape; how they rotate may differ."""
-
-    def shape(config: PreTrainedConfig) -> dict[str, Any]:
-        named = {name: getattr(config, name, None) for name in _ALIKE}
-        heads = config.num_attention_heads
-        named["num_key_value_heads"] = named["num_key_value_heads"] or heads
-        return named | {"head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads}
-
-    one, other = shape(before), shape(after)
+    one, other = shape_of(before), shape_of(after)
     for name in one:
         if one[name] != other[name]:
             raise InputError(
@@ -159,16 +132,3 @@ def require_same_pairs(before: Sequence[Rotary | None], after: Sequence[Rotary |
         one, other = (0 if rotary is None else rotary.rotary_dim for rotary in rotaries)
         if one != other:
             raise InputError(f"layer {layer} rotates {one} dimensions of a head before and {other} after")
-
-
-def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
-    """A causal LM's modules and shapes without their values, but with the rotary embedding it would have."""
-    try:
-        with quiet(), torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-        model.base_model.rotary_emb = type(model.base_model.rotary_emb)(config=config)
-    except Exception as error:  # each config has its own checks
-        raise InputError(
-            f"transformers makes no causal LM of this {config.model_type} config: {reason(error)}"
-        ) from error
-    return model

@@ -1,6 +1,5 @@
 """Spans of one checkpoint in another: what a change of weights does is found by making it, or undoing it, alone."""
 
-import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -11,10 +10,9 @@ from rope_probe.errors import InputError
 from rope_probe.models import attention, checkpoints
 from rope_probe.models.architectures import rotary_layers
 from rope_probe.models.hooked import HookedCausalLM
-from rope_probe.spans.parts import Piece, Span, pieces, projections_of
+from rope_probe.models.parameters import projections_of
+from rope_probe.spans.parts import Piece, Span, pieces
 from rope_probe.spans.stored import Model, require_alike, require_same_pairs
-
-_ROTATION = ("rope_parameters", "max_position_embeddings", "original_max_position_embeddings", "partial_rotary_factor")
 
 
 def transplant_spans(before: Model, after: Model, spans: Iterable[Span | tuple]) -> PreTrainedModel:
@@ -36,10 +34,7 @@ def transplant_spans(before: Model, after: Model, spans: Iterable[Span | tuple])
         _write(parameter, piece, donor.get_parameter(piece.name))
     if any(span.part == "rope" for span in named):
         require_same_pairs(rotary_layers(result), rotary_layers(donor))
-        result.base_model.rotary_emb = copy.deepcopy(donor.base_model.rotary_emb).to(result.device)
-        for entry in _ROTATION:
-            if hasattr(donor.config, entry):
-                setattr(result.config, entry, copy.deepcopy(getattr(donor.config, entry)))
+        checkpoints.rotate_as(result, donor)
     return result
 
 

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from rope_probe import rope
 from rope_probe.errors import InputError
-from rope_probe.models.architectures import architecture_of, rotary_layers
+from rope_probe.models.architectures import architecture_of, layers_of, rotary_layers
+from rope_probe.models.parameters import ATTENTION, Projection, norms_around, part_of, projections_of
 from rope_probe.runs.results import tidy
-from rope_probe.spans.parts import ATTENTION, Projection, part_of, projections_of, site_of
+from rope_probe.spans.parts import site_of
 from rope_probe.spans.stored import Model, Weights, require_alike, require_same_pairs, weights_of
 
 _BLOCK = 2**20
@@ -57,7 +58,7 @@ def compare_spans(before: Model, after: Model, *, progress: Callable[[int], Any]
     require_same_pairs(rotary_layers(one.model), rotary_layers(other.model))
     _require_same_tensors(one, other)
     compared = _Comparison(one, other, progress or (lambda count: None))
-    frames = [compared.layer(layer) for layer in range(len(one.model.base_model.layers))]
+    frames = [compared.layer(layer) for layer in range(len(layers_of(one.model)))]
     return tidy(pd.concat([*frames, compared.whole_tensors()], ignore_index=True))
 
 
@@ -70,7 +71,7 @@ def _require_same_tensors(before: Weights, after: Weights) -> None:
 class _Comparison:
     def __init__(self, before: Weights, after: Weights, progress: Callable[[int], Any]) -> None:
         self.before, self.after, self.progress = before, after, progress
-        self.architecture = architecture_of(before.model.config)
+        self.gain_offset = architecture_of(before.model.config).gain_offset
         mine, theirs = projections_of(before.model), projections_of(after.model)
         self.projections = {(one.part, one.layer): one for one in mine}
         self.rotary_after = {one.layer: one.rotary for one in theirs if one.rotary is not None}
@@ -108,7 +109,7 @@ class _Comparison:
 
     def _tensor(self, name: str, *, gain: bool = False) -> Sums:
         """Sums of a whole tensor; the weight of a norm, a `gain`, as what it multiplies by."""
-        offset = self.architecture.gain_offset if gain else 0.0
+        offset = self.gain_offset if gain else 0.0
         sums = torch.zeros(4, dtype=torch.float64)
         with self.before.read(name) as x, self.after.read(name) as y:
             _require_same_shape(name, x, y)
@@ -168,22 +169,19 @@ class _Comparison:
             return values.clone()
 
     def _gains(self, weights: Weights, projection: Projection) -> "_Gains":
-        architecture, prefix = self.architecture, f"{weights.model.base_model_prefix}.layers.{projection.layer}"
-        norm = None if architecture.attn_norm is None else f"{prefix}.{architecture.attn_norm}"
-        side = 0 if projection.part == "W_Q" else 1
-        own = f"{prefix}.{architecture.attn}.{architecture.qk_norms[side]}.weight"
+        before, after = norms_around(weights.model, projection)
         present = set(weights.names)
 
         def read(name: str) -> Tensor | None:
             return self._read_small(weights, name) if name in present else None
 
-        columns, rows = (read(f"{norm}.weight"), read(own)) if norm else (None, read(own))
-        shift = read(f"{norm}.bias") if norm else None
-        offset = architecture.gain_offset
+        rows = read(f"{after}.weight")
+        columns = read(f"{before}.weight") if before else None
+        shift = read(f"{before}.bias") if before else None
         if rows is not None:
             heads, head_dim = projection.index.shape
-            rows = (rows.double() + offset).flatten().view(-1, head_dim).expand(heads, -1)
-        return _Gains(rows, None if columns is None else columns.double() + offset, shift)
+            rows = (rows.double() + self.gain_offset).flatten().view(-1, head_dim).expand(heads, -1)
+        return _Gains(rows, None if columns is None else columns.double() + self.gain_offset, shift)
 
     def _pair_rows(self, projection: Projection, sums: Sums, pairs: Sums) -> list[pd.DataFrame]:
         rotary_after = self.rotary_after[projection.layer]

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from rope_probe.models.architectures import projections
+from rope_probe.models.architectures import layers_of, query_key_value_modules
 from rope_probe.models.attention import Tail
 from rope_probe.models.hooked import HookedCausalLM, returning
 from rope_probe.tracing.perturbations import Perturbation, Site, Turn
@@ -130,9 +130,8 @@ class _Passes(ExitStack):
 
     def __enter__(self) -> "_Passes":
         super().__enter__()
-        layers = self.model.original_model.base_model.layers
         hooks: list[tuple[str, Callable]] = []
-        for layer, module in enumerate(layers):
+        for layer, module in enumerate(layers_of(self.model.original_model)):
             handles = (
                 module.register_forward_pre_hook(self._keep_input, with_kwargs=True, prepend=True),
                 module.register_forward_hook(partial(self._run_layer, layer), with_kwargs=True),
@@ -141,7 +140,7 @@ class _Passes(ExitStack):
                 self.callback(handle.remove)
             hooks += [(f"blocks.{layer}.attn.hook_rot_{side}", partial(self._turn, (side, layer))) for side in "qk"]
             if any(one.cone.layer == layer for one in self.passes):
-                for projection in projections(self.model.original_model, layer):
+                for projection in query_key_value_modules(self.model.original_model, layer):
                     self.callback(projection.register_forward_hook(self._keep_projected).remove)
             if any(len(one.cone.at) < self.length for one in self.passes):
                 hooks += [(f"blocks.{layer}.attn.{name}", self._keep) for name in ("hook_rot_k", "hook_v")]

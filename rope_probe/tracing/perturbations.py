@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from rope_probe import rope
 from rope_probe.errors import InputError
-from rope_probe.models.architectures import Rotary, rotary_layers
+from rope_probe.models.architectures import Rotary, heads_of, rotary_layers
 from rope_probe.models.hooked import HookedCausalLM
 from rope_probe.windows.packing import Window
 
@@ -175,8 +175,7 @@ class Perturbation(ABC):
     def _heads(self, side: str, config: Any) -> list[int] | None:
         if self.heads is None:
             return None
-        query_heads = config.num_attention_heads
-        key_heads = getattr(config, "num_key_value_heads", None) or query_heads
+        query_heads, key_heads, _ = heads_of(config)
         if self.side != "qk":
             return _select(
                 *(("head", self.heads, query_heads) if side == "q" else ("key-value head", self.heads, key_heads))

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import get_args
 
 from rope_probe.errors import InputError
+from rope_probe.models.architectures import heads_of
 from rope_probe.models.hooked import HookedCausalLM
 from rope_probe.names import SWEEPS
 from rope_probe.tracing.perturbations import Perturbation, PositionJitter, PositionShift, Side, ThetaSwap
@@ -52,13 +53,13 @@ def _layer(model: HookedCausalLM, window: int, size: float, sides: Sequence[Side
 
 
 def _head(model: HookedCausalLM, window: int, size: float, sides: Sequence[Side]) -> list[Perturbation]:
-    queries = model.config.num_attention_heads
-    heads = {"q": queries, "k": getattr(model.config, "num_key_value_heads", None) or queries}
+    heads = heads_of(model.config)
+    counts = {"q": heads.query, "k": heads.key}
     return [
         PositionShift(side, size, layers=layer, heads=head)
         for side in _one(sides)
         for layer in _rotating(model)
-        for head in range(heads[side])
+        for head in range(counts[side])
     ]
 
 
