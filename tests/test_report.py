@@ -1,15 +1,20 @@
+import itertools
+import json
 import re
+import shutil
 
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from experiments import phase_scaling
 from experiments.theta_grid import cells
 from rope_probe import InputError, PositionShift, copy_deltas, load_model, repeated_window, rope, trace
 from rope_probe.distillation import distillation_signal
 from rope_probe.gallery import figures as plots
-from rope_probe.gallery.report import gallery, write_figure
+from rope_probe.gallery.report import _slug, gallery, write_figure
 from rope_probe.runs.results import new_run, read_run, tidy
 from tests import zoo
 
@@ -97,6 +102,42 @@ def test_what_is_rounding_is_left_grey():
     assert np.isfinite(rotated).all()
     assert np.isnan(residual).all()
     assert "grey: rounding" in figure.layout.annotations[-1].text.replace("<br>", " ")
+
+
+@given(st.lists(st.text(max_size=300), min_size=2, max_size=4), st.text(max_size=300))
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_pages_have_short_names_of_their_own_whatever_experiments_and_models_are_called(tmp_path, experiments, model):
+    numbers, names = itertools.count(1), []
+    for experiment in experiments:
+        name = f"{next(numbers)}-{_slug(f'{experiment} dose_response {model}')}"
+        names.append(name)
+    assert len(set(names)) == len(names)
+    assert all(name.isascii() and len(name) <= 70 and not set(name) & set("/\\ .") for name in names)
+
+
+@pytest.mark.parametrize("experiments", [("a b", "a-b"), ("", ".."), ("x" * 3000, "x" * 3001), ("größe", "размер")])
+def test_odd_names_of_experiments_make_pages_that_can_be_opened(tmp_path, experiments):
+    rows = [{"metric": "accuracy", "value": 0.5, "distance": d, "seq_len": 64, "model": "m" * 3000} for d in (8, 16)]
+    for i, experiment in enumerate(experiments):
+        with new_run(tmp_path / str(i), experiment, {}) as made:
+            made.record(tidy(rows))
+    page = gallery([tmp_path / "0", tmp_path / "1", tmp_path / "1"], tmp_path / "gallery").read_text()
+    pages = re.findall(r'<iframe src="([^"]+)"', page)
+    assert len(set(pages)) == len(pages) == 2
+    assert all((tmp_path / "gallery" / name).is_file() and len(name) < 80 for name in pages)
+
+
+ODD = {"run_id": (None, 5, {}), "experiment": (5, [], None), "argv": (5, {}), "packages": (True, 5), "git": ("x", True)}
+ODD |= {"wall_s": (None, "x", True), "config": (5, None)}
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in ODD.items() for value in values])
+def test_manifests_that_no_run_writes_are_refused_by_name(run, tmp_path, key, value):
+    copied = shutil.copytree(run, tmp_path / "run")
+    manifest = json.loads((copied / "manifest.json").read_text())
+    (copied / "manifest.json").write_text(json.dumps({**manifest, key: value}))
+    with pytest.raises(InputError, match=f"{key} in the manifest of .*run' is "):
+        gallery([copied], tmp_path / "gallery")
 
 
 def test_the_gallery_works_offline_and_links_what_is_there(run, tmp_path):
@@ -323,11 +364,11 @@ def test_the_gallery_draws_every_figure_of_its_experiment(tmp_path):
     page = gallery(map(tmp_path.joinpath, ("kd_phase_wise", "kd_small_theta", "grid", "other")), tmp_path / "out")
     found = re.findall(r'<iframe src="([^"]+)\.html"', page.read_text())
     assert found == [
-        "phase-scaling-1-retrieval-by-distance-window-64",
-        "phase-scaling-2-retrieval-by-distance-window-128",
-        "phase-scaling-3-rotations-by-pair",
-        "phase-scaling-4-loss-curves",
-        "theta-grid-1-theta-grid",
+        "1-phase-scaling-retrieval-by-distance-window-64",
+        "2-phase-scaling-retrieval-by-distance-window-128",
+        "3-phase-scaling-rotations-by-pair",
+        "4-phase-scaling-loss-curves",
+        "5-theta-grid-theta-grid",
     ]
     assert "1 run, nothing to draw" in page.read_text()
     assert "no figure" in page.read_text()
@@ -339,9 +380,9 @@ def test_accuracy_after_several_phases_is_drawn_phase_by_phase(tmp_path):
             made.record(accuracy("student", 0, (1, 0.8, 0.6)).assign(phase=phase))
             made.record(losses("student", 0, (2, 1), phase=phase))
     page = gallery([tmp_path / "run"], tmp_path / "gallery").read_text()
-    found = re.findall(r'<iframe src="distill-([^"]+)\.html"', page)
+    found = re.findall(r'<iframe src="\d+-distill-([^"]+)\.html"', page)
     assert found == [
-        "1-retrieval-by-distance-short--window-64", "2-retrieval-by-distance-long--window-64", "3-loss-curves"
+        "retrieval-by-distance-short-window-64", "retrieval-by-distance-long-window-64", "loss-curves"
     ]  # fmt: skip
 
 

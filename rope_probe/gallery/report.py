@@ -1,8 +1,9 @@
 """Run directories in, an offline HTML gallery out: one page per figure, one shared plotly script, an index."""
 
 import html
+import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from rope_probe.gallery import figures as plots
 from rope_probe.runs.folders import whole_folder
 from rope_probe.runs.results import read_run
 
+_LONGEST_NAME = 60
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2rem auto; padding: 0 1rem; color: #222; }
 h1 { margin-bottom: 0; } h2 { margin: 2.5rem 0 .3rem; border-top: 1px solid #ddd; padding-top: 1.5rem; }
@@ -38,6 +40,7 @@ def gallery(runs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str])
     Raises InputError for a run that is not complete, runs that all hold nothing to draw, or an `out` that is something
     else than a gallery or cannot be written.
     """
+    runs = list(dict.fromkeys(str(run) for run in runs))  # each once
     experiments: dict[str, list[tuple[pd.DataFrame, dict[str, Any]]]] = {}
     for frame, manifest in map(read_run, runs):
         experiments.setdefault(manifest["experiment"], []).append((frame, manifest))
@@ -48,7 +51,8 @@ def gallery(runs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str])
     if not any(figures for *_, figures in sections):
         raise InputError("these runs hold nothing that a figure is drawn from; trace some perturbations first")
     with whole_folder(out, kind="gallery", overwrite=True, inputs=runs) as folder:
-        body = "".join(_section(*section, folder) for section in sections)
+        numbers = itertools.count(1)  # over the whole gallery, so that no two pages have one name
+        body = "".join(_section(*section, folder, numbers) for section in sections)
         page = f"<!doctype html><meta charset=utf-8><title>rope_probe</title><style>{_STYLE}</style>"
         (folder / "index.html").write_text(f"{page}<h1>rope_probe</h1>{body}\n")
     return Path(out) / "index.html"
@@ -70,13 +74,17 @@ def _figures(frame: pd.DataFrame) -> list[tuple[str, str, go.Figure]]:
 
 
 def _section(
-    experiment: str, manifests: list[dict[str, Any]], figures: list[tuple[str, str, go.Figure]], folder: Path
+    experiment: str,
+    manifests: list[dict[str, Any]],
+    figures: list[tuple[str, str, go.Figure]],
+    folder: Path,
+    numbers: Iterator[int],
 ) -> str:
     """The first figure of each drawing, and the others folded away below it."""
     frames, before = [], ""
-    for number, (drawing, label, figure) in enumerate(figures, start=1):
-        name = f"{number}-{_slug(f'{drawing} {label}')}"
-        page = write_figure(figure, folder / f"{_slug(experiment)}-{name}.html")
+    for drawing, label, figure in figures:
+        name = f"{next(numbers)}-{_slug(f'{experiment} {drawing} {label}')}"
+        page = write_figure(figure, folder / f"{name}.html")
         size = f'height="{figure.layout.height + 20}" title="{html.escape(name)}" loading="lazy"'
         frame = f'<iframe src="{page.name}" {size}></iframe>'
         told = html.escape(f"{drawing.replace('_', ' ')}: {label}")
@@ -94,7 +102,7 @@ def _how_it_was_made(manifest: dict[str, Any]) -> str:
     git = manifest["git"] or {}
     facts = {
         "config": manifest["config"],
-        "command": " ".join(manifest["argv"][1:]),
+        "command": " ".join(map(str, manifest["argv"][1:])),
         "wall time": f"{manifest['wall_s']:.0f} s",
         "commit": f"{git.get('commit', 'unknown')}{' with local changes' if git.get('dirty') else ''}",
         "packages": ", ".join(f"{name} {version}" for name, version in manifest["packages"].items()),
@@ -104,4 +112,6 @@ def _how_it_was_made(manifest: dict[str, Any]) -> str:
 
 
 def _slug(text: str) -> str:
-    return "".join(c if c.isalnum() else "-" for c in text.lower()).strip("-")
+    """The letters and digits of a name, as far as a file's name has room for them."""
+    words = "".join(c if c.isascii() and c.isalnum() else " " for c in text.lower()).split()
+    return "-".join(words)[:_LONGEST_NAME].strip("-")

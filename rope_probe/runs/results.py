@@ -93,7 +93,17 @@ SCHEMA = {
 - `value_float64` is the float64 control of `value`; `low` and `high` are the ends of its 95% confidence interval.
 """
 
-_MANIFEST_KEYS = {"run_id", "experiment", "status", "config", "argv", "packages", "git", "wall_s"}
+_MANIFEST_TYPES: dict[str, tuple[type, ...]] = {
+    "run_id": (str,),
+    "experiment": (str,),
+    "status": (str,),
+    "config": (dict,),
+    "argv": (list,),
+    "packages": (dict,),
+    "git": (dict, type(None)),
+    "wall_s": (int, float),
+}
+"""What a manifest holds at least, and as what."""
 _PACKAGES = ("rope_probe", "torch", "transformers", "transformer-lens", "numpy", "pandas", "pyarrow", "safetensors")
 
 
@@ -300,8 +310,11 @@ def read_run(run: str | os.PathLike[str]) -> tuple[pd.DataFrame, dict[str, Any]]
     """
     run = Path(run)
     manifest = _read_manifest(run)
-    if not isinstance(manifest, dict) or not set(manifest) >= _MANIFEST_KEYS:
+    if not isinstance(manifest, dict) or not set(manifest) >= set(_MANIFEST_TYPES):
         raise InputError(f"{str(run)!r} is not a run directory of this version of rope_probe; run it again")
+    for key, kinds in _MANIFEST_TYPES.items():
+        if not isinstance(manifest[key], kinds) or isinstance(manifest[key], bool):
+            raise InputError(f"{key} in the manifest of {str(run)!r} is {manifest[key]!r}, not as a run writes it")
     if manifest["status"] != "complete":
         raise InputError(f"run {str(run)!r} is not complete; run it again")
     frame = _read_metrics(run)
