@@ -3,8 +3,11 @@
 python -m experiments.reproduce --out runs
 """
 
+import dataclasses
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated
 
 import pandas as pd
@@ -29,14 +32,12 @@ def main(
     stages = plan(Options(out, seeds, full))
     without = run_all(stages, reuse_anyway=reuse_anyway)
     runs = runs_of(stages, without)
-    frames = {experiment: read_frames(folders) for experiment, folders in runs.items()}
-    for module in discover():
-        name = module.__name__.rpartition(".")[2]
-        if name in frames:
-            print(as_text(name, module.QUESTION, module.report(frames)))
+    reports = report_all(discover(), runs)
+    for name, section in reports.items():
+        print(as_text(name, section))
     for name, why in without.items():
         print(f"without a result: {name}: {why}")
-    print(gallery([run for folders in runs.values() for run in folders], out / "gallery"))
+    print(gallery([run for folders in runs.values() for run in folders], out / "gallery", reports))
     if without:
         raise typer.Exit(1)
 
@@ -50,9 +51,20 @@ def runs_of(stages: dict[str, Stage], without: dict[str, str]) -> dict[str, list
     return runs
 
 
-def as_text(name: str, question: str, section: Section) -> str:
+def report_all(modules: Sequence[ModuleType], runs: Mapping[str, Sequence[Path]]) -> dict[str, Section]:
+    """What each experiment that has runs says of them, by its name."""
+    frames = {experiment: read_frames(folders) for experiment, folders in runs.items()}
+    named = {module.__name__.rpartition(".")[2]: module for module in modules}
+    return {
+        name: dataclasses.replace(module.report(frames), question=module.QUESTION)
+        for name, module in named.items()
+        if name in frames
+    }
+
+
+def as_text(name: str, section: Section) -> str:
     """A section as it is printed."""
-    parts = [f"\n{name}: {question}"]
+    parts = [f"\n{name}: {section.question}"]
     for title, table in section.tables.items():
         parts.append(f"\n{title}\n{_table(table, index=True)}")
     parts.append(f"\npredictions, see PREDICTIONS of experiments/{name}.py\n{_table(section.verdicts, index=False)}")

@@ -19,7 +19,7 @@ import pkgutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -74,13 +74,15 @@ def discover() -> list[ModuleType]:
     return [module for module in modules if hasattr(module, "stages")]
 
 
-def plan(options: Options) -> dict[str, Stage]:
+def plan(options: Options, modules: Sequence[ModuleType] | None = None) -> dict[str, Stage]:
     """Every stage of every experiment by name; those come first that the longest wait follows.
+
+    `modules` are the experiments, by default those of this folder.
 
     Raises InputError for a stage that needs one that nobody plans.
     """
     stages: dict[str, Stage] = {}
-    for module in discover():
+    for module in discover() if modules is None else modules:
         stages |= module.stages(options)
     for name, stage in stages.items():
         if absent := [need for need in stage.needs if need not in stages]:

@@ -1,28 +1,26 @@
 """Run directories in, an offline HTML gallery out: one page per figure, one shared plotly script, an index."""
 
-import html
 import itertools
+import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
+from jinja2 import Environment, PackageLoader
 
 from rope_probe.errors import InputError
 from rope_probe.gallery import figures as plots
 from rope_probe.runs.folders import whole_folder
 from rope_probe.runs.results import read_run
+from rope_probe.runs.verdicts import Section
 
 _LONGEST_NAME = 60
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2rem auto; padding: 0 1rem; color: #222; }
-h1 { margin-bottom: 0; } h2 { margin: 2.5rem 0 .3rem; border-top: 1px solid #ddd; padding-top: 1.5rem; }
-iframe { width: 100%; border: 0; } p.what { color: #555; margin-top: .2rem; }
-table { border-collapse: collapse; font-size: .85rem; } td { padding: .1rem .8rem .1rem 0; vertical-align: top; }
-td:first-child { color: #555; } code { font-size: .85em; }
-"""
+_PAGE = Environment(
+    loader=PackageLoader("rope_probe", "gallery"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+)
 
 
 def write_figure(figure: go.Figure, path: str | os.PathLike[str]) -> Path:
@@ -33,9 +31,14 @@ def write_figure(figure: go.Figure, path: str | os.PathLike[str]) -> Path:
     return path
 
 
-def gallery(runs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) -> Path:
+def gallery(
+    runs: Sequence[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    reports: Mapping[str, Section] | None = None,
+) -> Path:
     """Draw every figure that the runs hold and an index.html over them; returns the index.
 
+    `reports` are what experiments say of their runs, by name: question and verdicts stand above the figures.
     Experiments that no figure is drawn from are listed with how they were made. An older gallery at `out` is replaced.
     Raises InputError for a run that is not complete, runs that all hold nothing to draw, or an `out` that is something
     else than a gallery or cannot be written.
@@ -44,17 +47,26 @@ def gallery(runs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str])
     experiments: dict[str, list[tuple[pd.DataFrame, dict[str, Any]]]] = {}
     for frame, manifest in map(read_run, runs):
         experiments.setdefault(manifest["experiment"], []).append((frame, manifest))
-    sections = []
-    for experiment, read in experiments.items():
-        figures = _figures(pd.concat([frame for frame, _ in read], ignore_index=True))
-        sections.append((experiment, [manifest for _, manifest in read], figures))
-    if not any(figures for *_, figures in sections):
+    drawn = {
+        experiment: _figures(pd.concat([frame for frame, _ in read], ignore_index=True))
+        for experiment, read in experiments.items()
+    }
+    if not any(drawn.values()):
         raise InputError("these runs hold nothing that a figure is drawn from; trace some perturbations first")
     with whole_folder(out, kind="gallery", overwrite=True, inputs=runs) as folder:
         numbers = itertools.count(1)  # over the whole gallery, so that no two pages have one name
-        body = "".join(_section(*section, folder, numbers) for section in sections)
-        page = f"<!doctype html><meta charset=utf-8><title>rope_probe</title><style>{_STYLE}</style>"
-        (folder / "index.html").write_text(f"{page}<h1>rope_probe</h1>{body}\n")
+        sections = []
+        for experiment, read in experiments.items():
+            report = (reports or {}).get(experiment)
+            sections.append({
+                "experiment": experiment,
+                "question": "" if report is None else report.question,
+                "verdicts": [] if report is None else _verdicts(report.verdicts),
+                "frames": _frames(experiment, drawn[experiment], folder, numbers),
+                "manifests": [{"run_id": manifest["run_id"], "facts": _facts(manifest)} for _, manifest in read],
+            })  # fmt: skip
+        page = _PAGE.get_template("index.html.jinja").render(sections=sections)
+        (folder / "index.html").write_text(page + "\n", encoding="utf-8", errors="replace")
     return Path(out) / "index.html"
 
 
@@ -73,42 +85,48 @@ def _figures(frame: pd.DataFrame) -> list[tuple[str, str, go.Figure]]:
     return figures
 
 
-def _section(
-    experiment: str,
-    manifests: list[dict[str, Any]],
-    figures: list[tuple[str, str, go.Figure]],
-    folder: Path,
-    numbers: Iterator[int],
-) -> str:
-    """The first figure of each drawing, and the others folded away below it."""
-    frames, before = [], ""
+def _frames(
+    experiment: str, figures: list[tuple[str, str, go.Figure]], folder: Path, numbers: Iterator[int]
+) -> list[dict[str, Any]]:
+    """The pages of an experiment's figures; but for the first figure of each drawing they are folded away."""
+    frames: list[dict[str, Any]] = []
+    before = ""
     for drawing, label, figure in figures:
         name = f"{next(numbers)}-{_slug(f'{experiment} {drawing} {label}')}"
         page = write_figure(figure, folder / f"{name}.html")
-        size = f'height="{figure.layout.height + 20}" title="{html.escape(name)}" loading="lazy"'
-        frame = f'<iframe src="{page.name}" {size}></iframe>'
-        told = html.escape(f"{drawing.replace('_', ' ')}: {label}")
-        frames.append(frame if drawing != before else f"<details><summary>{told}</summary>{frame}</details>")
+        summary = f"{drawing.replace('_', ' ')}: {label}"
+        size = {"height": figure.layout.height + 20, "folded": drawing == before}
+        frames.append({"page": page.name, "name": name, "summary": summary, **size})
         before = drawing
-    made = "".join(map(_how_it_was_made, manifests))
-    many = f"{len(manifests)} run{'s' if len(manifests) > 1 else ''}{'' if figures else ', nothing to draw'}"
-    return (
-        f"<h2>{html.escape(experiment)}</h2><p class=what>{many}</p>{''.join(frames)}"
-        f"<details><summary>how it was made</summary>{made}</details>"
-    )
+    return frames
 
 
-def _how_it_was_made(manifest: dict[str, Any]) -> str:
+def _verdicts(verdicts: pd.DataFrame) -> list[dict[str, str]]:
+    """Verdicts as the page shows them."""
+    return [
+        {
+            "prediction": "" if pd.isna(row.prediction) else str(row.prediction),
+            "claim": row.claim,
+            "kind": row.kind,
+            "measured": f"{row.measured:.4g}",
+            "interval": f"{row.low:.4g} to {row.high:.4g}" if math.isfinite(row.low + row.high) else "",
+            "n": str(row.n),
+            "held": "" if pd.isna(row.held) else row.held,
+        }
+        for row in verdicts.itertuples()
+    ]
+
+
+def _facts(manifest: dict[str, Any]) -> dict[str, Any]:
+    """How a run was made."""
     git = manifest["git"] or {}
-    facts = {
+    return {
         "config": manifest["config"],
         "command": " ".join(map(str, manifest["argv"][1:])),
         "wall time": f"{manifest['wall_s']:.0f} s",
         "commit": f"{git.get('commit', 'unknown')}{' with local changes' if git.get('dirty') else ''}",
         "packages": ", ".join(f"{name} {version}" for name, version in manifest["packages"].items()),
     }
-    rows = (f"<tr><td>{key}</td><td><code>{html.escape(str(value))}</code></td></tr>" for key, value in facts.items())
-    return f"<h3>{html.escape(manifest['run_id'])}</h3><table>{''.join(rows)}</table>"
 
 
 def _slug(text: str) -> str:
