@@ -5,8 +5,16 @@ import torch
 
 from rope_probe import InputError, KeyValueStream, load_model
 from rope_probe.distillation import (
-    CrossEntropy, Divergence, Gate, GateError, Head, HiddenStates, Phase, Training, train_phase,
-)  # fmt: skip
+    CrossEntropy,
+    Divergence,
+    Gate,
+    GateError,
+    Head,
+    HiddenStates,
+    Phase,
+    Training,
+    train_phase,
+)
 from rope_probe.distillation.student import by_distance
 from rope_probe.distillation.terms import loss_in_chunks
 from tests import zoo

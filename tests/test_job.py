@@ -219,7 +219,7 @@ def test_a_run_is_gone_on_with_only_by_the_teacher_and_data_it_began_with(tmp_pa
     other = zoo.llama(attention_dropout=0.1)
     other.lm_head.weight.data[0, 0] += 1e-3
     checkpoints.save(other, tmp_path / "teacher")
-    with pytest.raises(InputError, match="was started with other inputs: teachers\.teacher was"):
+    with pytest.raises(InputError, match="was started with other inputs"):
         distill(table, resume=True)
 
 
@@ -428,9 +428,7 @@ def test_a_teacher_with_another_tokenizer_is_refused(tmp_path):
     checkpoints.save(zoo.llama(), tmp_path / "student")
     bytes_tokenizer(tmp_path / "student", ["one", "two"])
     bytes_tokenizer(tmp_path / "teacher", ["one", "three"])
-    with pytest.raises(
-        InputError, match=r"teacher 'teacher' has another tokenizer than student .* 'two' is no token there"
-    ):
+    with pytest.raises(InputError, match=r"teacher .* another tokenizer than student .* 'two' is no token there"):
         distill(table)
     assert not (tmp_path / "run").exists()
 

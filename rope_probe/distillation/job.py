@@ -280,7 +280,7 @@ class _Job:
     def _shared_tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The one tokenizer of student, teachers and text; None where none has one."""
         named: list[tuple[str, PreTrainedTokenizerBase]] = []
-        teachers = [(f"teacher {name!r}", place) for name, place in self.config.teachers.items()]
+        teachers = [("teacher", place) for place in self.config.teachers.values()]
         for role, source in (("student", self.config.student), *teachers):
             tokenizer = checkpoints.load_tokenizer(source) if isinstance(source, str) else None
             if tokenizer is not None:
