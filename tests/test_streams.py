@@ -331,21 +331,45 @@ def test_terms_defined_by_a_user_train_a_run_and_are_logged(tmp_path):
     assert read_config({**manifest["config"], "out": str(run)}) == dataclasses.replace(config, out=str(run))
 
 
-@pytest.mark.parametrize("original", ["run", "phase"])
-def test_a_run_with_streams_logs_every_term_and_its_original_is_that_of_the_run_or_phase(tmp_path, original):
-    config = table(tmp_path, original=original, log_every=1)
+def with_streams(folder, original):
+    """A student that learns alone, then from streams of which one reads the original."""
+    config = table(folder, original=original, log_every=1)
     own = config["phases"][0] | {"steps": 2, "terms": [{"kind": "cross_entropy"}]}
     streams = [
         {"data": own["data"], "window": 32, "share": 3, "name": "new", "terms": [{"kind": "kd", "teacher": "long"}]},
         {"data": own["data"], "window": 16, "terms": [{"kind": "kd", "teacher": "original", "weight": 0.5}]},
     ]
     mixed = {key: value for key, value in own.items() if key not in ("data", "window", "terms")}
-    config["phases"] = [own, {**mixed, "name": "mixed", "streams": streams}]
-    run = distill(config)
+    return {**config, "phases": [own, {**mixed, "name": "mixed", "steps": 3, "streams": streams}]}
+
+
+@pytest.mark.parametrize("original", ["run", "phase"])
+def test_a_resumed_run_has_the_original_that_it_began_with(tmp_path, original, monkeypatch):
+    config = with_streams(tmp_path, original) | {"save_every": 1}
+    whole = distill({**config, "out": str(tmp_path / "whole")})
+    plain_advance = Training.advance
+
+    def advance(self, **options):
+        if self.phase.name == "mixed" and self.step == 2:
+            raise KeyboardInterrupt
+        return plain_advance(self, **options)
+
+    monkeypatch.setattr(Training, "advance", advance)
+    with pytest.raises(KeyboardInterrupt):
+        distill(config)
+    monkeypatch.undo()
+    run = distill(config, resume=True)
+    ours, theirs = (load_file(place / "checkpoints/mixed/model.safetensors") for place in (run, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("original", ["run", "phase"])
+def test_a_run_with_streams_logs_every_term_and_its_original_is_that_of_the_run_or_phase(tmp_path, original):
+    run = distill(with_streams(tmp_path, original))
     frame, manifest = read_run(run)
     told = frame[frame["phase"] == "mixed"]
     for metric in ("loss", "new/kd_nats", "1/kd_nats", "new/ce_nats", "1/ce_nats"):
-        assert len(told[told["metric"] == metric]) == 2
+        assert len(told[told["metric"] == metric]) == 3
     assert set(told[told["metric"] == "1/kd_nats_by_distance"]["distance"]) <= {0, 1, 2, 4, 8, 16}
     apart = told[told["metric"] == "1/kd_nats"]["value"].iloc[0]
     assert abs(apart) < 1e-6 if original == "phase" else apart > 1e-4
@@ -384,6 +408,14 @@ def test_phases_of_streams_that_make_no_sense_are_refused(changes, named):
 def test_streams_that_make_no_sense_are_refused(changes, named):
     with pytest.raises(InputError, match=named):
         dataclasses.replace(MIXED.streams[0], **changes)
+
+
+def test_a_measured_term_that_is_no_number_is_told(monkeypatch):
+    phase = Phase("one", DATA, 32, 1, 256, 1e-3, terms=(CrossEntropy(), EntropyGap(0.0)))
+    monkeypatch.setattr(EntropyGap, "values", lambda self, logits, targets, taught: logits.sum(-1) * float("nan"))
+    training = Training(fresh(), phase, seed=0, teachers={"teacher": load_model(zoo.llama())})
+    with pytest.raises(InputError, match="test_entropy_gap of phase 'one' is nan at step 1"):
+        training.advance(measure=True)
 
 
 def test_a_teacher_cannot_take_the_name_of_the_original(tmp_path):

@@ -112,6 +112,10 @@ def read_config(source: str | os.PathLike[str] | Mapping[str, Any], **changes: A
         key = ".".join(map(str, first["loc"]))
         if first["type"] == "unexpected_keyword_argument":
             reason = _INSTEAD.get(str(first["loc"][-1]), "there is no such key")
+        elif first["type"] == "union_tag_invalid":
+            reason = f"kind {first['ctx']['tag']!r} is unknown; known are {first['ctx']['expected_tags']}"
+        elif first["type"] == "union_tag_not_found":
+            reason = "it has no kind, which says what it is"
         else:
             reason = first["msg"].removeprefix("Value error, ")
         raise InputError(f"{where}: {key + ': ' if key else ''}{reason}") from error

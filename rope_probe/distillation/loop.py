@@ -129,7 +129,7 @@ class Training:
         (`grad_norm_q|k|v`), and `kd_nats_by_distance`: the divergence at tokens that last occurred so many tokens ago,
         up to powers of two ("new" for the first occurrence in a window).
 
-        Raises InputError for a gradient that is not finite.
+        Raises InputError for a gradient or a term that is not finite.
         """
         phase, accelerator = self.phase, self._accelerator
         factor = phase.learning_rate_factor(self.step)
@@ -278,6 +278,9 @@ class Training:
     def _together(self, sums: dict[str, Tensor]) -> Record:
         """Sums over all processes, as numbers."""
         record: Record = {name: value.tolist() for name, value in self._accelerator.reduce(sums, "sum").items()}
+        for name, value in record.items():
+            if isinstance(value, float) and not math.isfinite(value):  # of weight 0, else the gradient had told
+                raise InputError(f"{name} of phase {self.phase.name!r} is {value} at step {self.step}; leave it out")
         for name in [name for name in record if name.endswith(BY_DISTANCE)]:
             totals, counts = record[name]
             ends = ["new", *(2**k for k in range(len(counts) - 1))]
