@@ -23,7 +23,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F  # noqa: N812
 
-from rope_probe.distillation import Head, Objective
+from rope_probe.distillation import Divergence, Head
+from rope_probe.distillation.terms import loss_in_chunks
 
 VARIANTS = ("plain", "chunked", *(["liger"] if importlib.util.find_spec("liger_kernel") else []))
 
@@ -56,7 +57,8 @@ def loss_of(variant: str, chunk: int, hidden: torch.Tensor, head: torch.Tensor, 
         torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta") for weight in (head, teacher_head)
     ]
     heads[0].weight, heads[1].weight = head, torch.nn.Parameter(teacher_head, requires_grad=False)
-    loss, _ = Objective(chunk=chunk).loss(hidden, Head(heads[0]), targets, taught, Head(heads[1]))
+    teachers = {"teacher": (taught, Head(heads[1]))}
+    loss, _ = loss_in_chunks([Divergence()], hidden, Head(heads[0]), targets, teachers, chunk=chunk)
     return loss
 
 

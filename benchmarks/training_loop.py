@@ -53,7 +53,7 @@ def main() -> None:
     student, teacher, twin, taught_by = (checkpoints.build(config, seed=seed) for seed in (0, 1, 0, 1))
     matrix_lr = None if options.adamw else 0.01
     phase = Phase("extension", data, 1024, 10**6, 8192, lr=3e-3, matrix_lr=matrix_lr)
-    training = Training(load_model(twin), phase, seed=0, teacher=load_model(taught_by))
+    training = Training(load_model(twin), phase, seed=0, teachers={"teacher": load_model(taught_by)})
     tokens = phase.batch(0, 0).tokens
     seconds: dict[str, list[float]] = {"bare": [], "ours": []}
     for block in range(options.blocks + 1):

@@ -32,7 +32,7 @@ from experiments.toy_checkpoints import (
     by_distance,
 )
 from rope_probe import HookedCausalLM, KeyValueStream, KeyValueTask, load_model, retrieval_accuracy, rope
-from rope_probe.distillation import Objective, Phase, train_phase
+from rope_probe.distillation import Divergence, Phase, Term, train_phase
 from rope_probe.errors import InputError
 from rope_probe.models import checkpoints
 from rope_probe.retrieval.probe import student_interval
@@ -70,7 +70,7 @@ HEAD_DIM = 32
 BASE_THETAS = {"base": SMALL_THETA, "base_large_theta": LARGE_THETA}
 
 ADAMW: dict[str, Any] = {"lr": 2e-3, "matrix_lr": None}
-KD = Objective(ce_weight=0.0, kd_weight=1.0, chunk=BATCH_TOKENS)
+KD = (Divergence(),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Arm:
 
     base: str = "base"
     theta: float = LARGE_THETA
-    objective: Objective | None = KD
+    objective: tuple[Term, ...] | None = KD
     data: KeyValueStream = SHORT_DOCUMENTS
     teacher_masked: bool = False
     window: int = LONG
@@ -121,7 +121,7 @@ def extend(
         base = checkpoints.load(checkpoints_in / f"{arm.base}-{seed}" / "checkpoint")
         student = load_model(checkpoints.with_rope(base, arm.theta))
         if arm.objective is not None:
-            taught = arm.objective.kd_weight > 0
+            taught = "teacher" in needs(name)
             teacher = load_model(checkpoints_in / f"teacher-{seed}" / "checkpoint") if taught else None
             phase = phase_of(arm)
             with progress(f"{name} {seed}, tokens", phase.steps * phase.batch_tokens) as advance:
@@ -161,7 +161,8 @@ def phase_of(arm: Arm) -> Phase:
         STEPS,
         BATCH_TOKENS,
         theta=arm.theta,
-        objective=arm.objective,
+        terms=arm.objective,
+        chunk=BATCH_TOKENS,
         teacher_masked=arm.teacher_masked,
         lr=arm.lr,
         matrix_lr=arm.matrix_lr,
@@ -192,7 +193,8 @@ def geometry(arm: Arm) -> pd.DataFrame:
 def needs(name: str) -> tuple[str, ...]:
     """The toy checkpoints an arm starts from: its base, and the teacher where it has one."""
     arm = ARMS[name]
-    return (arm.base, "teacher") if arm.objective is not None and arm.objective.kd_weight > 0 else (arm.base,)
+    taught = any(term.teacher is not None for term in arm.objective or ())
+    return (arm.base, "teacher") if taught else (arm.base,)
 
 
 def config_of(name: str, seed: int, checkpoints_in: Path) -> dict:

@@ -22,7 +22,7 @@ from transformers import LlamaConfig, PreTrainedModel
 
 from experiments.stages import MISSED_GATE, Options, Stage
 from rope_probe import HookedCausalLM, KeyValueStream, load_model
-from rope_probe.distillation import Gate, GateError, Objective, Phase, train_phase
+from rope_probe.distillation import CrossEntropy, Gate, GateError, Phase, train_phase
 from rope_probe.distillation.loop import Record
 from rope_probe.models import checkpoints
 from rope_probe.runs.progress import progress
@@ -33,8 +33,8 @@ from rope_probe.seeds import derive
 SHORT, LONG = 64, 1024
 BATCH_TOKENS = 8192
 OPTIMISER: dict[str, Any] = {"lr": 3e-3, "matrix_lr": 0.01}
-CE = Objective(ce_weight=1.0, kd_weight=0.0, chunk=BATCH_TOKENS)
-BY_CE: dict[str, Any] = {"objective": CE, **OPTIMISER}
+CE = (CrossEntropy(),)
+BY_CE: dict[str, Any] = {"terms": CE, "chunk": BATCH_TOKENS, **OPTIMISER}
 SMALL_THETA, LARGE_THETA = 300.0, 20_000.0
 CheckpointsIn = Annotated[Path, typer.Option("--checkpoints", help="Folder of the toy checkpoints.")]
 Role = Literal["teacher", "base", "base_large_theta"]

@@ -4,14 +4,25 @@ import pytest
 import torch
 
 from rope_probe import InputError, KeyValueStream, load_model
-from rope_probe.distillation import Gate, GateError, Head, HiddenMatch, Objective, Phase, Training, train_phase
+from rope_probe.distillation import (
+    CrossEntropy,
+    Divergence,
+    Gate,
+    GateError,
+    Head,
+    HiddenStates,
+    Phase,
+    Training,
+    train_phase,
+)
 from rope_probe.distillation.student import by_distance
+from rope_probe.distillation.terms import loss_in_chunks
 from tests import zoo
 
 STREAM = KeyValueStream(16, distinct=(1, 4), keys=20, values=20)
-CE = Objective(ce_weight=1.0, kd_weight=0.0)
+CE, KD = (CrossEntropy(),), (Divergence(),)
 PHASE = Phase(
-    "tiny", STREAM, window=32, steps=30, batch_tokens=256, lr=3e-3, matrix_lr=0.01, theta=1e4, objective=CE,
+    "tiny", STREAM, window=32, steps=30, batch_tokens=256, lr=3e-3, matrix_lr=0.01, theta=1e4, terms=CE,
     schedule="constant", warmup=5,
 )  # fmt: skip
 
@@ -58,7 +69,7 @@ def test_training_is_a_pure_function_of_the_seed():
 def test_distilling_brings_the_student_to_the_teacher_and_leaves_the_teacher(teacher_masked):
     student, teacher = fresh(), load_model(zoo.llama(vocab_size=70))
     before = {name: p.clone() for name, p in teacher.original_model.named_parameters()}
-    phase = dataclasses.replace(PHASE, steps=100, objective=Objective(chunk=100), teacher_masked=teacher_masked)
+    phase = dataclasses.replace(PHASE, steps=100, terms=KD, chunk=100, teacher_masked=teacher_masked)
     history, _ = train_phase(student, phase, seed=0, teacher=teacher)
     assert history[-1]["kd_nats"] < 0.8 * history[0]["kd_nats"]
     assert "ce_nats" not in history[0]
@@ -75,7 +86,7 @@ def test_the_loss_is_the_divergence_from_the_teacher_as_it_reads_the_window():
         whole = teacher(tokens).log_softmax(-1)
         documents = teacher(tokens.reshape(-1, 16)).reshape(8, 32, -1).log_softmax(-1)
     for masked, p in ((False, whole), (True, documents)):
-        phase = dataclasses.replace(PHASE, steps=1, objective=Objective(0.5, 2.0), teacher_masked=masked)
+        phase = dataclasses.replace(PHASE, steps=1, terms=(CrossEntropy(0.5), Divergence(2.0)), teacher_masked=masked)
         history, _ = train_phase(fresh(), phase, seed=4, teacher=teacher)
         kd = (p.exp() * (p - q)).sum(-1).mean().item()
         ce = torch.nn.functional.nll_loss(q[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).item()
@@ -102,7 +113,7 @@ def test_tied_embeddings_get_both_gradients():
         model = load_model(plain)
         targets = torch.nn.functional.pad(tokens[:, 1:], (0, 1), value=-100).flatten()
         head = Head(plain.get_output_embeddings())
-        loss, _ = Objective(1.0, 0.0, chunk=chunk).loss(model.hidden(tokens).flatten(0, 1), head, targets)
+        loss, _ = loss_in_chunks(CE, model.hidden(tokens).flatten(0, 1), head, targets, chunk=chunk)
         loss.backward()
         grads.append(plain.model.embed_tokens.weight.grad.clone())
         plain.zero_grad()
@@ -114,10 +125,10 @@ def test_tied_embeddings_get_both_gradients():
 @pytest.mark.parametrize("kind", ["cosine", "mse"])
 def test_hidden_states_alone_bring_a_student_to_its_teacher(kind):
     student, teacher = fresh(), load_model(zoo.llama())
-    match = HiddenMatch(2.0, kind, ("blocks.0.hook_resid_post", "ln_final.hook_out"))
-    phase = dataclasses.replace(PHASE, steps=60, matrix_lr=None, objective=Objective(0.0, 0.0, hidden=match))
+    match = HiddenStates(2.0, distance=kind, sites=("blocks.0.hook_resid_post", "ln_final.hook_out"))
+    phase = dataclasses.replace(PHASE, steps=60, matrix_lr=None, terms=(match,))
     tokens = phase.batch(0, 0)
-    apart = match(*(of_sites(model, tokens, match.sites) for model in (student, teacher))).mean().item()
+    apart = match.values(*(of_sites(model, tokens, match.sites) for model in (student, teacher))).mean().item()
     history, _ = train_phase(student, phase, seed=0, teacher=teacher)
     assert history[0]["hidden"] == pytest.approx(apart, rel=1e-5)
     assert history[0]["loss"] == pytest.approx(2 * apart, rel=1e-5)
@@ -128,9 +139,9 @@ def test_hidden_states_alone_bring_a_student_to_its_teacher(kind):
 
 def test_only_what_a_hidden_state_depends_on_is_trained():
     student, teacher = fresh(), load_model(zoo.llama())
-    match = HiddenMatch(sites=("blocks.0.hook_resid_post",))
-    phase = dataclasses.replace(PHASE, steps=2, matrix_lr=None, objective=Objective(0.0, 0.0, hidden=match))
-    training = Training(student, phase, seed=0, teacher=teacher)
+    match = HiddenStates(sites=("blocks.0.hook_resid_post",))
+    phase = dataclasses.replace(PHASE, steps=2, matrix_lr=None, terms=(match,))
+    training = Training(student, phase, seed=0, teachers={"teacher": teacher})
     before = student.original_model.model.layers[1].mlp.up_proj.weight.clone()
     assert training.advance(measure=True)["grad_norm_q"] > 0
     assert torch.equal(student.original_model.model.layers[1].mlp.up_proj.weight, before)
@@ -146,7 +157,7 @@ def test_parts_of_a_step_give_the_step():
     for accumulate in (1, 4):
         student, teacher = fresh(), load_model(zoo.llama())
         phase = dataclasses.replace(
-            PHASE, matrix_lr=None, steps=4, accumulate=accumulate, objective=Objective(0.3, 0.7)
+            PHASE, matrix_lr=None, steps=4, accumulate=accumulate, terms=(CrossEntropy(0.3), Divergence(0.7))
         )
         history, _ = train_phase(student, phase, seed=0, teacher=teacher)
         told.append((history, list(student.original_model.parameters())))
@@ -175,7 +186,7 @@ def test_a_divergence_is_told_by_how_long_ago_its_token_occurred():
 
 def test_distilling_needs_a_teacher():
     with pytest.raises(InputError, match="teacher"):
-        train_phase(fresh(), dataclasses.replace(PHASE, objective=Objective()), seed=0)
+        train_phase(fresh(), dataclasses.replace(PHASE, terms=KD), seed=0)
 
 
 def test_a_gate_that_passes_ends_the_phase():

@@ -44,9 +44,9 @@ def config(folder, **changes):
         "theta": 300.0,
         "data": STREAM,
     }
-    short |= {"warmup": 3, "objective": {"ce_weight": 1.0, "kd_weight": 0.0}}
+    short |= {"warmup": 3, "terms": [{"kind": "cross_entropy"}]}
     long = {**short, "name": "long", "window": 32, "theta": 1e4, "steps": 32, "matrix_lr": 0.01, "accumulate": 2}
-    long["objective"] = {"ce_weight": 0.5, "kd_weight": 1.0}
+    long["terms"] = [{"kind": "cross_entropy", "weight": 0.5}, {"kind": "kd"}]
     student = {"model_type": "llama", **zoo.SIZES, "attention_dropout": 0.1}
     table = {"student": student, "teacher": str(folder / "teacher"), "out": str(folder / "run"), "log_every": 2}
     return copy.deepcopy({**table, "save_every": 2, "phases": [short, long], **changes})
@@ -61,6 +61,8 @@ def toml(value):
 
 
 def inline(value):
+    if isinstance(value, list):
+        return f"[{', '.join(map(inline, value))}]"
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key} = {inline(one)}" for key, one in value.items()) + "}"
     return json.dumps(value)
@@ -217,7 +219,7 @@ def test_a_run_is_gone_on_with_only_by_the_teacher_and_data_it_began_with(tmp_pa
     other = zoo.llama(attention_dropout=0.1)
     other.lm_head.weight.data[0, 0] += 1e-3
     checkpoints.save(other, tmp_path / "teacher")
-    with pytest.raises(InputError, match="was started with other inputs: teacher was"):
+    with pytest.raises(InputError, match="was started with other inputs"):
         distill(table, resume=True)
 
 
@@ -347,7 +349,8 @@ def test_a_missed_gate_ends_the_run_and_is_told(tmp_path):
     table["phases"][0]["gate"] = {"window": 16, "distances": [2, 8], "accuracy": 1.0, "every": 8, "trials": 16}
     frame, manifest = read_run(distill(table))
     assert "missed its gate" in manifest["missed_gate"]
-    assert set(manifest["models"]) == {"short", "teacher"}
+    assert set(manifest["models"]) == {"short"}
+    assert set(manifest["teachers"]) == {"teacher"}
     gates = frame[frame["metric"] == "gate_accuracy"]
     assert gates["tokens"].tolist() == [8 * 128] * 2 + [16 * 128] * 2
     assert gates["distance"].tolist() == [2, 8, 2, 8]
@@ -455,7 +458,8 @@ def change(table, path, value):
         (("phases", 1, "accumulate"), 3, "4 windows, which 1 processes cannot share in 3 parts"),
         (("phases", 0, "data", "keys"), 60, "84 token ids, but the student's vocabulary has 64"),
         (("phases",), [], "one phase"),
-        (("teacher",), None, "so the run needs a teacher"),
+        (("teacher",), None, "reads the teacher 'teacher', so the run needs a teacher of that name; it has original"),
+        (("teachers",), {"long": "x"}, "teacher and teachers both say"),
         (("teacher",), "no/such/folder/there", "no folder at"),
         (("student",), {"model_type": "lama"}, "'lama' is unknown"),
         (("student",), {"model_type": "llama", "hidden": 3}, "no entry 'hidden'"),
@@ -465,8 +469,24 @@ def change(table, path, value):
         (("device",), "nonsense", "nonsense"),
         (("phases", 0, "weight_decay"), -1.0, "weight_decay of phase 'short' must be 0 or more"),
         (("phases", 0, "matrix_lr"), 0.0, "matrix_lr of phase 'short' must be above 0"),
-        (("phases", 1, "objective", "ce_weight"), float("nan"), "nan"),
-        (("phases", 1, "objective", "hidden"), {"sites": ["blocks.9.hook_resid_post"]}, "no site 'blocks.9"),
+        (("phases", 1, "terms", 0, "weight"), float("nan"), r"phases.1.terms.0.cross_entropy: .* but it is nan"),
+        (("phases", 1, "terms", 0, "weight"), -1, "the weight of cross_entropy must be 0 or more"),
+        (("phases", 1, "terms", 0, "teacher"), "teacher", r"phases.1.terms.0.cross_entropy.teacher"),
+        (("phases", 1, "terms", 1, "temp"), 2.0, r"phases.1.terms.1.kd.temp: there is no such key"),
+        (("phases", 1, "terms"), [{"kind": "kd", "weight": 0}], "one of a weight above 0"),
+        (
+            ("phases", 1, "terms"),
+            [{"kind": "entropic"}],
+            "terms.0: kind 'entropic' is unknown; known are 'cross_entropy', 'kd', 'hid",
+        ),
+        (("phases", 1, "terms"), [{"weight": 1.0}], r"phases.1.terms.0: it has no kind"),
+        (("phases", 1, "terms"), [{"kind": "hidden", "sites": ["blocks.9.hook_resid_post"]}], "no site 'blocks.9"),
+        (
+            ("phases", 1, "objective"),
+            {"ce_weight": 1.0},
+            r"phases.1.objective: .* terms = \[\{ kind = \"cross_entropy\"",
+        ),
+        (("phases", 1, "steps"), None, "steps"),
         (("phases", 0, "gate"), {"window": 16, "distances": [2], "accuracy": 1.0, "every": 0}, "`every`"),
         (("phases", 0, "gate"), {"window": 16, "distances": [], "accuracy": 1.0, "every": 1}, "a distance"),
         (("phases", 0, "gate"), {"window": 16, "distances": [3], "accuracy": 1.0, "every": 1}, "must be even"),
@@ -590,7 +610,7 @@ def test_a_run_that_is_there_is_neither_overwritten_nor_gone_on_with_differently
 def test_text_from_end_to_end(tmp_path):
     data = {"kind": "text", "longest": 64}
     phase = {"name": "bytes", "window": 256, "steps": 30, "batch_tokens": 1024, "lr": 1e-2, "theta": 1e4, "data": data}
-    phase |= {"objective": {"ce_weight": 1.0, "kd_weight": 0.0}, "masked": True, "positions": "reset", "warmup": 5}
+    phase |= {"terms": [{"kind": "cross_entropy"}], "masked": True, "positions": "reset", "warmup": 5}
     table = {"student": BYTES, "phases": [phase], "out": str(tmp_path / "run"), "log_every": 1}
     losses = [line["ce_nats"] for line in log(distill(table))]
     assert sum(losses[-5:]) / 5 < losses[0] - 1.0

@@ -8,7 +8,9 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from rope_probe import InputError
-from rope_probe.distillation.losses import IGNORED, Divergence, Head, HiddenMatch, Objective
+from rope_probe.distillation import CrossEntropy, Divergence, Head, HiddenStates, LogitTerm
+from rope_probe.distillation.terms import Counts, labels, loss_in_chunks
+from rope_probe.distillation.terms.base import IGNORED
 
 KINDS = ["forward_kl", "reverse_kl", "jensen_shannon"]
 
@@ -30,10 +32,10 @@ def textbook(kind, p, q):
 @given(st.sampled_from(KINDS), st.floats(0.5, 5), st.integers(0, 100))
 def test_divergences_are_the_textbook_ones(kind, temperature, seed):
     student, teacher = logits(seed), logits(seed + 1000)
-    got = Divergence(kind, temperature)(student, teacher)
+    got = Divergence(divergence=kind, temperature=temperature).nats(student, teacher)
     p, q = probabilities(teacher, temperature), probabilities(student, temperature)
     torch.testing.assert_close(got, temperature**2 * textbook(kind, p, q), rtol=1e-10, atol=1e-12)
-    assert Divergence(kind, temperature)(teacher, teacher).abs().max() < 1e-12
+    assert Divergence(divergence=kind, temperature=temperature).nats(teacher, teacher).abs().max() < 1e-12
 
 
 @given(st.sampled_from(KINDS), st.integers(1, 11), st.integers(0, 100))
@@ -42,23 +44,23 @@ def test_top_k_keeps_the_teachers_tokens_and_a_tail(kind, k, seed):
     p, q = probabilities(teacher), probabilities(student)
     top = p.topk(k, -1).indices
     kept = [torch.cat([x.gather(-1, top), 1 - x.gather(-1, top).sum(-1, keepdim=True)], -1) for x in (p, q)]
-    with_tail = Divergence(kind, top_k=k)(student, teacher)
+    with_tail = Divergence(divergence=kind, top_k=k).nats(student, teacher)
     torch.testing.assert_close(with_tail, textbook(kind, *kept), rtol=1e-8, atol=1e-10)
     alone = [x.gather(-1, top) / x.gather(-1, top).sum(-1, keepdim=True) for x in (p, q)]
-    without = Divergence(kind, top_k=k, tail=False)(student, teacher)
+    without = Divergence(divergence=kind, top_k=k, tail=False).nats(student, teacher)
     torch.testing.assert_close(without, textbook(kind, *alone), rtol=1e-8, atol=1e-10)
-    assert (with_tail <= Divergence(kind)(student, teacher) + 1e-12).all()
+    assert (with_tail <= Divergence(divergence=kind).nats(student, teacher) + 1e-12).all()
 
 
 @pytest.mark.parametrize("k", [12, 40])
 @pytest.mark.parametrize("tail", [True, False])
 def test_a_top_k_of_everything_is_the_whole_vocabulary(k, tail):
-    whole = Divergence()(logits(0), logits(1))
-    torch.testing.assert_close(Divergence(top_k=k, tail=tail)(logits(0), logits(1)), whole)
+    whole = Divergence().nats(logits(0), logits(1))
+    torch.testing.assert_close(Divergence(top_k=k, tail=tail).nats(logits(0), logits(1)), whole)
 
 
 def test_jensen_shannon_is_symmetric_and_bounded():
-    divergence = Divergence("jensen_shannon")
+    divergence = Divergence(divergence="jensen_shannon").nats
     one, other = logits(0, size=30.0), logits(1, size=30.0)
     torch.testing.assert_close(divergence(one, other), divergence(other, one))
     assert divergence(one, other).max() <= math.log(2) + 1e-12
@@ -68,93 +70,108 @@ def test_the_gradient_keeps_its_size_when_the_temperature_rises():
     sizes = []
     for temperature in (20.0, 40.0):
         student = logits(0).requires_grad_()
-        Divergence(temperature=temperature)(student, logits(1)).sum().backward()
+        Divergence(temperature=temperature).nats(student, logits(1)).sum().backward()
         sizes.append(student.grad.norm())
     assert sizes[0] / sizes[1] == pytest.approx(1, rel=0.1)
 
 
 def test_vocabularies_are_cut_to_the_shared_part():
     student, teacher = logits(0, v=16), logits(1, v=12)
-    torch.testing.assert_close(Divergence()(student, teacher), Divergence()(student[:, :12], teacher))
-    torch.testing.assert_close(Divergence()(teacher, student), Divergence()(teacher, student[:, :12]))
+    torch.testing.assert_close(Divergence().nats(student, teacher), Divergence().nats(student[:, :12], teacher))
+    torch.testing.assert_close(Divergence().nats(teacher, student), Divergence().nats(teacher, student[:, :12]))
 
 
-OBJECTIVES = [Objective(ce_weight=1.0, kd_weight=0.0), Objective(), Objective(ce_weight=0.3, kd_weight=0.7),
-              Objective(0.5, 1.0, Divergence("reverse_kl", 2.0, top_k=4)),
-              Objective(0.0, 1.0, Divergence("jensen_shannon", top_k=3, tail=False))]  # fmt: skip
+OBJECTIVES = [
+    (CrossEntropy(),),
+    (Divergence(),),
+    (CrossEntropy(0.3), Divergence(0.7)),
+    (CrossEntropy(0.5), Divergence(divergence="reverse_kl", temperature=2.0, top_k=4)),
+    (Divergence(divergence="jensen_shannon", top_k=3, tail=False),),
+    (Divergence(0.5), Divergence(2.0, "other", temperature=2.0), CrossEntropy(0.0)),
+]
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 20, 64])
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
-def test_chunks_give_the_loss_and_the_gradients_of_the_plain_computation(objective, chunk):
+@pytest.mark.parametrize("terms", OBJECTIVES, ids=range(len(OBJECTIVES)))
+def test_chunks_give_the_loss_and_the_gradients_of_the_plain_computation(terms, chunk):
     head = nn.Linear(8, 30, dtype=torch.float64)
-    teacher_head = nn.Linear(6, 32, dtype=torch.float64)
+    heads = {name: nn.Linear(6, 32, dtype=torch.float64) for name in ("teacher", "other")}
     hidden = torch.randn(20, 8, dtype=torch.float64, requires_grad=True)
-    taught = torch.randn(20, 6, dtype=torch.float64)
+    states = torch.randn(20, 6, dtype=torch.float64)
     targets = torch.randint(30, (20,))
     targets[::7] = IGNORED
 
     def after(projected):
         return 3 * torch.tanh(projected / 3)
 
-    student, teacher = after(head(hidden)), teacher_head(taught).detach()
+    student = after(head(hidden))
     plain = torch.zeros((), dtype=torch.float64)
-    if objective.ce_weight:
-        plain = plain + objective.ce_weight * F.cross_entropy(student, targets, ignore_index=IGNORED)
-    if objective.kd_weight:
-        plain = plain + objective.kd_weight * objective.divergence(student, teacher).mean()
+    for term in terms:
+        if isinstance(term, CrossEntropy):
+            plain = plain + term.weight * F.cross_entropy(student, targets, ignore_index=IGNORED)
+        else:
+            plain = plain + term.weight * term.nats(student, heads[term.teacher](states).detach()).mean()
     inputs = [hidden, head.weight, head.bias]
     expected = torch.autograd.grad(2 * plain, inputs)
 
-    chunked = Objective(objective.ce_weight, objective.kd_weight, objective.divergence, chunk=chunk)
-    loss, terms = chunked.loss(hidden, Head(head, after), targets, taught, Head(teacher_head))
+    taught = {name: (states, Head(teacher)) for name, teacher in heads.items()}
+    loss, values = loss_in_chunks(terms, hidden, Head(head, after), targets, taught, chunk=chunk)
     torch.testing.assert_close(loss, plain, rtol=1e-12, atol=0)
     for got, right in zip(torch.autograd.grad(2 * loss, inputs), expected, strict=True):
         torch.testing.assert_close(got, right, rtol=0, atol=1e-12)
-    assert (terms.cross_entropy is None) == (objective.ce_weight == 0)
-    assert (terms.divergence is None) == (objective.kd_weight == 0)
-    if terms.cross_entropy is not None:
-        assert (terms.cross_entropy[::7] == 0).all()
+    for term, value in zip(terms, values, strict=True):
+        assert value.shape == (20,)
+        assert not isinstance(term, CrossEntropy) or (value[::7] == 0).all()
     with torch.no_grad():
-        unlearning, _ = chunked.loss(hidden, Head(head, after), targets, taught, Head(teacher_head))
+        unlearning, _ = loss_in_chunks(terms, hidden, Head(head, after), targets, taught)
     torch.testing.assert_close(unlearning, loss)
-    assert all(parameter.grad is None for parameter in teacher_head.parameters())
+    assert all(parameter.grad is None for teacher in heads.values() for parameter in teacher.parameters())
 
 
-def test_with_measure_terms_of_no_weight_are_told_and_change_nothing():
+def test_terms_of_no_weight_are_told_and_change_nothing():
     head, teacher_head = nn.Linear(8, 30), nn.Linear(6, 30)
-    hidden, taught, targets = torch.randn(20, 8, requires_grad=True), torch.randn(20, 6), torch.randint(30, (20,))
-    for objective in (Objective(1.0, 0.0), Objective(0.0, 1.0)):
-        told = [
-            objective.loss(hidden, Head(head), targets, taught, Head(teacher_head), measure=m) for m in (False, True)
-        ]
-        gradients = [torch.autograd.grad(loss, [hidden, head.weight]) for loss, _ in told]
-        assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
-        assert torch.equal(told[0][0], told[1][0])
-        torch.testing.assert_close(told[1][1].cross_entropy.mean(), F.cross_entropy(head(hidden), targets))
-        kl = F.kl_div(
-            head(hidden).log_softmax(-1), teacher_head(taught).log_softmax(-1), log_target=True, reduction="batchmean"
+    hidden, states, targets = torch.randn(20, 8, requires_grad=True), torch.randn(20, 6), torch.randint(30, (20,))
+    taught = {"teacher": (states, Head(teacher_head))}
+    ce, kl = F.cross_entropy(head(hidden), targets), F.kl_div(
+        head(hidden).log_softmax(-1), teacher_head(states).log_softmax(-1), log_target=True, reduction="batchmean"
+    )  # fmt: skip
+    for terms in ((CrossEntropy(), Divergence(0.0)), (CrossEntropy(0.0), Divergence())):
+        weighted = [term for term in terms if term.weight]
+        (alone, _), (loss, values) = (
+            loss_in_chunks(some, hidden, Head(head), targets, taught) for some in (weighted, terms)
         )
-        torch.testing.assert_close(told[1][1].divergence.mean(), kl)
+        gradients = [torch.autograd.grad(one, [hidden, head.weight]) for one in (alone, loss)]
+        assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+        assert torch.equal(alone, loss)
+        torch.testing.assert_close(values[0].mean(), ce.detach())
+        torch.testing.assert_close(values[1].mean(), kl.detach())
 
 
 def test_a_part_of_a_batch_has_its_share_of_the_loss():
-    head, objective = nn.Linear(8, 30), Objective(0.7, 0.4)
-    hidden, taught, targets = torch.randn(20, 8), torch.randn(20, 8), torch.randint(30, (20,))
+    head, terms = nn.Linear(8, 30), (CrossEntropy(0.7), Divergence(0.4))
+    hidden, states, targets = torch.randn(20, 8), torch.randn(20, 8), torch.randint(30, (20,))
     targets[2:9] = IGNORED
-    whole, _ = objective.loss(hidden, Head(head), targets, taught, Head(head))
+    whole, _ = loss_in_chunks(terms, hidden, Head(head), targets, {"teacher": (states, Head(head))})
     parts = [
-        objective.loss(hidden[rows], Head(head), targets[rows], taught[rows], Head(head), over=(13, 20))[0]
+        loss_in_chunks(
+            terms,
+            hidden[rows],
+            Head(head),
+            targets[rows],
+            {"teacher": (states[rows], Head(head))},
+            counts=Counts(20, 13),
+            factor=0.25,
+        )[0]
         for rows in (slice(0, 8), slice(8, 20))
     ]
-    torch.testing.assert_close(sum(parts), whole)
+    torch.testing.assert_close(4 * sum(parts), whole)
 
 
 @given(st.integers(0, 100), st.floats(0.1, 10))
 def test_hidden_states_are_compared_by_angle_or_by_distance(seed, scale):
     generator = torch.Generator().manual_seed(seed)
     a, b, c, d = (torch.randn(2, 3, 8, dtype=torch.float64, generator=generator) for _ in range(4))
-    cosine, mse = (HiddenMatch(kind=kind, sites=("x", "y")) for kind in ("cosine", "mse"))
+    cosine, mse = (HiddenStates(distance=distance, sites=("x", "y")).values for distance in ("cosine", "mse"))
     angle = lambda u, v: 1 - (u * v).sum(-1) / (u.norm(dim=-1) * v.norm(dim=-1))  # noqa: E731
     torch.testing.assert_close(cosine([a, b], [c, d]), (angle(a, c) + angle(b, d)).flatten())
     torch.testing.assert_close(cosine([scale * a, b], [c, d]), cosine([a, b], [c, d]))
@@ -164,13 +181,13 @@ def test_hidden_states_are_compared_by_angle_or_by_distance(seed, scale):
 
 def test_hidden_states_of_other_widths_are_refused():
     with pytest.raises(InputError, match="hook_out is 8 wide in the student, 6 in the teacher"):
-        HiddenMatch()([torch.zeros(1, 2, 8)], [torch.zeros(1, 2, 6)])
+        HiddenStates().values([torch.zeros(1, 2, 8)], [torch.zeros(1, 2, 6)])
 
 
 def test_a_frozen_head_costs_no_gradient():
     head = nn.Linear(8, 30).requires_grad_(False)
     hidden = torch.randn(20, 8, requires_grad=True)
-    loss, _ = Objective(1.0, 0.0, chunk=6).loss(hidden, Head(head), torch.zeros(20, dtype=torch.long))
+    loss, _ = loss_in_chunks([CrossEntropy()], hidden, Head(head), torch.zeros(20, dtype=torch.long), chunk=6)
     (expected,) = torch.autograd.grad(F.cross_entropy(head(hidden), torch.zeros(20, dtype=torch.long)), hidden)
     loss.backward()
     torch.testing.assert_close(hidden.grad, expected, rtol=0, atol=1e-6)
@@ -187,7 +204,7 @@ def test_bfloat16_weights_get_gradients_as_good_as_the_plain_ones(chunk):
     exact = weight.double().requires_grad_()
     F.cross_entropy(hidden.double() @ exact.T, targets).backward()
     plain = torch.autograd.grad(F.cross_entropy(head(hidden).float(), targets), head.weight)[0]
-    loss, _ = Objective(1.0, 0.0, chunk=chunk).loss(hidden, Head(head), targets)
+    loss, _ = loss_in_chunks([CrossEntropy()], hidden, Head(head), targets, chunk=chunk)
     (chunked,) = torch.autograd.grad(loss, head.weight)
     errors = [(grad.double() - exact.grad).norm() / exact.grad.norm() for grad in (plain, chunked)]
     assert errors[1] < 2 * errors[0]
@@ -199,9 +216,9 @@ def test_tokens_without_probability_add_nothing(kind):
     for one in (student, teacher):
         one[:, 3] = float("-inf")
     student.requires_grad_()
-    got = Divergence(kind)(student, teacher)
+    got = Divergence(divergence=kind).nats(student, teacher)
     kept = [i for i in range(12) if i != 3]
-    torch.testing.assert_close(got, Divergence(kind)(student[:, kept], teacher[:, kept]))
+    torch.testing.assert_close(got, Divergence(divergence=kind).nats(student[:, kept], teacher[:, kept]))
     got.sum().backward()
     assert student.grad[:, kept].isfinite().all()
 
@@ -211,28 +228,50 @@ def test_no_more_logits_than_a_chunk_are_ever_made():
     projection = nn.Linear(8, 30, bias=False)
     head = Head(projection, lambda projected: seen.append(len(projected)) or projected)
     hidden = torch.randn(20, 8, requires_grad=True)
-    loss, _ = Objective(chunk=6).loss(hidden, head, torch.zeros(20, dtype=torch.long), hidden.detach(), head)
+    loss, _ = loss_in_chunks(
+        [Divergence()], hidden, head, torch.zeros(20, dtype=torch.long), {"teacher": (hidden.detach(), head)}, chunk=6
+    )
     loss.backward()
     assert max(seen) == 6
     assert projection.weight.grad is not None
 
 
+def test_without_logit_terms_no_logits_are_made():
+    head = Head(nn.Linear(8, 30), lambda projected: pytest.fail("logits were made"))
+    loss, values = loss_in_chunks([], torch.randn(20, 8, requires_grad=True), head, torch.zeros(20, dtype=torch.long))
+    assert loss == 0
+    assert values == []
+
+
+def test_several_terms_of_one_metric_are_told_apart():
+    terms = (CrossEntropy(), Divergence(), Divergence(1.0, "original"), HiddenStates(), HiddenStates(2.0))
+    assert labels(terms) == ["ce_nats", "kd_nats.teacher", "kd_nats.original", "hidden.1", "hidden.2"]
+
+
+def define(kind, metric=None):
+    body = {"kind": kind, "__module__": __name__, "__qualname__": f"Of{kind}"} | ({"metric": metric} if metric else {})
+    return type("Other", (LogitTerm,), body)
+
+
 @pytest.mark.parametrize(
     ("make", "named"),
     [
-        (lambda: Divergence("chi_squared"), "chi_squared"),
+        (lambda: Divergence(divergence="chi_squared"), "chi_squared"),
         (lambda: Divergence(temperature=0.0), "temperature"),
         (lambda: Divergence(temperature=math.nan), "nan"),
         (lambda: Divergence(top_k=0), "top_k"),
-        (lambda: Objective(0.0, 0.0), "weights"),
-        (lambda: Objective(-1.0, 2.0), "-1.0"),
-        (lambda: Objective(chunk=0), "chunk 0"),
-        (lambda: HiddenMatch(kind="angle"), "angle"),
-        (lambda: HiddenMatch(weight=0.0), "0.0"),
-        (lambda: HiddenMatch(sites=()), "a site"),
+        (lambda: Divergence(-1.0), "the weight of kd must be 0 or more, but it is -1.0"),
+        (lambda: CrossEntropy(math.inf), "inf"),
+        (lambda: HiddenStates(distance="angle"), "angle"),
+        (lambda: HiddenStates(sites=()), "a site"),
+        (lambda: define("kd"), "kind 'kd' .* is Divergence's"),
+        (lambda: define("else", "ce_nats"), "metric 'ce_nats' .* is CrossEntropy's"),
+        (lambda: define("loss"), "metric 'loss' of term Other is taken"),
         (
-            lambda: Objective().loss(torch.zeros(2, 3), Head(nn.Linear(3, 4)), torch.zeros(2, dtype=torch.long)),
-            "teacher",
+            lambda: loss_in_chunks(
+                [Divergence()], torch.zeros(2, 3), Head(nn.Linear(3, 4)), torch.zeros(2, dtype=torch.long)
+            ),
+            "the teacher 'teacher', which is not there",
         ),
     ],
 )

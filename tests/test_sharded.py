@@ -10,15 +10,16 @@ from contextlib import nullcontext
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from rope_probe import load_model
-from rope_probe.distillation import Objective, Training, train_phase
+from rope_probe.distillation import CrossEntropy, Divergence, Training, train_phase
 from tests import zoo
 from tests.test_distillation import PHASE, fresh
 
-SPLIT = dataclasses.replace(PHASE, objective=Objective(0.3, 0.7), matrix_lr=None, steps=6)
+SPLIT = dataclasses.replace(PHASE, terms=(CrossEntropy(0.3), Divergence(0.7)), matrix_lr=None, steps=6)
 
 
 class Sharding(Accelerator):
@@ -46,17 +47,19 @@ class Sharding(Accelerator):
 def shards():
     torch.set_num_threads(1)
     accelerator, teacher = Sharding(cpu=True), load_model(zoo.llama())
-    training = Training(fresh(), SPLIT, seed=0, teacher=teacher, accelerator=accelerator)
+    training = Training(fresh(), SPLIT, seed=0, teachers={"teacher": teacher}, accelerator=accelerator)
     losses = [training.advance(measure=True) for _ in range(3)]
-    weights, state = ({name: x.clone() for name, x in part.items()} for part in (training.weights(), training.state()))
+    kept = [{name: x.clone() for name, x in part.items()} for part in (training.weights(), training.state())]
+    sizes = gather_object([sum(map(len, kept))])
+    weights, state = broadcast_object_list(kept)
     losses += [training.advance(measure=True) for _ in range(3)]
     again = fresh()
     again.original_model.load_state_dict(weights)
-    resumed = Training(again, SPLIT, seed=0, teacher=teacher, accelerator=accelerator)
+    resumed = Training(again, SPLIT, seed=0, teachers={"teacher": teacher}, accelerator=accelerator)
     resumed.restore(3, state)
     more = [resumed.advance(measure=True) for _ in range(3)]
     if accelerator.is_main_process:
-        print(json.dumps({"losses": losses, "resumed": more}), flush=True)
+        print(json.dumps({"losses": losses, "resumed": more, "sizes": sizes}), flush=True)
     accelerator.wait_for_everyone()
     accelerator.end_training()
 
@@ -67,6 +70,8 @@ def test_two_shards_have_the_losses_of_one_process_and_are_resumed_exactly():
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["resumed"] == told["losses"][3:]
+    assert told["sizes"][0] > 0
+    assert told["sizes"][1] == 0  # whole tensors are on the first process alone
     history, _ = train_phase(fresh(), SPLIT, seed=0, teacher=load_model(zoo.llama()))
     for ours, theirs in zip(told["losses"], history, strict=True):
         assert {key: ours[key] for key in theirs} == pytest.approx(theirs, abs=1e-5)

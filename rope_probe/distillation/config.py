@@ -1,16 +1,24 @@
-"""What a distillation run is: its student, teacher and phases; read from TOML, with every key checked."""
+"""What a distillation run is: its student, teachers and phases; read from TOML, with every key checked."""
 
 import os
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
+from rope_probe.distillation.loop import ORIGINAL
 from rope_probe.distillation.phase import Phase
 from rope_probe.errors import InputError
+
+_INSTEAD = {
+    "objective": 'an objective is now a list of terms: terms = [{ kind = "cross_entropy", weight = 1.0 }, '
+    '{ kind = "kd", weight = 1.0, divergence = "forward_kl" }, { kind = "hidden", distance = "cosine" }], of which '
+    "those that are wanted; chunk is a key beside it"
+}
+"""What to write instead of a key that there no longer is."""
 
 
 @with_config(ConfigDict(extra="forbid"))
@@ -18,11 +26,13 @@ from rope_probe.errors import InputError
 class DistillConfig:
     """A run of `distill`.
 
-    `student` and `teacher` are checkpoint folders or hub ids; a student can also be a table of transformers' config
-    with its `model_type`, and then starts from random weights. `out` is the run directory. `dtype` "bfloat16" computes
-    under autocast, the student's weights staying float32, and reads the teacher in bfloat16. Every `log_every` steps
-    are measured in full; every `save_every` steps, every `save_minutes` minutes, and when the run is asked to stop, a
-    snapshot is taken, and the last `keep` are kept.
+    `student` and each of `teachers` are checkpoint folders or hub ids; a student can also be a table of transformers'
+    config with its `model_type`, and then starts from random weights. Terms call teachers by their names. One more is
+    always there, "original": a frozen copy of the student as the run began or, with `original` "phase", as the phase
+    before left it; it rotates as it did then, before the phase's theta. It is made where a term reads it. `out` is the
+    run directory. `dtype` "bfloat16" computes under autocast, the student's weights staying float32, and reads teachers
+    in bfloat16. Every `log_every` steps are measured in full; every `save_every` steps, every `save_minutes` minutes,
+    and when the run is asked to stop, a snapshot is taken, and the last `keep` are kept.
 
     Raises InputError for values that cannot be.
     """
@@ -30,7 +40,8 @@ class DistillConfig:
     student: str | dict[str, Any]
     phases: tuple[Phase, ...]
     out: str
-    teacher: str | None = None
+    teachers: dict[str, str] = field(default_factory=dict)
+    original: Literal["run", "phase"] = "run"
     seed: int = 0
     device: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -54,10 +65,15 @@ class DistillConfig:
         for name in names:
             if names.count(name) > 1:
                 raise InputError(f"two phases are called {name!r}; give each its own name")
-        if self.teacher is None:
-            for phase in self.phases:
-                if phase.objective.needs_teacher:
-                    raise InputError(f"phase {phase.name!r} distils (kd_weight or hidden), so the run needs a teacher")
+        if ORIGINAL in self.teachers:
+            raise InputError(f"no teacher can be called {ORIGINAL!r}: that is the student's frozen copy")
+        for phase in self.phases:
+            for name in (name for stream in phase.mix for name in stream.teachers):
+                if name not in (*self.teachers, ORIGINAL):
+                    raise InputError(
+                        f"a term of phase {phase.name!r} reads the teacher {name!r}, so the run needs a teacher of "
+                        f"that name; it has {', '.join((*self.teachers, ORIGINAL))}"
+                    )
 
 
 def recorded(config: DistillConfig) -> dict[str, Any]:
@@ -70,6 +86,8 @@ def recorded(config: DistillConfig) -> dict[str, Any]:
 def read_config(source: str | os.PathLike[str] | Mapping[str, Any], **changes: Any) -> DistillConfig:
     """A configuration from a TOML file or a mapping of the same shape, `changes` taking the place of its keys.
 
+    `teacher = "path"` is short for a single one of that name, `teachers = {teacher = "path"}`. Terms are of any kind
+    that is known by now, those that the user has defined among them.
     Raises InputError, naming the key, for one that is unknown or missing and for a value that does not fit it.
     """
     if isinstance(source, Mapping):
@@ -82,13 +100,22 @@ def read_config(source: str | os.PathLike[str] | Mapping[str, Any], **changes: A
             raise InputError(f"cannot read config {where!r}: {error}") from error
         except (ValueError, RecursionError) as error:
             raise InputError(f"{where!r} is not TOML: {error}") from error
+    table = {**table, **changes}
+    if (teacher := table.pop("teacher", None)) is not None:
+        if table.get("teachers"):
+            raise InputError(f"{where}: teacher and teachers both say who teaches; give teachers alone")
+        table["teachers"] = {"teacher": teacher}
     try:
-        return TypeAdapter(DistillConfig).validate_python({**table, **changes})
+        return TypeAdapter(DistillConfig).validate_python(table)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
         if first["type"] == "unexpected_keyword_argument":
-            reason = "there is no such key"
+            reason = _INSTEAD.get(str(first["loc"][-1]), "there is no such key")
+        elif first["type"] == "union_tag_invalid":
+            reason = f"kind {first['ctx']['tag']!r} is unknown; known are {first['ctx']['expected_tags']}"
+        elif first["type"] == "union_tag_not_found":
+            reason = "it has no kind, which says what it is"
         else:
             reason = first["msg"].removeprefix("Value error, ")
         raise InputError(f"{where}: {key + ': ' if key else ''}{reason}") from error

@@ -21,19 +21,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rope_probe.distillation import snapshots
 from rope_probe.distillation.config import DistillConfig, read_config, recorded
 from rope_probe.distillation.log import Log
-from rope_probe.distillation.loop import Training
+from rope_probe.distillation.loop import ORIGINAL, Training
 from rope_probe.distillation.phase import Phase
 from rope_probe.distillation.stopping import StopRequest, stop_requests
+from rope_probe.distillation.streams import Stream
 from rope_probe.errors import InputError, Stopped
-from rope_probe.models import checkpoints
+from rope_probe.models import attention, checkpoints
 from rope_probe.models.hooked import HookedCausalLM, load_model
 from rope_probe.retrieval.probe import KeyValueTask
 from rope_probe.runs.folders import clean_up_inside, kind_of, whole_folder
 from rope_probe.runs.progress import progress
 from rope_probe.runs.results import Run, describe_model, hash_tokens, is_complete, open_run
 from rope_probe.seeds import derive
-from rope_probe.windows.corpora import KeyValueStream, TextCorpus
-from rope_probe.windows.packing import Batch
+from rope_probe.windows.corpora import TextCorpus
 
 LOG, SNAPSHOTS, CHECKPOINTS = "log.jsonl", "snapshots", "checkpoints"
 
@@ -85,10 +85,12 @@ class _Job:
         self._device = self.accelerator.device if by_process else torch.device(str(config.device))
         self._names = [phase.name for phase in config.phases]
         self._start = self._student()
-        self._teacher = self._load_teacher()
+        self._teachers = {name: self._load_teacher(place) for name, place in config.teachers.items()}
         _require_finite("student", self._start)
-        if self._teacher is not None:
-            _require_finite("teacher", self._teacher.original_model)
+        for name, teacher in self._teachers.items():
+            _require_finite(f"teacher {name!r}", teacher.original_model)
+        if config.original == "run" and any(map(_reads_original, config.phases)):
+            self._teachers[ORIGINAL] = self._copy_of_start()
         self._tokenizer = self._shared_tokenizer()
         for phase in config.phases:
             self._check(phase)
@@ -97,11 +99,10 @@ class _Job:
     def inputs(self) -> dict[str, Any]:
         """Hashes of the models and data that the run begins with."""
         hashes: dict[str, Any] = {"student": describe_model(self._start)["weights_sha256"]}
-        if self._teacher is not None:
-            hashes["teacher"] = describe_model(self._teacher.original_model)["weights_sha256"]
+        hashes["teachers"] = {name: model["weights_sha256"] for name, model in self._described_teachers().items()}
         for phase in self.config.phases:
-            first = hash_tokens(self._first_batch(phase).tokens)
-            hashes[f"data of {phase.name}"] = {"first_batch": first, "source": phase.data.source_hash()}
+            for (name, stream), first in zip(_named(phase), self._first_tokens(phase).values(), strict=True):
+                hashes[f"data of {name}"] = {"first_batch": first, "source": stream.data.source_hash()}
         return hashes
 
     def train(self, run: Run | None, stop: StopRequest) -> None:
@@ -110,7 +111,7 @@ class _Job:
         `stop` is looked at between steps. Raises Stopped, once a snapshot is there, when it asks to.
         """
         log = None if run is None else Log(self.out / LOG)
-        total = sum(phase.steps * phase.batch_tokens for phase in self.config.phases)
+        total = sum(phase.steps * phase.step_tokens for phase in self.config.phases)
         with progress("tokens", total) if run is not None else nullcontext(_ignore) as advance:
             for phase in self.config.phases:
                 if not self._is_finished(phase):
@@ -126,16 +127,16 @@ class _Job:
         run.record(Log(self.out / LOG).frame(), model="student", seed=self.config.seed)
         done = [phase for phase in self.config.phases if self._is_finished(phase)]
         models = {phase.name: describe_model(checkpoints.load(self._checkpoint(phase))) for phase in done}
-        if self._teacher is not None:
-            models["teacher"] = describe_model(self._teacher.original_model)
+        streams = dict(pair for phase in self.config.phases for pair in _named(phase))
+        tokens = {name: first for phase in done for name, first in self._first_tokens(phase).items()}
         run.manifest |= {
             "models": models,
-            "tokens_sha256": {phase.name: hash_tokens(self._first_batch(phase).tokens) for phase in done},
+            "teachers": self._described_teachers(),
+            "tokens_sha256": tokens,
             "attention_kernel": self.config.attn,
-            "mask": {
-                phase.name: {"student": phase.masked, "teacher": phase.teacher_masked} for phase in self.config.phases
-            },
-            "positions": {phase.name: phase.positions for phase in self.config.phases},
+            "mask": {name: {"student": s.masked, "teacher": s.teacher_masked} for name, s in streams.items()},
+            "positions": {name: stream.positions for name, stream in streams.items()},
+            "teacher_positions": {name: s.teacher_positions or s.positions for name, s in streams.items()},
             "processes": self.accelerator.num_processes,
         }
 
@@ -143,7 +144,7 @@ class _Job:
         self, phase: Phase, run: Run | None, log: Log | None, advance: Callable[..., Any], stop: StopRequest
     ) -> None:
         training = self._begin(phase, log)
-        advance(training.step * phase.batch_tokens)
+        advance(training.step * phase.step_tokens)
         self._last_save = time.monotonic()
         tokens, seconds = 0, 0.0
         while training.step < phase.steps and not training.passed:
@@ -151,8 +152,8 @@ class _Job:
             measured = number % self.config.log_every == 0 or number in (1, phase.steps)
             started = time.perf_counter()
             record = training.advance(measure=measured)
-            tokens, seconds = tokens + phase.batch_tokens, seconds + time.perf_counter() - started
-            advance(phase.batch_tokens, f"{phase.name}, loss {record['loss']:.3f}")
+            tokens, seconds = tokens + phase.step_tokens, seconds + time.perf_counter() - started
+            advance(phase.step_tokens, f"{phase.name}, loss {record['loss']:.3f}")
             if log is not None and measured:
                 log.write({"phase": phase.name, **record, "tokens_per_s": tokens / seconds, "time": time.time()})
                 tokens, seconds = 0, 0.0
@@ -165,7 +166,7 @@ class _Job:
             if number < phase.steps and not training.passed:
                 self._save_or_stop(training, log, stop)
         if log is not None and phase.gate and not training.passed:
-            place = {"phase": phase.name, "step": training.step, "tokens": training.step * phase.batch_tokens}
+            place = {"phase": phase.name, "step": training.step, "tokens": training.step * phase.step_tokens}
             log.write({**place, "missed_gate": training.missed})
         self._finish(phase, training)
 
@@ -176,13 +177,13 @@ class _Job:
         self.accelerator.wait_for_everyone()
         model = checkpoints.load(taken[-1].folder, dtype=torch.float32) if taken else self._before(phase)
         if model.config.rope_parameters.get("rope_type") in ("default", "linear"):  # others may read this number
-            longest = max(phase.window, phase.target_window or 0)
+            longest = max(stream.reach(stream.positions) for stream in phase.mix)
             model.config.max_position_embeddings = max(longest, model.config.max_position_embeddings)
         training = Training(
             load_model(model, attn=config.attn, device=self._device),
             phase,
             seed=derive(config.seed, phase.name),
-            teacher=self._teacher,
+            teachers=self._teachers_of(phase),
             autocast=config.dtype == "bfloat16",
             accelerator=self.accelerator,
         )
@@ -255,64 +256,85 @@ class _Job:
             return checkpoints.load(student, dtype=torch.float32)
         return checkpoints.build(checkpoints.config_of(student), seed=derive(self.config.seed, "weights"))
 
-    def _load_teacher(self) -> HookedCausalLM | None:
-        if self.config.teacher is None:
-            return None
+    def _load_teacher(self, source: str | os.PathLike[str] | PreTrainedModel) -> HookedCausalLM:
         dtype = getattr(torch, self.config.dtype)
-        teacher = load_model(self.config.teacher, attn=self.config.attn, dtype=dtype, device=self._device)
+        teacher = load_model(source, attn=self.config.attn, dtype=dtype, device=self._device)
         teacher.original_model.requires_grad_(False)
         return teacher
 
+    def _copy_of_start(self) -> HookedCausalLM:
+        return self._load_teacher(attention.plain_copy(self._start))
+
+    def _teachers_of(self, phase: Phase) -> dict[str, HookedCausalLM]:
+        """Every teacher of the run, and the original where it is the phase's own."""
+        if self.config.original == "run" or not _reads_original(phase):
+            return self._teachers
+        index = self._names.index(phase.name)
+        if index == 0:
+            return {**self._teachers, ORIGINAL: self._copy_of_start()}
+        return {**self._teachers, ORIGINAL: self._load_teacher(self._checkpoint(self.config.phases[index - 1]))}
+
+    def _described_teachers(self) -> dict[str, dict[str, Any]]:
+        return {name: describe_model(self._teachers[name].original_model) for name in self.config.teachers}
+
     def _shared_tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """The one tokenizer of student, teacher and text; None where none has one."""
+        """The one tokenizer of student, teachers and text; None where none has one."""
         named: list[tuple[str, PreTrainedTokenizerBase]] = []
-        for role, source in (("student", self.config.student), ("teacher", self.config.teacher)):
+        teachers = [("teacher", place) for place in self.config.teachers.values()]
+        for role, source in (("student", self.config.student), *teachers):
             tokenizer = checkpoints.load_tokenizer(source) if isinstance(source, str) else None
             if tokenizer is not None:
                 named.append((f"{role} {source!r}", tokenizer))
-        for phase in self.config.phases:
-            if isinstance(phase.data, TextCorpus):
-                named.append((f"the text of phase {phase.name!r}", phase.data.loaded_tokenizer))
+        for name, stream in (pair for phase in self.config.phases for pair in _named(phase)):
+            if isinstance(stream.data, TextCorpus):
+                named.append((f"the text of phase {name!r}", stream.data.loaded_tokenizer))
         for who, tokenizer in named[1:]:
             _require_same(*named[0], who, tokenizer)
         return named[0][1] if named else None
 
     def _check(self, phase: Phase) -> None:
         student = load_model(self._before(phase, self._start), attn=self.config.attn)
-        for role, model in (("student", student), ("teacher", self._teacher)):
-            if model is not None:
-                _check_model(role, model, phase)
+        for name, stream in _named(phase):
+            _check_model("student", student, name, stream, stream.reach(stream.positions))
+            for role, teacher in self._teachers.items():
+                _check_model(f"teacher {role!r}", teacher, name, stream, stream.reach(stream.teacher_positions))
+            for term in stream.terms:
+                term.check(student, None if term.teacher is None else self._teachers.get(term.teacher))
         student.release()
-        match = phase.objective.hidden
-        if match is not None and self._teacher is not None:
-            widths = student.config.hidden_size, self._teacher.config.hidden_size
-            if widths[0] != widths[1]:
-                raise InputError(f"hidden states are {widths[0]} wide in the student, {widths[1]} in the teacher")
-        if phase.gate is not None and isinstance(phase.data, KeyValueStream):
+        if phase.gate is not None and phase.probed is not None:
             for distance in phase.gate.distances:
-                KeyValueTask(phase.data, phase.gate.window).trials(distance, 1, seed=0)
+                KeyValueTask(phase.probed, phase.gate.window).trials(distance, 1, seed=0)
         phase.windows_of_a_part(self.accelerator.num_processes)
-        self._first_batch(phase)
+        for stream, batch in zip(phase.mix, phase.batches(derive(self.config.seed, phase.name), 0), strict=True):
+            stream.as_teachers_read(batch, seed=0, step=0)
 
-    def _first_batch(self, phase: Phase) -> Batch:
-        return phase.batch(derive(self.config.seed, phase.name), 0)
+    def _first_tokens(self, phase: Phase) -> dict[str, str]:
+        """A hash of what each stream reads in its first step."""
+        batches = phase.batches(derive(self.config.seed, phase.name), 0)
+        return {name: hash_tokens(batch.tokens) for (name, _), batch in zip(_named(phase), batches, strict=True)}
 
 
-def _check_model(role: str, model: HookedCausalLM, phase: Phase) -> None:
-    """That a model can read what a phase gives it. Raises InputError where it cannot."""
-    if phase.data.vocab_size > model.config.vocab_size:
+def _named(phase: Phase) -> list[tuple[str, Stream]]:
+    """The streams of a phase by name: PHASE, or PHASE/STREAM where there are several."""
+    several = len(phase.mix) > 1
+    return [(f"{phase.name}/{stream.name}" if several else phase.name, stream) for stream in phase.mix]
+
+
+def _reads_original(phase: Phase) -> bool:
+    return any(ORIGINAL in stream.teachers for stream in phase.mix)
+
+
+def _check_model(role: str, model: HookedCausalLM, name: str, stream: Stream, reach: int) -> None:
+    """That a model can read what a stream gives it. Raises InputError where it cannot."""
+    if stream.data.vocab_size > model.config.vocab_size:
         raise InputError(
-            f"the data of phase {phase.name!r} has {phase.data.vocab_size} token ids, but the {role}'s vocabulary has "
+            f"the data of phase {name!r} has {stream.data.vocab_size} token ids, but the {role}'s vocabulary has "
             f"{model.config.vocab_size}"
         )
-    for site in phase.objective.hidden.sites if phase.objective.hidden else ():
-        if site not in model.hook_dict:
-            raise InputError(f"the {role} has no site {site!r}; ln_final.hook_out is one it has")
-    longest = max(phase.window, phase.target_window or 0)
-    if model.exact_length is not None and longest > model.exact_length:
+    if model.exact_length is not None and reach > model.exact_length:
         raise InputError(
-            f"phase {phase.name!r} has positions up to {longest - 1}, but the {role}'s rope type changes its "
-            f"frequencies with the input from {model.exact_length} on"
+            f"phase {name!r} has positions up to {reach - 1}, but the {role}'s rope type changes its frequencies with "
+            f"the input from {model.exact_length} on"
         )
 
 

@@ -8,29 +8,37 @@ from typing import Any
 
 import pandas as pd
 
+from rope_probe.distillation.loop import BY_DISTANCE
 from rope_probe.errors import InputError
 from rope_probe.runs.results import tidy
 
 Line = dict[str, Any]
-_ONCE = ("phase", "step", "tokens", "time", "kd_nats_by_distance", "gate", "missed_gate")
+_ONCE = ("phase", "step", "tokens", "time", "gate", "missed_gate")
 _GATE = {"distance", "value", "low", "high"}
 
 
 def _is_line(line: Line) -> bool:
     """Whether a line names its phase and step, and holds what the frame is made of."""
     counts = all(type(line.get(key)) is int for key in ("step", "tokens"))
-    numbers = all(_is_number(value) for key, value in line.items() if key not in _ONCE)
-    by_distance, tries = line.get("kd_nats_by_distance", {}), line.get("gate", [])
+    values = {key: value for key, value in line.items() if key not in _ONCE}
+    tries = line.get("gate", [])
     return (
         isinstance(line.get("phase"), str)
         and counts
-        and numbers
-        and isinstance(by_distance, dict)
-        and all(key == "new" or key.isdecimal() for key in by_distance)
-        and all(map(_is_number, by_distance.values()))
+        and all(
+            _is_by_distance(value) if key.endswith(BY_DISTANCE) else _is_number(value) for key, value in values.items()
+        )
         and isinstance(tries, list)
         and all(isinstance(one, dict) and one.keys() == _GATE for one in tries)
         and isinstance(line.get("missed_gate", ""), str)
+    )
+
+
+def _is_by_distance(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and all(key == "new" or key.isdecimal() for key in value)
+        and all(map(_is_number, value.values()))
     )
 
 
@@ -92,10 +100,12 @@ class Log:
         rows = []
         for line in self.lines():
             at = {"phase": line["phase"], "tokens": line["tokens"]}
-            rows += [{**at, "metric": name, "value": line[name]} for name in line if name not in _ONCE]
-            for distance, value in line.get("kd_nats_by_distance", {}).items():
-                new = distance == "new"
-                seen = {"occurrence": "new"} if new else {"occurrence": "again", "distance": int(distance)}
-                rows.append({**at, **seen, "metric": "kd_nats_by_distance", "value": value})
+            for name in line:
+                if name.endswith(BY_DISTANCE):
+                    for end, value in line[name].items():
+                        seen = {"occurrence": "new"} if end == "new" else {"occurrence": "again", "distance": int(end)}
+                        rows.append({**at, **seen, "metric": name, "value": value})
+                elif name not in _ONCE:
+                    rows.append({**at, "metric": name, "value": line[name]})
             rows += [{**at, "metric": "gate_accuracy", **measured} for measured in line.get("gate", [])]
         return tidy(rows)

@@ -1,6 +1,7 @@
 """The differentiated part of a training step, as one module that DDP and FSDP can wrap."""
 
 import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -9,62 +10,115 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
-from rope_probe.distillation.losses import IGNORED, Head, Terms
-from rope_probe.distillation.phase import Phase
+from rope_probe.distillation.streams import Stream
+from rope_probe.distillation.terms import Counts, Head, LogitTerm, StateTerm, Term, loss_in_chunks
+from rope_probe.distillation.terms.base import IGNORED
 from rope_probe.models.architectures import output_projection_of
 from rope_probe.models.hooked import HookedCausalLM
 from rope_probe.windows.packing import Batch
 
 
-@dataclass
+@dataclass(frozen=True)
+class Lesson:
+    """One stream's part in one step: its windows as student and teachers read them, and the terms to tell.
+
+    `counts` are what terms are averaged over, and `factor` is what the stream counts for in the loss.
+    """
+
+    stream: Stream
+    terms: tuple[Term, ...]
+    batch: Batch
+    teachers_batch: Batch
+    counts: Counts
+    factor: float
+
+    @classmethod
+    def of(
+        cls, stream: Stream, terms: tuple[Term, ...], batch: Batch, teachers_batch: Batch, factor: float
+    ) -> "Lesson":
+        """The lesson of a whole step."""
+        targets = int((targets_of(batch, stream.masked) != IGNORED).sum())
+        return cls(stream, terms, batch, teachers_batch, Counts(batch.tokens.numel(), targets), factor)
+
+
+@dataclass(frozen=True)
 class Taught:
-    """What a teacher makes of a batch: final hidden states with their head, and states at the sites compared."""
+    """What a teacher makes of some windows: final hidden states with their head, and states by site."""
 
     head: Head
-    hidden: Tensor
-    states: list[Tensor]
+    hidden: Float[Tensor, "B T K"]
+    states: Mapping[str, Tensor]
 
 
 class Student(nn.Module):
     """A model as a phase trains it."""
 
-    def __init__(self, model: HookedCausalLM, phase: Phase) -> None:
+    def __init__(self, model: HookedCausalLM) -> None:
         super().__init__()
         self.model = model
-        self._phase = phase
         self._no_split_modules = model.original_model._no_split_modules  # what accelerate shards layer by layer
 
-    def forward(self, part: Batch, taught: Taught | None, over: tuple[int, int], measure: bool) -> tuple[Tensor, Terms]:
-        """The loss of a part of a batch, of which `over` are the targets and positions, and its terms."""
-        objective = self._phase.objective
-        hidden, states = read(self.model, part, self._phase, self._phase.masked)
-        targets = targets_of(part, self._phase).flatten().to(hidden.device)
-        heads = (None, None) if taught is None else (taught.hidden.flatten(0, 1), taught.head)
-        loss, terms = objective.loss(
-            hidden.flatten(0, 1), head_of(self.model), targets, *heads, over=over, measure=measure
+    def forward(
+        self, part: Batch, lesson: Lesson, taught: Mapping[str, Taught]
+    ) -> tuple[Float[Tensor, ""], list[Float[Tensor, " N"]]]:
+        """What some of a lesson's windows add to the loss, and each of its terms at each position, detached."""
+        stream = lesson.stream
+        hidden, states = read(self.model, part, stream.masked, sites_of(lesson.terms))
+        targets = targets_of(part, stream.masked).flatten().to(hidden.device)
+        of_logits = [term for term in lesson.terms if isinstance(term, LogitTerm)]
+        loss, values_of_logits = loss_in_chunks(
+            of_logits,
+            hidden.flatten(0, 1),
+            head_of(self.model),
+            targets,
+            {name: (teacher.hidden.flatten(0, 1), teacher.head) for name, teacher in taught.items()},
+            chunk=stream.chunk,
+            counts=lesson.counts,
+            factor=lesson.factor,
         )
-        if objective.hidden is not None and taught is not None:
-            apart = objective.hidden(states, taught.states)
-            loss = loss + objective.hidden.weight * apart.sum() / over[1]
-            terms.hidden = apart.detach()
-        return loss, terms
+        remaining = iter(values_of_logits)
+        values = []
+        for term in lesson.terms:
+            if isinstance(term, StateTerm):
+                theirs = None if term.teacher is None else [taught[term.teacher].states[site] for site in term.sites]
+                with torch.set_grad_enabled(torch.is_grad_enabled() and term.weight > 0):
+                    value = term.of_counted(
+                        term.values([states[site] for site in term.sites], theirs), targets != IGNORED
+                    )
+                if term.weight > 0:
+                    loss = loss + term.loss(value, lesson.counts, lesson.factor)
+                values.append(value.detach())
+            else:
+                values.append(next(remaining))
+        return loss, values
 
 
-def read(model: HookedCausalLM, part: Batch, phase: Phase, masked: bool) -> tuple[Tensor, list[Tensor]]:
-    """Final hidden states, and the states at the sites that the objective compares."""
-    match = phase.objective.hidden
-    if match is None:
-        return model.hidden(part, masked=masked), []
+def taught_by(teacher: HookedCausalLM, part: Batch, masked: bool, terms: Sequence[Term]) -> Taught:
+    """What a teacher makes of some windows, with the states that `terms` compare."""
+    return Taught(head_of(teacher), *read(teacher, part, masked, sites_of(terms)))
+
+
+def sites_of(terms: Iterable[Term]) -> tuple[str, ...]:
+    """The sites that terms read, each once."""
+    return tuple(dict.fromkeys(site for term in terms if isinstance(term, StateTerm) for site in term.sites))
+
+
+def read(
+    model: HookedCausalLM, part: Batch, masked: bool, sites: Sequence[str]
+) -> tuple[Float[Tensor, "B T M"], dict[str, Tensor]]:
+    """Final hidden states, and the states at `sites`."""
+    if not sites:
+        return model.hidden(part, masked=masked), {}
     kept: dict[str, Tensor] = {}
-    with model.hooks(fwd_hooks=[(site, partial(_keep, kept)) for site in match.sites]):
+    with model.hooks(fwd_hooks=[(site, partial(_keep, kept)) for site in sites]):
         hidden = model.hidden(part, masked=masked)
-    return hidden, [kept[site] for site in match.sites]
+    return hidden, kept
 
 
-def targets_of(batch: Batch, phase: Phase) -> Tensor:
+def targets_of(batch: Batch, masked: bool) -> Int[Tensor, "B T"]:
     """The next token at each position; none at a window's end, nor at a document's where attention cannot cross it."""
     targets = nn.functional.pad(batch.tokens[:, 1:], (0, 1), value=IGNORED)
-    if phase.masked:
+    if masked:
         targets[:, :-1][batch.first_of_document[:, 1:]] = IGNORED
     return targets
 
@@ -80,20 +134,6 @@ def head_of(model: HookedCausalLM) -> Head:
         return model.after_projection(projected.unsqueeze(0)).squeeze(0)
 
     return Head(output_projection_of(model.original_model), after)
-
-
-def shares(loss: Tensor, terms: Terms, over: tuple[int, int], tokens: Tensor | None) -> dict[str, Tensor]:
-    """The loss of a part and its terms, as shares of the whole batch's means; with `tokens`, by distance too."""
-    sums = {"loss": loss.detach()}
-    if terms.cross_entropy is not None:
-        sums["ce_nats"] = terms.cross_entropy.sum() / max(over[0], 1)
-    if terms.divergence is not None:
-        sums["kd_nats"] = terms.divergence.sum() / over[1]
-        if tokens is not None:
-            sums["kd_nats_by_distance"] = by_distance(terms.divergence, tokens).to(loss)
-    if terms.hidden is not None:
-        sums["hidden"] = terms.hidden.sum() / over[1]
-    return sums
 
 
 def by_distance(values: Float[Tensor, " N"], tokens: Int[Tensor, "B T"]) -> Float[Tensor, "2 bins"]:
