@@ -40,7 +40,7 @@ def test_stages_with_the_longest_wait_behind_them_come_first():
 def test_a_run_is_reused_only_if_its_sources_are_unchanged(tmp_path, monkeypatch):
     script = tmp_path / "script.py"
     script.write_text("one")
-    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(script))
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(script), raising=False)
     with new_run(tmp_path / "run", "test", {"steps": 1}):
         pass
     assert is_complete(tmp_path / "run", {"steps": 1}, sources=source_hash(script))

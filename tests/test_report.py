@@ -443,3 +443,35 @@ def test_the_signal_shows_the_numbers_of_the_frame():
     marks = dict(zip(lines["tiny"].x, lines["tiny"].y, strict=True))
     assert list(marks) == [f"{i}, W_{matrix}" for i in (0, 1) for matrix in "QKV"]
     assert marks["1, W_K"] == pytest.approx(of_keys["signal_gradient"] / of_keys["loss_gradient"])
+
+
+HOSTILE = "<a href='http://127.0.0.1/'>x</a><b>bold</b>&amp;%{y}$x$<br>"
+SHOWN = ("name", "text", "ticktext", "hovertemplate", "customdata", "x", "y", "title", "categoryarray")
+
+
+def texts_of(value, key=""):
+    """Every text in a figure's JSON that plotly shows."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from texts_of(inner, name if name in SHOWN else key)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from texts_of(inner, key)
+    elif isinstance(value, str):
+        yield value
+
+
+@pytest.mark.parametrize("field", ["model", "arm", "phase"])
+def test_names_are_text_in_plotly_too(run, field):
+    rows = [{"metric": "accuracy", "value": 0.5, "distance": d, "seq_len": 64, "seed": 0} for d in (8, 16)]
+    frame = tidy(rows).assign(**{field: HOSTILE}, low=0.4, high=0.6)
+    figures = [plots.retrieval_by_distance(frame, HOSTILE)]
+    losses_of = losses("student", 0, (2, 1)).assign(**{field: HOSTILE})
+    figures.append(plots.loss_curves(losses_of, HOSTILE))
+    traced = read_run(run)[0].assign(**{field: HOSTILE})
+    figures += [plots.copy_heatmap(traced, HOSTILE), plots.dose_response(traced, HOSTILE)]
+    for figure in figures:
+        texts = list(texts_of(json.loads(figure.to_json())))
+        assert any("&lt;a href" in text for text in texts)
+        assert not [text for text in texts if "<a" in text or "<b>" in text or "bold</b>" in text]
+        assert not [text for text in texts if "%{y}$x" in text]

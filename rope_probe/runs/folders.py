@@ -100,9 +100,12 @@ def clean_up_after_killed(target: Path) -> None:
 
 
 def clean_up_inside(folder: Path) -> None:
-    """Remove what killed runs left in a folder of folders: half-written ones, and half-removed ones."""
+    """Remove what killed runs left in a folder of folders: half-written ones, and half-removed ones.
+
+    For a process that is the only one to write there.
+    """
     for partial in _temporary(folder, "*", _PARTIAL):
-        _remove_unless_written(partial)
+        _remove_unless_written(partial, alone=True)
     for removed in _temporary(folder, "*", _REMOVED):
         shutil.rmtree(removed, ignore_errors=True)
 
@@ -114,10 +117,14 @@ def remove_folder(folder: Path) -> None:
     shutil.rmtree(hidden)
 
 
-def _remove_unless_written(partial: Path) -> None:
-    """Remove a half-written folder that no living process holds."""
-    if not any(partial.iterdir()):  # killed just after it was made, unless another process makes it right now
-        if time.time() - partial.stat().st_mtime > _MAKING_S:
+def _remove_unless_written(partial: Path, *, alone: bool = False) -> None:
+    """Remove a half-written folder that no living process holds.
+
+    An empty one is of a process that was killed just after it was made, or of one that makes it right now. It goes when
+    this process is `alone`, or when it is old.
+    """
+    if not any(partial.iterdir()):
+        if alone or time.time() - partial.stat().st_mtime > _MAKING_S:
             partial.rmdir()
     elif (partial / LOCK).exists():
         with suppress(Timeout), FileLock(partial / LOCK, timeout=0):

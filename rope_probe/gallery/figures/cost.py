@@ -4,7 +4,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from rope_probe.errors import InputError
-from rope_probe.gallery.figures.style import BESIDE, line_style, styled
+from rope_probe.gallery.figures.style import BESIDE, drawing, line_style, styled
 
 
 def is_cost(frame: pd.DataFrame) -> pd.Series:
@@ -12,6 +12,7 @@ def is_cost(frame: pd.DataFrame) -> pd.Series:
     return frame["metric"].isin(["seconds", "seconds_fitted"])
 
 
+@drawing
 def trace_cost(frame: pd.DataFrame, label: str = "") -> go.Figure:
     """Seconds against the window (points), and their fit (lines), for each depth and number of perturbations.
 

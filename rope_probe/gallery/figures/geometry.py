@@ -7,7 +7,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from rope_probe.errors import InputError
-from rope_probe.gallery.figures.style import DASHES, PALETTE, SYMBOLS, listed, styled
+from rope_probe.gallery.figures.style import DASHES, PALETTE, SYMBOLS, drawing, listed, styled
 
 _PHASE = ["model", "phase", "seq_len"]
 
@@ -22,6 +22,7 @@ def is_spectrum_use(frame: pd.DataFrame) -> pd.Series:
     return frame["metric"] == "spectrum_use"
 
 
+@drawing
 def rotations_by_pair(frame: pd.DataFrame, label: str = "") -> go.Figure:
     """Full turns of each rotary pair over the window of each phase, a line for each geometry that the models have.
 

@@ -7,7 +7,7 @@ from plotly.subplots import make_subplots
 
 from rope_probe import rope
 from rope_probe.errors import InputError
-from rope_probe.gallery.figures.style import listed, styled
+from rope_probe.gallery.figures.style import drawing, listed, styled
 
 FAR, GATE = 8, 0.95
 _PANEL = 330
@@ -25,6 +25,7 @@ def is_gate(frame: pd.DataFrame) -> pd.Series:
     return base & (frame["metric"] == "gate_accuracy")
 
 
+@drawing
 def theta_grid(frame: pd.DataFrame, label: str = "") -> go.Figure:
     """Heatmaps of accuracy at 8 times the document length: short theta x long theta, for each head dim and budget.
 

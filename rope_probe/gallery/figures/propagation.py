@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from rope_probe.errors import InputError
-from rope_probe.gallery.figures.style import listed, styled
+from rope_probe.gallery.figures.style import drawing, listed, styled
 from rope_probe.tracing.propagation import COPY, is_rounding
 
 SIDES = {
@@ -47,6 +47,7 @@ def is_dose(frame: pd.DataFrame) -> pd.Series:
     return rows & ((doses > 1) | frame[["inject_layer", "head", "pair"]].isna().all(axis=1))
 
 
+@drawing
 def copy_heatmap(frame: pd.DataFrame, label: str = "") -> go.Figure:
     """Layer x copy heatmaps of rel_l2 between copies, from `copy_deltas`: q, k, attention, residual stream, logits.
 
@@ -110,6 +111,7 @@ def copy_heatmap(frame: pd.DataFrame, label: str = "") -> go.Figure:
     return styled(figure, title, label, note, height=200 + sum(heights) + 34 * 6)
 
 
+@drawing
 def dose_response(frame: pd.DataFrame, label: str = "") -> go.Figure:
     """KL of the logits against the tokens shifted, q only, k only and both; the float64 control of both dashed grey.
 

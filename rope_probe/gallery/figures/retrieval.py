@@ -7,7 +7,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from rope_probe.errors import InputError
-from rope_probe.gallery.figures.style import BESIDE, line_style, listed, styled
+from rope_probe.gallery.figures.style import BESIDE, drawing, line_style, listed, styled
 
 _MARGIN = 1.15
 
@@ -22,6 +22,7 @@ def is_document_length(frame: pd.DataFrame) -> pd.Series:
     return (frame["metric"] == "document_length") & (frame["phase"] == "extension").fillna(False)
 
 
+@drawing
 def retrieval_by_distance(frame: pd.DataFrame, label: str = "") -> go.Figure:
     """Accuracy of retrieval against distance, a line for each model: the mean over seeds, and every seed as a point.
 

@@ -7,7 +7,7 @@ from plotly.subplots import make_subplots
 
 from rope_probe.errors import InputError
 from rope_probe.gallery.figures.propagation import SIDES, is_shift, sample
-from rope_probe.gallery.figures.style import styled
+from rope_probe.gallery.figures.style import drawing, styled
 from rope_probe.tracing.propagation import is_rounding
 
 _READ = ("hook_resid_post", "logits")
@@ -26,6 +26,7 @@ def is_of_layer(frame: pd.DataFrame) -> pd.Series:
     return is_shift(frame) & narrow & read & (frame["metric"] == "rel_l2")
 
 
+@drawing
 def sensitivity_by_pair(frame: pd.DataFrame, label: str = "") -> go.Figure:
     """Logit KL of shifting one rotary pair, against its wavelength; the window and its documents drawn in.
 
@@ -73,6 +74,7 @@ def sensitivity_by_pair(frame: pd.DataFrame, label: str = "") -> go.Figure:
     return styled(figure, "Which rotary pairs carry position to the output", label, note, height=520)
 
 
+@drawing
 def injected_by_read(frame: pd.DataFrame, label: str = "") -> go.Figure:
     """Where a shift is injected (layer, or head of a layer) x where it is read (residual stream by layer, logits).
 

@@ -5,7 +5,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from rope_probe.errors import InputError
-from rope_probe.gallery.figures.style import line_style, listed, styled
+from rope_probe.gallery.figures.style import drawing, line_style, listed, styled
 
 _KL = ("loss_kl_nats", "signal_kl_nats")
 _GRADIENTS = ("loss_gradient", "signal_gradient")
@@ -16,6 +16,7 @@ def is_signal(frame: pd.DataFrame) -> pd.Series:
     return frame["metric"].isin([*_KL, *_GRADIENTS])
 
 
+@drawing
 def signal_of_distillation(frame: pd.DataFrame, label: str = "") -> go.Figure:
     """Of each student: the loss and the signal by distance (left), the signal's part of the gradients (right).
 

@@ -5,7 +5,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from rope_probe.errors import InputError
-from rope_probe.gallery.figures.style import BESIDE, line_style, listed, styled
+from rope_probe.gallery.figures.style import BESIDE, drawing, line_style, listed, styled
 
 _PARTS = {"W_Q": "W_Q", "W_K": "W_K", "W_V": "W_V", "W_O": "W_O", "mlp": "MLP"}
 _ROTARY = ("W_Q", "W_K")
@@ -40,6 +40,7 @@ def is_transplant(frame: pd.DataFrame) -> pd.Series:
     return whole_group & (frame["metric"] == "accuracy")
 
 
+@drawing
 def span_heatmap(frame: pd.DataFrame, label: str = "") -> go.Figure:
     """Relative change of W_Q and W_K, layer x rotary pair: the mean over heads and seeds.
 
@@ -58,6 +59,7 @@ def span_heatmap(frame: pd.DataFrame, label: str = "") -> go.Figure:
     return styled(figure, title, label, _pair_note(rows, "mean over heads"), height=330 + 30 * len(table), below=95)
 
 
+@drawing
 def span_heads(frame: pd.DataFrame, label: str = "") -> go.Figure:
     """Relative change of W_Q and W_K by pair, for every head of every layer; otherwise as `span_heatmap`.
 
@@ -78,6 +80,7 @@ def span_heads(frame: pd.DataFrame, label: str = "") -> go.Figure:
     return styled(figure, "Which pairs of which heads changed", label, _pair_note(rows, ""), height=height, below=95)
 
 
+@drawing
 def change_by_part(frame: pd.DataFrame, label: str = "") -> go.Figure:
     """Relative change of W_Q against W_K, W_V, W_O and the MLP, by layer: the mean over seeds, every seed as a point.
 
@@ -107,6 +110,7 @@ def change_by_part(frame: pd.DataFrame, label: str = "") -> go.Figure:
     return styled(figure, "How much each part changed", label, _note(rows, ""), height=460)
 
 
+@drawing
 def causal_curves(frame: pd.DataFrame, label: str = "") -> go.Figure:
     """Accuracy against the share of query spans transplanted, a line for each order, a panel for each kind of set.
 
@@ -161,6 +165,7 @@ def causal_curves(frame: pd.DataFrame, label: str = "") -> go.Figure:
     return figure.update_layout(legend={**BESIDE, "title": {"text": "order of spans"}}, margin={"t": 125})
 
 
+@drawing
 def transplants(frame: pd.DataFrame, label: str = "") -> go.Figure:
     """Accuracy after transplanting each group of weights, from the later checkpoint into the earlier and the other way.
 

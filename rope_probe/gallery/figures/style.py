@@ -1,8 +1,12 @@
-"""What the figures look like alike: colours, lines, titles and captions."""
+"""What the figures look like alike: colours, lines, titles and captions, and names as plotly shows them."""
 
+import functools
+import hashlib
+import re
 import textwrap
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
@@ -11,6 +15,61 @@ DASHES = ("solid", "dash", "dot")
 SYMBOLS = ("circle", "square-open", "triangle-up")
 BESIDE: dict[str, Any] = {"orientation": "v", "x": 1.02, "y": 1, "yanchor": "top", "tracegroupgap": 0}
 """A legend to the right of the plot, for many or long names."""
+LONGEST_NAME, LONGEST_LABEL = 60, 100
+_NAMES = ("run_id", "experiment", "model", "phase")
+_MARKUP = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "%": "&#37;", "$": "&#36;"}
+_UNSEEN = (*range(0x20), *range(0x7F, 0xA0), 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A))
+_LITERAL = str.maketrans(_MARKUP | {chr(c): "&#92;" + chr(c).encode("unicode_escape").decode()[1:] for c in _UNSEEN})
+_DIGEST = 8
+
+
+class Draw(Protocol):
+    """A tidy frame in, a figure out; the label goes into its title."""
+
+    def __call__(self, frame: pd.DataFrame, label: str = "") -> go.Figure:
+        """Draw the frame."""
+
+
+def drawing(draw: Draw) -> Draw:
+    """Every public drawing function is one: what the frame and the label call things is shown just as it is written.
+
+    It draws a frame whose text is `literal`, and whose names are `short` where no drawing takes them apart. Rows whose
+    value is no finite number are left out.
+    """
+
+    @functools.wraps(draw)
+    def drawn(frame: pd.DataFrame, label: str = "") -> go.Figure:
+        return draw(_as_shown(finite(frame)), short(literal(label), LONGEST_LABEL))
+
+    return drawn
+
+
+def literal(text: str) -> str:
+    """The text by which plotly shows `text` itself: no markup, no template, no TeX; what cannot be seen by its code."""
+    return text.translate(_LITERAL)
+
+
+def short(text: str, longest: int = LONGEST_NAME) -> str:
+    """The text, literal or not, in at most `longest` letters: a digest after an ellipsis tells long ones apart."""
+    letters = re.findall(r"&#?\w+;|.", text, flags=re.DOTALL)
+    if len(letters) <= longest:
+        return text
+    return "".join(letters[: longest - 1 - _DIGEST]) + "…" + hashlib.sha256(text.encode()).hexdigest()[:_DIGEST]
+
+
+def finite(frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows whose value is a finite number."""
+    return frame[np.isfinite(frame["value"].to_numpy(dtype=float, na_value=np.nan))]
+
+
+def _as_shown(frame: pd.DataFrame) -> pd.DataFrame:
+    shown = {}
+    for column in frame.select_dtypes(include=["object", "string"]):
+        names = [name for name in frame[column].dropna().unique() if isinstance(name, str)]
+        told = {name: short(literal(name)) if column in _NAMES else literal(name) for name in names}
+        if any(name != text for name, text in told.items()):
+            shown[column] = frame[column].map(lambda name, told=told: told.get(name, name), na_action="ignore")
+    return frame.assign(**{column: names.astype(frame[column].dtype) for column, names in shown.items()})
 
 
 def line_style(i: int) -> tuple[str, str, str]:
@@ -26,7 +85,7 @@ def listed(values: pd.Series) -> str:
 
 def styled(figure: go.Figure, title: str, label: str, caption: str, height: int, *, below: int = 62) -> go.Figure:
     """Give a figure its title, its caption (`below` pixels under the lowest axis), and the margins and fonts of all."""
-    wrapped = "<br>".join(textwrap.wrap(caption, 125))
+    wrapped = "<br>".join(textwrap.wrap(caption, 125, break_long_words=False))
     figure.update_layout(
         template="plotly_white",
         height=height,
@@ -34,6 +93,7 @@ def styled(figure: go.Figure, title: str, label: str, caption: str, height: int,
         title={"text": f"{title}: {label}" if label else title, "x": 0.01, "xanchor": "left"},
         font={"family": "system-ui, sans-serif", "size": 14},
         legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+        hoverlabel={"namelength": -1},
     )
     figure.add_annotation(
         text=wrapped,

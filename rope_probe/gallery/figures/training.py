@@ -5,7 +5,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from rope_probe.errors import InputError
-from rope_probe.gallery.figures.style import BESIDE, line_style, listed, styled
+from rope_probe.gallery.figures.style import BESIDE, drawing, line_style, listed, styled
 
 LOSSES = {"ce_nats": ("cross-entropy, nats", "linear"), "kd_nats": ("KD divergence, nats", "log")}
 _LOG_TICKS = [step * 10.0**power for power in range(-6, 3) for step in (1, 2, 5)]
@@ -17,6 +17,7 @@ def is_loss(frame: pd.DataFrame) -> pd.Series:
     return frame["metric"].isin(LOSSES) & frame["tokens"].notna()
 
 
+@drawing
 def loss_curves(frame: pd.DataFrame, label: str = "") -> go.Figure:
     """Cross-entropy and KD divergence against the tokens trained on: a panel for each loss and phase that there is.
 
