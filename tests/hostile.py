@@ -98,14 +98,14 @@ SHORT_PHASE = {
     "theta": 300.0,
     "warmup": 1,
     "data": STREAM,
-    "objective": {"ce_weight": 1.0, "kd_weight": 0.0},
+    "terms": [{"kind": "cross_entropy"}],
 }
 LONG_PHASE = {
     **SHORT_PHASE,
     "name": "long",
     "window": 32,
     "theta": 1e4,
-    "objective": {"ce_weight": 0.5, "kd_weight": 1.0},
+    "terms": [{"kind": "cross_entropy", "weight": 0.5}, {"kind": "kd"}],
 }
 CONFIG = {"student": "model", "teacher": "model", "out": "run", "log_every": 1, "save_every": 1, "phases": [LONG_PHASE]}
 RESUMABLE = {**CONFIG, "out": "stopped", "phases": [SHORT_PHASE, {**LONG_PHASE, "steps": 3}]}
@@ -1643,7 +1643,22 @@ BAD_ENTRIES = {
     "batch_tokens": (HUGE,),
     "accumulate": (HUGE,),
     "weight_decay": (-1, NAN, INF, "x"),
-    "objective": ({"ce_weight": 0.0, "kd_weight": 0.0}, 5, {"ce_weight": -1}, {"kd_weight": NAN}, {"ce_weight": INF}),
+    "objective": ({"ce_weight": 1.0, "kd_weight": 0.0}, 5),
+    "terms": (
+        5,
+        "x",
+        [],
+        [{}],
+        [5],
+        [{"kind": "nonsense"}],
+        [{"kind": "cross_entropy", "weight": 0}],
+        [{"kind": "cross_entropy", "weight": -1}],
+        [{"kind": "cross_entropy", "weight": NAN}],
+        [{"kind": "kd", "weight": INF}],
+        [{"kind": "kd", "teacher": "nobody"}],
+        [{"kind": "kd", "nonsense": 1}],
+    ),
+    "streams": (5, [], [{}], [{"data": STREAM, "window": 32, "share": 0}], [{"data": STREAM, "window": 7}]),
     "data": ({"kind": "nonsense"}, {}, [], "x"),
     "gate": (5, {}, "x"),
     "name": ("", "a/b", "..", "x" * 300, "é\n", 5, "-"),
@@ -1708,6 +1723,13 @@ BAD_RUNS = {
 }
 
 
+def hidden_term(value: Any) -> Any:
+    """A setting of the term that compares hidden states, as a term; what is no table stays as it is."""
+    if not isinstance(value, dict):
+        return value
+    return {**{"distance" if key == "kind" else key: setting for key, setting in value.items()}, "kind": "hidden"}
+
+
 def odd_distill_configs(rng: random.Random) -> Iterator[Case]:
     """A TOML file with one entry that is wrong, at its edge, missing or unknown."""
 
@@ -1732,14 +1754,15 @@ def odd_distill_configs(rng: random.Random) -> Iterator[Case]:
         yield one((*PHASE, "data", key), value)
     yield one((*PHASE, "data", "disjoint"), True, ANY)
     for key, value in each(BAD_DIVERGENCES):
-        yield one((*PHASE, "objective", "divergence"), {"kind": "forward_kl", key: value})
+        yield one((*PHASE, "terms"), [{"kind": "kd", "divergence" if key == "kind" else key: value}])
     for value in EDGE_DIVERGENCES:
-        yield one((*PHASE, "objective", "divergence"), value, ANY)
+        settings = {"divergence" if key == "kind" else key: setting for key, setting in value.items()}
+        yield one((*PHASE, "terms"), [{**settings, "kind": "kd"}], ANY)
     for value in BAD_HIDDEN:
-        yield one((*PHASE, "objective", "hidden"), value)
-    yield one((*PHASE, "objective", "hidden"), {"sites": ["blocks.0.attn.hook_q"]}, ANY)
-    for key in ("ce_weight", "kd_weight"):
-        yield one((*PHASE, "objective", key), 1e300, ANY)
+        yield one((*PHASE, "terms"), [hidden_term(value)])
+    yield one((*PHASE, "terms"), [{"kind": "hidden", "sites": ["blocks.0.attn.hook_q"]}], ANY)
+    for kind in ("cross_entropy", "kd"):
+        yield one((*PHASE, "terms"), [{"kind": kind, "weight": 1e300}], ANY)
     for key, value in each(BAD_GATES):
         yield one((*PHASE, "gate"), {**GATE, key: value})
     for key, value in each(EDGE_GATES):
@@ -1829,7 +1852,7 @@ def odd_students(rng: random.Random) -> Iterator[Case]:
     for key, value in each(EDGE_STUDENTS):
         yield student(f"with {key} = {short(value)}", ANY, {**STUDENT, key: value})
     wider = {**CONFIG, "student": {**STUDENT, "hidden_size": 32}}
-    compared = at((*PHASE, "objective", "hidden"), {"weight": 1.0}, wider)
+    compared = at((*PHASE, "terms"), [{"kind": "hidden"}], wider)
     yield case("distill", MUST_REFUSE, "hidden states of different width", toml_file(compared))
 
 
@@ -1868,7 +1891,7 @@ def odd_toml(rng: random.Random) -> Iterator[Case]:
         yield case("distill", MUST_REFUSE, f"config is {told}", step)
     for path in ("", ".", "x" * 300, "model", "\udcff", "/dev/null", "config.toml/x"):
         yield case("distill", MUST_REFUSE, f"config at {path[:30]!a}", positional=[path])
-    text = {**LONG_PHASE, "objective": {"ce_weight": 1.0, "kd_weight": 0.0}}
+    text = {**LONG_PHASE, "terms": [{"kind": "cross_entropy"}]}
     bytes_student = {
         "model_type": "llama",
         "vocab_size": 259,

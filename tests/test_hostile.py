@@ -41,7 +41,7 @@ from transformers import ByT5Tokenizer
 
 from rope_probe import cli
 from rope_probe.distillation import Training, distill, read_config
-from rope_probe.results import read_run
+from rope_probe.runs.results import read_run
 from tests import hostile, zoo
 from tests.hostile import ANY, MUST_REFUSE, SAME, SAME_OR_REFUSE, Case
 
