@@ -52,7 +52,8 @@ class Options:
 class Stage:
     """A script and its arguments, the run directory it makes, the config it makes it with, and the stages it needs.
 
-    `seconds` is about how long it takes, of which the order and the remaining time are made.
+    The script is a module of this folder by name, or the path of a file elsewhere. `seconds` is about what it takes,
+    of which the order and the remaining time are made.
     """
 
     command: tuple[str, ...]
@@ -63,8 +64,20 @@ class Stage:
 
     @property
     def script(self) -> str:
-        """The experiment's module, in this folder."""
-        return self.command[0]
+        """The name of the experiment's module."""
+        return Path(self.command[0]).stem
+
+    @property
+    def file(self) -> Path:
+        """The file that is run."""
+        given = Path(self.command[0])
+        return given if given.suffix == ".py" else Path(experiments.__path__[0]) / f"{given}.py"
+
+    @property
+    def arguments(self) -> list[str]:
+        """What Python is given to run it."""
+        what = [self.command[0]] if self.file == Path(self.command[0]) else ["-m", f"experiments.{self.command[0]}"]
+        return [*what, *self.command[1:]]
 
 
 def discover() -> list[ModuleType]:
@@ -142,9 +155,9 @@ def _run(name: str, stage: Stage, reuse_anyway: bool) -> str:
         config = stage.config()
     except InputError as error:
         return str(error)
-    sources = None if reuse_anyway else source_hash(_file(stage.script))
+    sources = None if reuse_anyway else source_hash(stage.file)
     if not is_complete(stage.run, config, sources=sources):
-        command = [sys.executable, "-m", f"experiments.{stage.script}", *stage.command[1:]]
+        command = [sys.executable, *stage.arguments]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         log = stage.run.parent / "logs" / f"{stage.run.name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -154,10 +167,6 @@ def _run(name: str, stage: Stage, reuse_anyway: bool) -> str:
             last = (log.read_text().splitlines() or ["nothing was said"])[-1]
             return f"exit code {code}: {last} (all of it in {log})"
     return read_run(stage.run)[1].get("missed_gate") or ""
-
-
-def _file(script: str) -> Path:
-    return Path(experiments.__path__[0]) / f"{script}.py"
 
 
 class _Progress:

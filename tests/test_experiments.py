@@ -19,7 +19,7 @@ def test_every_stage_needs_stages_that_are_planned_and_has_a_place_of_its_own(fu
     scripts = {stage.script for stage in planned.values()}
     experiments = {module.__name__.removeprefix("experiments.") for module in stages.discover()}
     assert scripts == experiments - (set() if full else {"theta_grid"})
-    assert all(stages._file(script).is_file() for script in scripts)
+    assert all(stage.file.is_file() for stage in planned.values())
 
 
 def test_every_experiment_keeps_the_contract():

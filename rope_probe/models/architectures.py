@@ -127,6 +127,17 @@ ARCHITECTURES: dict[str, Architecture | Callable[[PreTrainedConfig], Architectur
 }
 
 
+def register(model_type: str, entry: Architecture | Callable[[PreTrainedConfig], Architecture]) -> None:
+    """Make a model type known: by its architecture, or by what makes one of its config.
+
+    Check it as tests/test_hooked.py does: rotated queries of a repeated token must be rotations of each other, and
+    logits transformers' own. Raises InputError for a type that is known already.
+    """
+    if model_type in ARCHITECTURES:
+        raise InputError(f"model type {model_type!r} is known already")
+    ARCHITECTURES[model_type] = entry
+
+
 def architecture_of(config: PreTrainedConfig) -> Architecture:
     """The table entry for a config's model type.
 

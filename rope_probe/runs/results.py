@@ -27,8 +27,8 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rope_probe.runs.folders import MARK, whole_folder
 from rope_probe.errors import InputError, reason
+from rope_probe.runs.folders import MARK, whole_folder
 
 METRICS, MANIFEST = "metrics.parquet", "manifest.json"
 WRITER = ".writer"
@@ -83,12 +83,12 @@ SCHEMA = {
 }
 """Columns of the tidy frame, in order. A column that does not apply is null.
 
-- Of a model: what part it plays in its run (`role`); the thetas of its two phases; its head dim. `tokens` and `steps` are
-  what it was trained on.
+- Of a model: what part it plays in its run (`role`); the thetas of its two phases; its head dim. `tokens` and `steps`
+  are what it was trained on.
 - Of a perturbation: its text, its class (`kind`), the parts it is restricted to (`restriction`), `side` and size.
 - `distance` in tokens; `occurrence` is "new" for tokens that occur for the first time, and "again" for others.
-- Of transplanted spans: which checkpoint they go `into` ("start" or "end"), what `group` or `span_set` they are, in which
-  `order` (and which `draw` of a random one), how many are `moved` of those `movable`.
+- Of transplanted spans: which checkpoint they go `into` ("start" or "end"), what `group` or `span_set` they are, in
+  which `order` (and which `draw` of a random one), how many are `moved` of those `movable`.
 - Where two checkpoints are compared, `wavelength` is a pair's in the first, `wavelength_after` in the second.
 - `value_float64` is the float64 control of `value`; `low` and `high` are the ends of its 95% confidence interval.
 """

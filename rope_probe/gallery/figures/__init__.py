@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import pandas as pd
 import plotly.graph_objects as go
 
+from rope_probe.errors import InputError
 from rope_probe.gallery.figures import (
     cost,
     geometry,
@@ -36,6 +37,7 @@ __all__ = [
     "dose_response",
     "injected_by_read",
     "loss_curves",
+    "register",
     "retrieval_by_distance",
     "rotations_by_pair",
     "sensitivity_by_pair",
@@ -96,7 +98,7 @@ def _masked(frame: pd.DataFrame) -> pd.Series:
     return frame["masked"].map({True: "masked"}, na_action="ignore").fillna("")
 
 
-DRAWINGS = (
+DRAWINGS = [
     Drawing(
         "retrieval_by_distance",
         _is_retrieval,
@@ -125,4 +127,12 @@ DRAWINGS = (
     Drawing("span_heads", spans.is_change_of_pair, span_heads, _model, spans.is_landmark),
     Drawing("signal_of_distillation", signal.is_signal, signal_of_distillation),
     Drawing("trace_cost", cost.is_cost, trace_cost),
-)
+]
+"""What the gallery draws, in order."""
+
+
+def register(drawing: Drawing) -> None:
+    """Have the gallery draw one more figure. Raises InputError for a name that another drawing has."""
+    if drawing.name in {known.name for known in DRAWINGS}:
+        raise InputError(f"there is a drawing {drawing.name!r} already; give this one another name")
+    DRAWINGS.append(drawing)

@@ -1,0 +1,68 @@
+"""What became of a claim: one row of one schema, whatever the experiment."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import pandas as pd
+
+Kind = Literal["prediction", "identity"]
+COLUMNS = {
+    "prediction": "Int64",
+    "claim": "string",
+    "kind": "string",
+    "measured": "float64",
+    "low": "float64",
+    "high": "float64",
+    "n": "Int64",
+    "held": "string",
+}
+"""`prediction` is the number of the prediction that the claim belongs to. A prediction was written before the run and
+could have come out otherwise; an identity holds for any weights. `measured` is what was found, from `low` to `high`
+where there is an interval, over `n` seeds. `held` is "held", "not held" or "undecided"; null for what is told beside
+the claims."""
+_HELD = {True: "held", False: "not held", None: "undecided"}
+
+
+@dataclass(frozen=True)
+class Section:
+    """What an experiment reports: its verdicts, tables by title, and the question that they answer."""
+
+    verdicts: pd.DataFrame
+    tables: dict[str, pd.DataFrame] = field(default_factory=dict)
+    question: str = ""
+
+
+def verdict(
+    prediction: int | None,
+    claim: str,
+    measured: float,
+    held: bool | None,
+    *,
+    n: int = 1,
+    low: float = math.nan,
+    high: float = math.nan,
+    kind: Kind = "prediction",
+) -> dict[str, Any]:
+    """A verdict as a row of `verdicts`; `held` is None where the interval says neither."""
+    return {
+        "prediction": prediction,
+        "claim": claim,
+        "kind": kind,
+        "measured": float(measured),
+        "low": low,
+        "high": high,
+        "n": n,
+        "held": _HELD[None if held is None else bool(held)],
+    }
+
+
+def beside(claim: str, measured: float, *, n: int = 1, low: float = math.nan, high: float = math.nan) -> dict[str, Any]:
+    """A row for what is told beside the claims, to compare them with."""
+    return {**verdict(None, claim, measured, None, n=n, low=low, high=high), "held": None}
+
+
+def verdicts(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """Rows in the schema's columns and types, by the number of their prediction."""
+    frame = pd.DataFrame(rows, columns=list(COLUMNS)).astype(COLUMNS)
+    return frame.sort_values("prediction", kind="stable", na_position="first", ignore_index=True)

@@ -1,0 +1,138 @@
+"""What docs/extending.md tells, done from outside the package, through what it offers in public."""
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Literal
+
+import plotly.graph_objects as go
+import pytest
+import torch
+from rope_probe.runs.verdicts import Section, verdict, verdicts
+from transformers import CONFIG_MAPPING
+
+from experiments import reproduce, stages
+from rope_probe import InputError, PositionShift, load_model, repeated_window, trace
+from rope_probe.distillation import LogitTerm, distill
+from rope_probe.gallery import figures
+from rope_probe.gallery.report import gallery
+from rope_probe.models import architectures
+from rope_probe.runs.results import new_run, read_run, tidy
+from rope_probe.tracing.perturbations import Perturbation
+from tests import zoo
+
+WINDOW = repeated_window([5, 6, 7, 8], 4)
+
+
+def test_an_architecture():
+    plain = zoo.model(CONFIG_MAPPING["arcee"](**zoo.SIZES))
+    with pytest.raises(InputError, match="'arcee'"):
+        load_model(plain)
+    architectures.register("arcee", architectures.Architecture())
+    try:
+        wanted = plain(zoo.tokens(), use_cache=False).logits
+        torch.testing.assert_close(load_model(plain)(zoo.tokens()), wanted, rtol=0, atol=1e-5)
+        assert (trace(load_model(plain), WINDOW, PositionShift("q", 2.0))["value"] > 0).any()
+    finally:
+        del architectures.ARCHITECTURES["arcee"]
+
+
+@dataclass(frozen=True)
+class Mirror(Perturbation):
+    """Turn q or k back to where it stands in a window read from its end."""
+
+    side: Literal["q", "k", "qk"]
+    layers: int | None = None
+    heads: int | None = None
+    pairs: int | None = None
+    positions: int | None = None
+
+    def angles(self, rotary, positions, window):
+        return torch.outer(positions.flip(0) - positions, rotary.inv_freq)
+
+
+def test_a_perturbation():
+    frame = trace(load_model(zoo.llama()).double(), WINDOW, [Mirror("q"), Mirror("k"), Mirror("q", layers=1)])
+    logits = frame[(frame["site"] == "logits") & (frame["metric"] == "kl_nats")]
+    assert set(logits["kind"]) == {"Mirror"}
+    assert set(logits["restriction"].dropna()) == {"layers=1"}
+    assert (logits.groupby("perturbation")["value"].mean() > 1e-6).all()
+
+
+@dataclass(frozen=True)
+class Confidence(LogitTerm):
+    """Entropy of the student's next-token distribution, in nats."""
+
+    kind: Literal["test_confidence"] = "test_confidence"
+
+    def values(self, logits, targets, taught):
+        return torch.special.entr(logits.softmax(-1)).sum(-1)
+
+
+def test_a_loss_term(tmp_path):
+    data = {"kind": "key_value", "document_length": 16, "distinct": [1, 4], "keys": 20, "values": 20}
+    phase = {"name": "sure", "window": 16, "steps": 12, "batch_tokens": 128, "lr": 1e-2, "warmup": 1, "data": data}
+    phase["terms"] = [{"kind": "test_confidence"}]
+    student = {"model_type": "llama", **zoo.SIZES}
+    frame, _ = read_run(distill({"student": student, "phases": [phase], "out": str(tmp_path / "run"), "log_every": 1}))
+    entropy = frame[frame["metric"] == "test_confidence"]["value"]
+    assert len(entropy) == 12
+    assert entropy.iloc[-1] < entropy.iloc[0]
+
+
+def largest_delta(frame, label=""):
+    """A bar for each site: the largest delta that was read there."""
+    largest = frame.groupby("site")["value"].max()
+    return go.Figure(go.Bar(x=largest.index, y=largest), {"height": 400, "title": label})
+
+
+def is_largest(frame):
+    return frame["metric"] == "test_rel_l2"
+
+
+def test_a_figure(tmp_path):
+    figures.register(figures.Drawing("test_largest_delta", is_largest, largest_delta))
+    try:
+        with new_run(tmp_path / "run", "test", {}) as run:
+            run.record(tidy([{"metric": "test_rel_l2", "site": "logits", "value": 0.5, "model": "tiny"}]))
+        page = gallery([tmp_path / "run"], tmp_path / "gallery")
+    finally:
+        figures.DRAWINGS.pop()
+    assert "test-largest-delta" in page.read_text()
+    assert list((tmp_path / "gallery").glob("*test-largest-delta.html"))
+
+
+SCRIPT = """
+import sys
+from rope_probe.runs.results import new_run, tidy
+with new_run(sys.argv[1], "outside", {"answer": 42}) as run:
+    rows = [{"metric": "accuracy", "value": 0.42, "distance": distance, "seq_len": 64} for distance in (8, 16)]
+    run.record(tidy(rows), model="tiny")
+"""
+
+
+def test_an_experiment(tmp_path):
+    script = tmp_path / "outside.py"
+    script.write_text(SCRIPT)
+
+    def planned(options):
+        run = options.out / "outside"
+        return {"outside": stages.Stage((str(script), str(run)), run, lambda: {"answer": 42})}
+
+    def report(frames):
+        measured = frames["outside"]["value"].mean()
+        return Section(verdicts([verdict(1, "the answer is below one half", measured, measured < 0.5)]))
+
+    experiment = SimpleNamespace(
+        __name__="outside", QUESTION="What is the answer?", PREDICTIONS={1: "Below .5."}, stages=planned, report=report
+    )
+    plan = stages.plan(stages.Options(tmp_path / "runs"), [experiment])
+    assert stages.run_all(plan) == {}
+    runs = reproduce.runs_of(plan, {})
+    reports = reproduce.report_all([experiment], runs)
+    page = gallery(runs["outside"], tmp_path / "gallery", reports).read_text()
+    assert "What is the answer?" in page
+    assert "the answer is below one half" in page
+    assert "<td>held</td>" in page
+    written = (tmp_path / "runs" / "outside" / "manifest.json").stat().st_mtime_ns
+    assert stages.run_all(plan) == {}  # and a second time it is reused
+    assert (tmp_path / "runs" / "outside" / "manifest.json").stat().st_mtime_ns == written
