@@ -22,7 +22,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbedding
 
 from rope_probe.errors import InputError
-from rope_probe.models.precision import keep_float32, promote_float32
+from rope_probe.precision import keep_float32, promote_float32
 
 Layout = Literal["half", "adjacent"]
 _NEEDED_PARAMETERS = {

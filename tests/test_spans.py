@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from rope_probe import InputError, PositionShift, compare_spans, load_model, rope
 from rope_probe.models.architectures import architecture_of, rotary_layers
 from rope_probe.models.parameters import ATTENTION, part_of, projections_of
-from rope_probe.models.precision import promote_float32
+from rope_probe.precision import promote_float32
 from rope_probe.spans import Span
 from rope_probe.spans.parts import pieces
 from tests import zoo

@@ -34,7 +34,7 @@ from rope_probe.distillation import (
 )
 from rope_probe.distillation import student as student_module
 from rope_probe.models import checkpoints
-from rope_probe.models.precision import promote_float32
+from rope_probe.precision import promote_float32
 from rope_probe.runs.results import read_run
 from tests import zoo
 

@@ -39,7 +39,7 @@ from rope_probe.models.architectures import (
     output_projection_of,
     rotary_layers,
 )
-from rope_probe.models.precision import promote_float32
+from rope_probe.precision import promote_float32
 from rope_probe.windows.packing import Batch, Window
 
 

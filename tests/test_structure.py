@@ -1,0 +1,72 @@
+"""docs/architecture.md names every module, and imports go one way: down its list."""
+
+import ast
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "rope_probe"
+
+
+def listed():
+    """The package's modules as docs/architecture.md lists them, by their dotted names."""
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    block = text.split("```")[1].split("experiments/\n")[0]
+    names, folders = [], []
+    for line in block.splitlines():
+        entry = re.match(r"^( *)([\w.]+)(/?)(?:\s|$)", line)
+        if entry is None or len(entry[1]) > 8:
+            continue
+        depth, name, is_folder = len(entry[1]) // 2, entry[2], bool(entry[3])
+        folders = folders[:depth]
+        if is_folder:
+            folders.append(name)
+            names.append(".".join(folders))
+        else:
+            names.append(".".join([*folders, name.removesuffix(".py")]))
+    return names
+
+
+def modules():
+    return {
+        ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file
+        for file in PACKAGE.rglob("*.py")
+    }
+
+
+def place(name, order):
+    """Where a module stands in the list, by itself or by its folder."""
+    while name not in order:
+        name = name.rpartition(".")[0]
+    return order.index(name)
+
+
+def imported(file):
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("rope_probe"):
+            yield from (
+                f"{node.module}.{alias.name}" if f"{node.module}.{alias.name}" in modules() else node.module
+                for alias in node.names
+            )
+
+
+def test_every_module_is_listed_and_every_entry_is_there():
+    order, there = listed(), modules()
+    assert [name for name in order if name not in there] == []
+    unlisted = [name for name in there if name not in order and name.rpartition(".")[0] not in order]
+    assert [name for name in unlisted if name != "rope_probe.__main__"] == []
+
+
+def test_imports_go_one_way():
+    order = listed()
+    wrong = []
+    for name, file in modules().items():
+        if name in ("rope_probe", "rope_probe.__main__", "rope_probe.cli"):
+            continue  # the outermost ones, which import lazily
+        for other in imported(file):
+            folder = name.rpartition(".")[0]
+            one_of_many = name not in order and other.startswith(f"{folder}.")
+            same_folder = other.startswith(f"{name}.") or other == folder or one_of_many
+            if not same_folder and place(other, order) > place(name, order):
+                wrong.append(f"{name} imports {other}")
+    assert wrong == []
