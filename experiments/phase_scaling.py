@@ -16,7 +16,6 @@ from typing import Any
 import pandas as pd
 import torch
 import typer
-from rope_probe.runs.verdicts import Section, verdict, verdicts
 
 from experiments.stages import Options, Stage
 from experiments.toy_checkpoints import (
@@ -39,6 +38,7 @@ from rope_probe.models import checkpoints
 from rope_probe.retrieval.probe import student_interval
 from rope_probe.runs.progress import progress
 from rope_probe.runs.results import describe_model, hash_tokens, new_run, read_run, tidy
+from rope_probe.runs.verdicts import Section, verdict, verdicts
 from rope_probe.seeds import derive
 
 QUESTION = "Which theta for which phase, and which objective, gives a short-window base the long window?"

@@ -29,7 +29,6 @@ import pandas as pd
 import torch
 import typer
 from jaxtyping import Float
-from rope_probe.runs.verdicts import Section, beside, verdict, verdicts
 from torch import Tensor
 from transformers import SmolLM3Config
 
@@ -42,6 +41,7 @@ from rope_probe.errors import InputError
 from rope_probe.models import checkpoints
 from rope_probe.runs.progress import progress
 from rope_probe.runs.results import describe_model, hash_tokens, new_run, read_run, tidy
+from rope_probe.runs.verdicts import Section, beside, verdict, verdicts
 from rope_probe.seeds import derive
 from rope_probe.windows.packing import Batch
 

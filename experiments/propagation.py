@@ -20,7 +20,6 @@ from typing import NamedTuple, get_args
 import pandas as pd
 import torch
 import typer
-from rope_probe.runs.verdicts import Kind, Section, verdict, verdicts
 from transformers import MistralConfig, MistralForCausalLM
 
 from experiments import phase_scaling
@@ -30,6 +29,7 @@ from rope_probe import HookedCausalLM, PositionShift, Window, copy_deltas, load_
 from rope_probe.distillation import distillation_signal
 from rope_probe.runs.progress import progress
 from rope_probe.runs.results import describe_model, hash_tokens, new_run, read_run
+from rope_probe.runs.verdicts import Kind, Section, verdict, verdicts
 from rope_probe.tracing.perturbations import Perturbation, Side
 from rope_probe.tracing.propagation import COPY
 from rope_probe.tracing.sweeps import sweep

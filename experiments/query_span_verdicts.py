@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 import pandas as pd
-from rope_probe.runs.verdicts import verdict, verdicts
 from scipy import stats
 
 from experiments.query_spans import (
@@ -25,6 +24,7 @@ from experiments.query_spans import (
 )
 from experiments.toy_checkpoints import LONG, SHORT
 from rope_probe.retrieval.probe import student_interval
+from rope_probe.runs.verdicts import verdict, verdicts
 from rope_probe.spans import contrast, enrichment, fraction_to_reach, stability
 
 MAIN = "kd_adamw"

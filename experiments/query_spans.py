@@ -21,7 +21,6 @@ import numpy as np
 import pandas as pd
 import torch
 import typer
-from rope_probe.runs.verdicts import Section
 from torch import Tensor
 
 from experiments import phase_scaling
@@ -34,6 +33,7 @@ from rope_probe.models import checkpoints
 from rope_probe.models.architectures import heads_of
 from rope_probe.runs.progress import progress
 from rope_probe.runs.results import describe_model, hash_tokens, new_run, read_run, tidy
+from rope_probe.runs.verdicts import Section
 from rope_probe.seeds import derive
 from rope_probe.spans import (
     Span,

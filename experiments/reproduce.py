@@ -12,12 +12,12 @@ from typing import Annotated
 
 import pandas as pd
 import typer
-from rope_probe.runs.verdicts import Section
 
 from experiments.stages import Options, Stage, discover, plan, run_all
 from rope_probe.errors import InputError
 from rope_probe.gallery.report import gallery
 from rope_probe.runs.results import read_frames
+from rope_probe.runs.verdicts import Section
 
 
 def main(

@@ -14,7 +14,6 @@ from pathlib import Path
 import pandas as pd
 import torch
 import typer
-from rope_probe.runs.verdicts import Section, verdict, verdicts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from experiments.stages import Options, Stage
@@ -23,6 +22,7 @@ from rope_probe import TextTask, load_model, retrieval_accuracy
 from rope_probe.distillation import DistillConfig, distill, read_config
 from rope_probe.errors import InputError
 from rope_probe.runs.results import describe_model, new_run, read_run
+from rope_probe.runs.verdicts import Section, verdict, verdicts
 
 QUESTION = "Is the path from text to a checkpoint, and on to a task in text, whole?"
 PREDICTIONS = {

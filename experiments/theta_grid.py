@@ -21,7 +21,6 @@ from pathlib import Path
 import pandas as pd
 import torch
 import typer
-from rope_probe.runs.verdicts import Section, verdict, verdicts
 from scipy import stats
 
 from experiments import phase_scaling, toy_checkpoints
@@ -34,6 +33,7 @@ from rope_probe.gallery.figures.grid import read_cells
 from rope_probe.models import checkpoints
 from rope_probe.runs.progress import progress
 from rope_probe.runs.results import describe_model, hash_tokens, new_run, read_run
+from rope_probe.runs.verdicts import Section, verdict, verdicts
 from rope_probe.seeds import derive
 
 QUESTION = "Which short theta goes with which long theta, and what foresees it?"

@@ -18,7 +18,6 @@ from typing import Annotated, Any, Literal
 import pandas as pd
 import torch
 import typer
-from rope_probe.runs.verdicts import Section, verdict, verdicts
 from transformers import LlamaConfig, PreTrainedModel
 
 from experiments.stages import MISSED_GATE, Options, Stage
@@ -28,6 +27,7 @@ from rope_probe.distillation.loop import Record
 from rope_probe.models import checkpoints
 from rope_probe.runs.progress import progress
 from rope_probe.runs.results import Run, describe_model, hash_tokens, new_run, tidy
+from rope_probe.runs.verdicts import Section, verdict, verdicts
 from rope_probe.seeds import derive
 
 SHORT, LONG = 64, 1024

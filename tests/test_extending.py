@@ -7,7 +7,6 @@ from typing import Literal
 import plotly.graph_objects as go
 import pytest
 import torch
-from rope_probe.runs.verdicts import Section, verdict, verdicts
 from transformers import CONFIG_MAPPING
 
 from experiments import reproduce, stages
@@ -17,6 +16,7 @@ from rope_probe.gallery import figures
 from rope_probe.gallery.report import gallery
 from rope_probe.models import architectures
 from rope_probe.runs.results import new_run, read_run, tidy
+from rope_probe.runs.verdicts import Section, verdict, verdicts
 from rope_probe.tracing.perturbations import Perturbation
 from tests import zoo
 
