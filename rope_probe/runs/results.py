@@ -247,9 +247,9 @@ def _writer(run: Path) -> str:
 
 
 def _is_bare(run: Path) -> bool:
-    """Whether nothing was done in a run that was opened: it holds no more than `open_run` wrote, and empty files."""
+    """Whether nothing was done in a run that was opened: it holds no more than `open_run` wrote, and an empty log."""
     own = {MARK, MANIFEST, WRITER}
-    return all(path.name in own or (path.is_file() and path.stat().st_size == 0) for path in run.iterdir())
+    return all(path.name in own or (path.suffix == ".jsonl" and not path.stat().st_size) for path in run.iterdir())
 
 
 def _is_taken(out: str | os.PathLike[str]) -> bool:
@@ -264,9 +264,8 @@ def _is_taken(out: str | os.PathLike[str]) -> bool:
 def _read_manifest_to_go_on(out: Path) -> dict[str, Any]:
     try:
         before = json.loads((out / MANIFEST).read_text())
-        if {"status", "config", "run_id", "experiment"} <= before.keys() and isinstance(
-            before.get("wall_s", 0.0), float | int
-        ):
+        whole = {"status", "config", "run_id", "experiment"} <= before.keys()
+        if whole and isinstance(before.get("wall_s", 0.0), float | int):
             return before
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise InputError(f"{str(out)!r} exists and is no run of rope_probe's, so it is not touched") from error
@@ -279,9 +278,8 @@ def _to_go_on(out: Path, manifest: dict[str, Any], resume: bool) -> dict[str, An
     if before["run_id"] == manifest["run_id"]:  # made just now
         return before
     if not resume:
-        more = (
-            "is complete; choose another place, or remove it" if before["status"] == "complete" else "is not; resume it"
-        )
+        complete = before["status"] == "complete"
+        more = "is complete; choose another place, or remove it" if complete else "is not; resume it"
         raise InputError(f"there is a run at {str(out)!r} already, and it {more}")
     if before["experiment"] != manifest["experiment"]:
         raise InputError(f"{str(out)!r} is a {_kind(str(before['experiment']))}, not a {_kind(manifest['experiment'])}")
