@@ -1,7 +1,10 @@
+import html
 import itertools
 import json
 import re
 import shutil
+import subprocess
+from contextlib import suppress
 
 import numpy as np
 import pandas as pd
@@ -475,3 +478,216 @@ def test_names_are_text_in_plotly_too(run, field):
         assert any("&lt;a href" in text for text in texts)
         assert not [text for text in texts if "<a" in text or "<b>" in text or "bold</b>" in text]
         assert not [text for text in texts if "%{y}$x" in text]
+
+
+def every(first, **columns):
+    """Rows for every combination of what the columns hold; their values count up from the first."""
+    combined = itertools.product(*columns.values())
+    return [
+        dict(zip(columns, row, strict=True)) | {"value": first + i / 10, "value_float64": 0.0}
+        for i, row in enumerate(combined)
+    ]
+
+
+def what_each_drawing_draws(name):
+    """Rows for every drawing, by its name, with `name` wherever a row may hold any text."""
+    runs = {"run_id": [name], "experiment": [name], "model": [name], "seed": [0, 1]}
+    accuracies = {**runs, "metric": ["accuracy"], "seq_len": [64], "distance": [8, 16], "low": [0.0], "high": [1.0]}
+    shifts = {**runs, "seq_len": [64], "document": [0, 1], "side": ["q", "qk"], "kind": ["PositionShift"]}
+    weights = {**runs, "metric": ["rel_change"], "layer": [0, 1]}
+    matrices = {"site": ["blocks.0.attn.W_Q", "blocks.0.attn.W_K"], "wavelength": [6.0], "wavelength_after": [9.0]}
+    pairs = every(1, **weights, **matrices, head=[0, 1], pair=[0, 1]) + every(
+        1, **runs, metric=["turning_pairs"], phase=["before", name], seq_len=[64]
+    )
+    base = {**runs, "head_dim": [16], "short_theta": [300.0, 20_000.0]}
+    curves = {**accuracies, "into": [name], "span_set": [name], "moved": [0, 4], "movable": [4]}
+    signal = {**runs, "metric": ["loss_kl_nats", "signal_kl_nats"], "perturbation": [name], "seq_len": [64]}
+    gradients = {**signal, "metric": ["loss_gradient", "signal_gradient"]}
+    return {
+        "retrieval_by_distance": every(0, **accuracies)
+        + every(16, **runs, metric=["document_length"], phase=["extension"], seq_len=[16]),
+        "theta_grid": every(0, **{**base, **accuracies, "distance": [512]}, phase=[name], steps=[75],
+                            long_theta=[300.0, 20_000.0])
+        + every(1, **base, metric=["gate_accuracy"], phase=["short"], seq_len=[64]),
+        "rotations_by_pair": every(1, **runs, phase=[name], seq_len=[64], metric=["rotations"], pair=[0, 1, 2],
+                                   wavelength=[6.0])
+        + every(1, **runs, phase=[name], seq_len=[64], metric=["spectrum_use"]),
+        "loss_curves": every(1, **runs, phase=[name, "short"], metric=["ce_nats", "kd_nats"], tokens=[8, 16]),
+        "copy_heatmap": every(
+            1, **runs, arm=[name], kind=["Copy"], metric=["rel_l2"], document=[1, 2], layer=[0, 1], seq_len=[64],
+            site=[f"blocks.0.{site}" for site in plots.propagation.PANELS],
+        ),
+        "dose_response": every(1, **shifts, metric=["kl_nats"], delta_tokens=[1.0, 4.0], restriction=[name]),
+        "injected_by_read": every(
+            1, **shifts, metric=["rel_l2"], site=["logits", "blocks.0.hook_resid_post"], inject_layer=[0, 1],
+            head=[None, 0], layer=[0, None], delta_tokens=[4.0],
+        ),
+        "sensitivity_by_pair": every(1, **shifts, metric=["kl_nats"], pair=[0], wavelength=[6.0], delta_tokens=[4.0]),
+        "transplants": every(0, **accuracies, into=[name], group=[name, "nothing"]),
+        "causal_curves": every(0, **curves, order=[name, "greedy"])
+        + every(0, **curves, order=["random"], draw=[0, 1]),
+        "change_by_part": every(1, **weights, site=["blocks.0.attn.W_Q", "blocks.0.mlp", name]),
+        "span_heatmap": pairs,
+        "span_heads": pairs,
+        "signal_of_distillation": every(1, **signal)
+        + every(1, **signal, occurrence=["new"])
+        + every(1, **signal, occurrence=["again"], distance=[1, 8])
+        + every(1, **gradients, site=[f"blocks.{layer}.attn.W_{matrix}" for layer in (0, 1) for matrix in "QKV"]),
+        "trace_cost": every(1, **{**runs, "seed": [None]}, metric=["seconds", "seconds_fitted"], layers=[4],
+                            perturbations=[8], seq_len=[64, 128]),
+    }  # fmt: skip
+
+
+def contents(part, kind):
+    """All that is of a kind in a figure's JSON, without the template that all figures share."""
+    if isinstance(part, kind):
+        return [part]
+    if isinstance(part, dict):
+        part = [value for key, value in part.items() if key != "template"]
+    return [found for inner in part for found in contents(inner, kind)] if isinstance(part, list) else []
+
+
+def numbers(figure):
+    data = json.loads(json.dumps([trace.to_plotly_json() for trace in figure.data], default=np.ndarray.tolist))
+    return [contents([trace.get(key) for key in "xyz"], float) for trace in data]
+
+
+ODD_NAME = '<a href="#">odd</a>&lt;%{y}$z$'
+ODD_NAME_AS_TEXT = '&lt;a href="#"&gt;odd&lt;/a&gt;&amp;lt;&#37;{y}&#36;z&#36;'
+NAMELESS = {"theta_grid", "copy_heatmap", "dose_response", "injected_by_read", "sensitivity_by_pair", "change_by_part",
+            "span_heatmap", "span_heads", "trace_cost"}  # fmt: skip
+
+
+@pytest.mark.parametrize("drawing", plots.DRAWINGS, ids=lambda drawing: drawing.name)
+def test_names_are_shown_as_text(drawing):
+    figure = drawing.draw(tidy(what_each_drawing_draws(ODD_NAME)[drawing.name]), ODD_NAME)
+    texts = [text.replace("<br>", " ") for text in contents(json.loads(figure.to_json()), str)]
+    named = [text for text in texts if "odd" in text]
+    assert all("odd" not in text.replace(ODD_NAME_AS_TEXT, "") for text in named)
+    assert figure.layout.title.text.endswith(ODD_NAME_AS_TEXT)
+    assert len(named) == 1 if drawing.name in NAMELESS else len(named) > 1
+    assert html.unescape(ODD_NAME_AS_TEXT) == ODD_NAME
+    plain = drawing.draw(tidy(what_each_drawing_draws("plain")[drawing.name]), "plain")
+    assert numbers(figure) == numbers(plain)
+
+
+def test_what_cannot_be_seen_in_a_name_is_shown_by_its_code():
+    figure = plots.loss_curves(pd.concat([losses("a\n\u202e", 0, (2, 1)), losses("a\\n\\u202e", 0, (2, 1))]))
+    shown = [html.unescape(line.name) for line in figure.data]
+    assert shown == ["a\\n\\u202e", "a\\n\\u202e"]
+    assert len({line.legendgroup for line in figure.data}) == 2
+
+
+def test_long_names_are_cut_and_still_told_apart():
+    names = ["<&" * 5000 + end for end in "ab"]
+    figure = plots.retrieval_by_distance(pd.concat([accuracy(name, 0, (1, 1, 1)) for name in names]), names[0])
+    shown = [html.unescape(line.name) for line in figure.data]
+    assert [len(name) for name in shown] == [60, 60]
+    assert len(set(shown)) == 2
+    assert all(name.startswith("<&<&") for name in shown)
+    assert len(html.unescape(figure.layout.title.text)) < 130
+    curves = what_each_drawing_draws(names[0])["causal_curves"] + what_each_drawing_draws(names[1])["causal_curves"]
+    shown = {html.unescape(line.name) for line in plots.causal_curves(tidy(curves)).data if line.name}
+    assert max(map(len, shown)) == 60
+    assert len(shown) == 4  # two long ones, greedy and random
+
+
+ODD_VALUES = {
+    "string": ("", "a" * 10_000, "a\x00\n\x1b", "2020-01-01", "5"),
+    "Int64": (0, -1, 2**40, 2**62),
+    "float64": (np.inf, -np.inf, 0.0, -1.0, 1e308),
+}
+
+
+def odd_frames(name):
+    """A drawing's frame with each column that it uses emptied, and with odd values in every second row of it."""
+    frame = tidy(what_each_drawing_draws("tiny")[name])
+    for column in frame.columns[frame.notna().any()].drop(["run_id", "experiment"]):
+        yield frame.assign(**{column: pd.Series(None, frame.index, frame[column].dtype)})
+        odd = frame.copy()
+        values = itertools.cycle(ODD_VALUES[str(frame[column].dtype)])
+        odd.loc[::2, column] = list(itertools.islice(values, len(odd.loc[::2])))
+        yield odd
+
+
+@pytest.mark.parametrize("drawing", plots.DRAWINGS, ids=lambda drawing: drawing.name)
+def test_odd_rows_are_drawn_or_refused(drawing):
+    for frame in odd_frames(drawing.name):
+        with suppress(InputError):
+            drawing.draw(frame, "").to_json()
+
+
+@pytest.mark.parametrize(("column", "value"), [
+    ("head_dim", 2), ("head_dim", 7), ("head_dim", 2**40), ("short_theta", 0.0), ("long_theta", np.inf),
+    ("long_theta", -1.0), ("distance", 2**40), ("distance", 0), ("steps", None), ("seq_len", None),
+])  # fmt: skip
+def test_rows_that_no_formula_tells_a_bound_for_are_no_cells_of_the_theta_grid(column, value):
+    frame = tidy(what_each_drawing_draws("tiny")["theta_grid"])
+    assert plots.grid.is_cell(frame).any()
+    assert not plots.grid.is_cell(tidy(frame.assign(**{column: value}))).any()
+
+
+def test_rows_that_measure_nothing_are_left_out_and_told(tmp_path):
+    frame = pd.concat([losses("tiny", 0, (2, 1, np.nan)), losses("tiny", 0, (np.inf,), phase="long")])
+    nameless = losses("tiny", 0, (1,)).assign(metric=None)
+    with new_run(tmp_path / "run", "test", {}) as made:
+        made.record(tidy(pd.concat([frame, nameless])))
+    page = gallery([tmp_path / "run"], tmp_path / "gallery").read_text()
+    assert "without 3 rows that have no metric or no finite value" in page
+    (line,) = plots.loss_curves(frame).data
+    assert list(line.y) == [2, 1]
+
+
+def test_what_cannot_be_drawn_is_told_with_its_run(tmp_path):
+    cells = grid_rows()
+    with new_run(tmp_path / "run", "theta_grid", {}) as made:
+        made.record(cells[cells["metric"] == "accuracy"])
+    with pytest.raises(InputError, match=f"theta grid cannot be drawn from {made.manifest['run_id']}: these results"):
+        gallery([tmp_path / "run"], tmp_path / "gallery")
+    with new_run(tmp_path / "other", "other", {}) as other:
+        other.record(losses("tiny", 0, (2, 1)))
+    page = gallery([tmp_path / "run", tmp_path / "other"], tmp_path / "gallery").read_text()
+    assert f"theta grid cannot be drawn from {made.manifest['run_id']}: these results" in page
+    assert len(re.findall("<iframe", page)) == 1
+
+
+def pages_of(index):
+    """The names of a gallery's pages, which are all there and no others."""
+    found = re.findall(r'<iframe src="([^"]+)"', index.read_text())
+    assert sorted(found) == sorted(page.name for page in index.parent.glob("*.html") if page != index)
+    return found
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("small") / "run"
+    with new_run(folder, "training", {}) as made:
+        made.record(losses("tiny", 0, (2, 1)))
+    return folder
+
+
+def test_a_run_given_twice_is_there_once(small_run, tmp_path):
+    (tmp_path / "link").symlink_to(small_run)
+    runs = [small_run, str(small_run), small_run / ".." / small_run.name, tmp_path / "link"]
+    page = gallery(iter(runs), tmp_path / "gallery").read_text()
+    assert page.count("<h3>") == 1
+    assert "1 run<" in page
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs the browser chromium")
+def test_a_browser_makes_no_link_of_a_name(tmp_path):
+    name = """<a href="http://127.0.0.1/">x</a><img src=x onerror=document.title='pwned'>"""
+    with new_run(tmp_path / "run", "training", {}) as made:
+        made.record(pd.concat([accuracy(name, 0, (1, 0.8, 0.6)), accuracy("other", 0, (1, 0, 0))]).assign(phase=name))
+        made.record(losses(name, 0, (2, 1), phase=name))
+        made.record(losses("other", 0, (2, 1), phase="long"))
+    index = gallery([tmp_path / "run"], tmp_path / "gallery")
+    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/browser"]
+    for page in [*pages_of(index), index.name]:
+        command = ["chromium", *options, "--virtual-time-budget=5000", "--dump-dom", f"file://{index.parent / page}"]
+        shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+        shown = re.sub(r"<script.*?</script>", "", shown, flags=re.DOTALL)
+        assert page == index.name or "&lt;a href=" in shown
+        assert not re.search('<[^>]*href="http', shown)
+        assert "<img" not in shown
+        assert "pwned</title>" not in shown

@@ -13,6 +13,7 @@ from jinja2 import Environment, PackageLoader
 
 from rope_probe.errors import InputError
 from rope_probe.gallery import figures as plots
+from rope_probe.gallery.figures.style import LONGEST_LABEL, listed, measured, short
 from rope_probe.runs.folders import whole_folder
 from rope_probe.runs.results import read_run
 from rope_probe.runs.verdicts import Section
@@ -39,11 +40,13 @@ def gallery(
     """Draw every figure that the runs hold and an index.html over them; returns the index.
 
     `reports` are what experiments say of their runs, by name: question and verdicts stand above the figures.
-    Experiments that no figure is drawn from are listed with how they were made. An older gallery at `out` is replaced.
+    Experiments that no figure is drawn from are listed with how they were made; what a drawing refuses is listed too.
+    A run given twice is there once. An older gallery at `out` is replaced.
+
     Raises InputError for a run that is not complete, runs that all hold nothing to draw, or an `out` that is something
     else than a gallery or cannot be written.
     """
-    runs = list(dict.fromkeys(str(run) for run in runs))  # each once
+    runs = list({os.path.realpath(run): run for run in runs}.values())  # each once
     experiments: dict[str, list[tuple[pd.DataFrame, dict[str, Any]]]] = {}
     for frame, manifest in map(read_run, runs):
         experiments.setdefault(manifest["experiment"], []).append((frame, manifest))
@@ -51,28 +54,39 @@ def gallery(
         experiment: _figures(pd.concat([frame for frame, _ in read], ignore_index=True))
         for experiment, read in experiments.items()
     }
-    if not any(drawn.values()):
-        raise InputError("these runs hold nothing that a figure is drawn from; trace some perturbations first")
+    if not any(figures for figures, _ in drawn.values()):
+        refused = [refusal for _, remarks in drawn.values() for refusal in remarks]
+        why = refused[0] if refused else "trace some perturbations first"
+        raise InputError(f"these runs hold nothing that a figure is drawn from; {why}")
     with whole_folder(out, kind="gallery", overwrite=True, inputs=runs) as folder:
         numbers = itertools.count(1)  # over the whole gallery, so that no two pages have one name
         sections = []
         for experiment, read in experiments.items():
             report = (reports or {}).get(experiment)
+            figures, remarks = drawn[experiment]
             sections.append({
-                "experiment": experiment,
+                "experiment": short(experiment),
                 "question": "" if report is None else report.question,
                 "verdicts": [] if report is None else _verdicts(report.verdicts),
-                "frames": _frames(experiment, drawn[experiment], folder, numbers),
-                "manifests": [{"run_id": manifest["run_id"], "facts": _facts(manifest)} for _, manifest in read],
+                "remarks": remarks,
+                "frames": _frames(experiment, figures, folder, numbers),
+                "manifests": [{"run_id": short(manifest["run_id"]), "facts": _facts(manifest)} for _, manifest in read],
             })  # fmt: skip
         page = _PAGE.get_template("index.html.jinja").render(sections=sections)
         (folder / "index.html").write_text(page + "\n", encoding="utf-8", errors="replace")
     return Path(out) / "index.html"
 
 
-def _figures(frame: pd.DataFrame) -> list[tuple[str, str, go.Figure]]:
-    """(drawing, label, figure) for each drawing, and each of what it is split by, that the frame has rows for."""
+def _figures(everything: pd.DataFrame) -> tuple[list[tuple[str, str, go.Figure]], list[str]]:
+    """(drawing, label, figure) for each drawing, and each of what it is split by, that the frame has rows for.
+
+    And what is to be remarked: how many rows measure nothing, and what cannot be drawn and why.
+    """
+    frame = measured(everything)
     figures: list[tuple[str, str, go.Figure]] = []
+    remarks = []
+    if len(frame) < len(everything):
+        remarks.append(f"without {len(everything) - len(frame)} rows that have no metric or no finite value")
     for drawing in plots.DRAWINGS:
         rows, context = frame[drawing.rows(frame)], frame[drawing.context(frame)]
         split = drawing.split(rows)
@@ -81,8 +95,12 @@ def _figures(frame: pd.DataFrame) -> list[tuple[str, str, go.Figure]]:
             if part.empty:
                 continue
             label = ", ".join(str(value) for value in labels if pd.notna(value) and value != "")
-            figures.append((drawing.name, label, drawing.draw(pd.concat([part, context]), label)))
-    return figures
+            try:
+                figures.append((drawing.name, label, drawing.draw(pd.concat([part, context]), label)))
+            except InputError as error:
+                runs = short(listed(part["run_id"]), LONGEST_LABEL)
+                remarks.append(f"{_summary(drawing.name, label)} cannot be drawn from {runs}: {error}")
+    return figures, remarks
 
 
 def _frames(
@@ -94,11 +112,15 @@ def _frames(
     for drawing, label, figure in figures:
         name = f"{next(numbers)}-{_slug(f'{experiment} {drawing} {label}')}"
         page = write_figure(figure, folder / f"{name}.html")
-        summary = f"{drawing.replace('_', ' ')}: {label}"
         size = {"height": figure.layout.height + 20, "folded": drawing == before}
-        frames.append({"page": page.name, "name": name, "summary": summary, **size})
+        frames.append({"page": page.name, "name": name, "summary": _summary(drawing, label), **size})
         before = drawing
     return frames
+
+
+def _summary(drawing: str, label: str) -> str:
+    words = drawing.replace("_", " ")
+    return f"{words}: {short(label, LONGEST_LABEL)}" if label else words
 
 
 def _verdicts(verdicts: pd.DataFrame) -> list[dict[str, str]]:
@@ -123,7 +145,7 @@ def _facts(manifest: dict[str, Any]) -> dict[str, Any]:
     return {
         "config": manifest["config"],
         "command": " ".join(map(str, manifest["argv"][1:])),
-        "wall time": f"{manifest['wall_s']:.0f} s",
+        "wall time": f"{wall:.0f} s" if isinstance(wall := manifest["wall_s"], float) else f"{wall} s",
         "commit": f"{git.get('commit', 'unknown')}{' with local changes' if git.get('dirty') else ''}",
         "packages": ", ".join(f"{name} {version}" for name, version in manifest["packages"].items()),
     }

@@ -6,10 +6,12 @@ import plotly.graph_objects as go
 from rope_probe.errors import InputError
 from rope_probe.gallery.figures.style import BESIDE, drawing, line_style, styled
 
+_METRICS = ["seconds", "seconds_fitted"]
+
 
 def is_cost(frame: pd.DataFrame) -> pd.Series:
     """Rows that `trace_cost` draws."""
-    return frame["metric"].isin(["seconds", "seconds_fitted"])
+    return frame["metric"].isin(_METRICS)
 
 
 @drawing
@@ -19,11 +21,12 @@ def trace_cost(frame: pd.DataFrame, label: str = "") -> go.Figure:
     Raises InputError where the frame has no costs.
     """
     rows = frame[is_cost(frame)]
-    if rows.empty:
-        raise InputError("these results hold no costs; make them with benchmarks/trace_cost.py")
-    figure = go.Figure()
     sizes = ["layers", "perturbations"]
-    table = rows.pivot_table(index=[*sizes, "seq_len"], columns="metric", values="value").reset_index()
+    table = rows.pivot_table(index=[*sizes, "seq_len"], columns="metric", values="value")
+    table = table.reindex(columns=_METRICS).dropna().reset_index()
+    if table.empty:
+        raise InputError("these results hold no costs with their fit; make them with benchmarks/trace_cost.py")
+    figure = go.Figure()
     for i, ((layers, perturbations), part) in enumerate(table.groupby(sizes)):
         colour, dash, symbol = line_style(i)
         name = f"{layers} layers, {perturbations} perturbations"

@@ -14,7 +14,7 @@ _PHASE = ["model", "phase", "seq_len"]
 
 def is_rotations(frame: pd.DataFrame) -> pd.Series:
     """Rows that `rotations_by_pair` draws as lines."""
-    return (frame["metric"] == "rotations") & frame["pair"].notna()
+    return (frame["metric"] == "rotations") & frame[["pair", "seq_len"]].notna().all(axis=1)
 
 
 def is_spectrum_use(frame: pd.DataFrame) -> pd.Series:
@@ -29,6 +29,7 @@ def rotations_by_pair(frame: pd.DataFrame, label: str = "") -> go.Figure:
     Models whose phase has the same window and wavelengths share a line. Colours tell the wavelengths apart, dashes and
     markers the phases and windows. Raises InputError where the frame has no rotations by pair.
     """
+    frame = frame.assign(**{name: frame[name].fillna("") for name in ("model", "phase")})
     rows = frame[is_rotations(frame)]
     if rows.empty:
         raise InputError("these results hold no rotations by pair; record those of rope.rotations")

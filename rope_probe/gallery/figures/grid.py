@@ -10,19 +10,26 @@ from rope_probe.errors import InputError
 from rope_probe.gallery.figures.style import drawing, listed, styled
 
 FAR, GATE = 8, 0.95
+_HEAD_DIMS, _THETAS, _DISTANCES = (4, 1024), (1.0, 1e99), (1, 2**20)
 _PANEL = 330
 
 
 def is_cell(frame: pd.DataFrame) -> pd.Series:
     """Rows with the accuracy of one cell: a head dim, the thetas of both phases and the budget of the second."""
-    cell = frame[["head_dim", "short_theta", "long_theta", "steps"]].notna().all(axis=1)
-    return cell & (frame["metric"] == "accuracy") & frame["distance"].notna()
+    told = _is_base(frame) & frame["long_theta"].between(*_THETAS) & frame[["steps", "seq_len"]].notna().all(axis=1)
+    return told & (frame["metric"] == "accuracy") & frame["distance"].between(*_DISTANCES).fillna(False)
 
 
 def is_gate(frame: pd.DataFrame) -> pd.Series:
     """Rows with what the gate of a base measured."""
-    base = (frame["phase"] == "short").fillna(False) & frame["short_theta"].notna() & frame["head_dim"].notna()
-    return base & (frame["metric"] == "gate_accuracy")
+    told = _is_base(frame) & frame["seq_len"].notna() & (frame["phase"] == "short").fillna(False)
+    return told & (frame["metric"] == "gate_accuracy")
+
+
+def _is_base(frame: pd.DataFrame) -> pd.Series:
+    """Rows with a head dim and a short theta that there is a base bound for."""
+    head_dim = frame["head_dim"].between(*_HEAD_DIMS) & (frame["head_dim"] % 2 == 0)
+    return head_dim.fillna(False) & frame["short_theta"].between(*_THETAS)
 
 
 @drawing

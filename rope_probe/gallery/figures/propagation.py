@@ -31,17 +31,23 @@ _LOWEST_KL = 1e-16
 
 def is_copy(frame: pd.DataFrame) -> pd.Series:
     """Rows that `copy_heatmap` draws."""
-    return (frame["kind"] == COPY).fillna(False) & (frame["metric"] == "rel_l2")
+    read = frame["site"].str.endswith(tuple(PANELS)).fillna(False)
+    return (frame["kind"] == COPY).fillna(False) & read & (frame["metric"] == "rel_l2")
 
 
 def is_shift(frame: pd.DataFrame) -> pd.Series:
     """Rows of position shifts."""
-    return (frame["kind"] == "PositionShift").fillna(False)
+    return (frame["kind"] == "PositionShift").fillna(False) & _is_sized(frame)
+
+
+def _is_sized(frame: pd.DataFrame) -> pd.Series:
+    """Rows that say by how much and on which side positions were moved."""
+    return np.isfinite(frame["delta_tokens"]) & frame["side"].isin(SIDES)
 
 
 def is_dose(frame: pd.DataFrame) -> pd.Series:
     """Rows that `dose_response` draws: shifts, or jitter, of several sizes or not restricted to a part of the model."""
-    rows = frame["kind"].isin(list(KINDS)).fillna(False) & (frame["metric"] == "kl_nats")
+    rows = frame["kind"].isin(list(KINDS)).fillna(False) & (frame["metric"] == "kl_nats") & _is_sized(frame)
     alike = [frame[column] for column in ("run_id", "model", "arm", "masked", "kind", "restriction")]
     doses = frame["delta_tokens"].where(rows).groupby(alike, dropna=False).transform("nunique")
     return rows & ((doses > 1) | frame[["inject_layer", "head", "pair"]].isna().all(axis=1))

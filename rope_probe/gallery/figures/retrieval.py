@@ -14,7 +14,7 @@ _MARGIN = 1.15
 
 def is_accuracy(frame: pd.DataFrame) -> pd.Series:
     """Rows with the accuracy of retrieval at a distance."""
-    return (frame["metric"] == "accuracy") & frame["distance"].notna()
+    return (frame["metric"] == "accuracy") & (frame["distance"] > 0).fillna(False)
 
 
 def is_document_length(frame: pd.DataFrame) -> pd.Series:

@@ -59,8 +59,7 @@ def sensitivity_by_pair(frame: pd.DataFrame, label: str = "") -> go.Figure:
                 hovertemplate="pair %{customdata}, wavelength %{x:,.4g} tokens: %{y:.3g} nats<extra></extra>",
             )
         )
-    window = int(rows["seq_len"].max())
-    for length, what in {window // rows["document"].nunique(): "document", window: "window"}.items():
+    for length, what in _lengths(rows).items():
         figure.add_vline(x=length, line={"color": "#555555", "dash": "dash"})
         at = {"x": np.log10(length), "y": 1, "yref": "paper", "xanchor": "left", "yanchor": "top"}
         figure.add_annotation(text=f" {what}", showarrow=False, **at)
@@ -72,6 +71,14 @@ def sensitivity_by_pair(frame: pd.DataFrame, label: str = "") -> go.Figure:
     figure.update_xaxes(type="log", title="wavelength of the pair, tokens", tickformat="~g")
     figure.update_yaxes(type="log", title="KL(clean || shifted), nats", exponentformat="power")
     return styled(figure, "Which rotary pairs carry position to the output", label, note, height=520)
+
+
+def _lengths(rows: pd.DataFrame) -> dict[int, str]:
+    """Of a document and of the window, in tokens, as far as they are told."""
+    window, documents = rows["seq_len"].max(), rows["document"].nunique()
+    if pd.isna(window) or window < 1:
+        return {}
+    return ({max(1, int(window) // documents): "document"} if documents else {}) | {int(window): "window"}
 
 
 @drawing

@@ -9,11 +9,13 @@ from rope_probe.gallery.figures.style import drawing, line_style, listed, styled
 
 _KL = ("loss_kl_nats", "signal_kl_nats")
 _GRADIENTS = ("loss_gradient", "signal_gradient")
+_MATRIX = r"blocks\.\d+\.attn\.W_[QKV]"
 
 
 def is_signal(frame: pd.DataFrame) -> pd.Series:
     """Rows that `signal_of_distillation` draws."""
-    return frame["metric"].isin([*_KL, *_GRADIENTS])
+    matrix = frame["site"].str.fullmatch(_MATRIX).fillna(False)
+    return frame["metric"].isin(_KL) | (frame["metric"].isin(_GRADIENTS) & matrix)
 
 
 @drawing
@@ -24,11 +26,12 @@ def signal_of_distillation(frame: pd.DataFrame, label: str = "") -> go.Figure:
     InputError where the frame has no signal.
     """
     rows = frame[is_signal(frame)]
-    if not (rows["metric"] == "signal_kl_nats").any():
+    whole = rows[(rows["metric"] == "signal_kl_nats") & rows["occurrence"].isna() & rows["perturbation"].notna()]
+    if whole.empty:
         raise InputError("these results hold no distillation signal; make them with distillation_signal")
-    whole = rows[(rows["metric"] == "signal_kl_nats") & rows["occurrence"].isna()]
     strongest = whole.groupby("perturbation")["value"].mean().idxmax()
     rows = rows[rows["perturbation"].isna() | (rows["perturbation"] == strongest)]
+    rows = rows.assign(model=rows["model"].fillna(""))
     titles = ("KL by tokens since the token last occurred", "part of the gradient's norm that hangs on position")
     figure = make_subplots(rows=1, cols=2, subplot_titles=titles, horizontal_spacing=0.12)
     signal = rows[rows["metric"] == _KL[1]]
@@ -37,7 +40,8 @@ def signal_of_distillation(frame: pd.DataFrame, label: str = "") -> go.Figure:
         colour, dash, symbol = line_style(i)
         loss = _by_distance(part[part["metric"] == _KL[0]], f"loss of {model}", {"color": colour, "dash": dash})
         figure.add_trace(loss, 1, 1)
-        sizes = part.pivot_table(index=["site", "seed"], columns="metric", values="value")
+        sizes = part.groupby(["site", "seed", "metric"], dropna=False)["value"].mean().unstack("metric")
+        sizes = sizes.reindex(columns=_GRADIENTS)
         share = (sizes[_GRADIENTS[1]] / sizes[_GRADIENTS[0]]).dropna().groupby("site").agg(["mean", "min", "max"])
         share = share.loc[sorted(share.index, key=lambda site: (site.split(".")[1].zfill(4), "QKV".index(site[-1])))]
         share.index = [site.removeprefix("blocks.").replace(".attn.", ", ") for site in share.index]

@@ -31,12 +31,14 @@ def is_landmark(frame: pd.DataFrame) -> pd.Series:
 
 def is_curve(frame: pd.DataFrame) -> pd.Series:
     """Rows that `causal_curves` draws: accuracy with so many of the spans transplanted, in some order."""
-    return frame["span_set"].notna() & frame["moved"].notna() & (frame["metric"] == "accuracy")
+    told = frame[["span_set", "order", "moved", "seq_len"]].notna().all(axis=1) & (frame["movable"] > 0).fillna(False)
+    return told & (frame["metric"] == "accuracy")
 
 
 def is_transplant(frame: pd.DataFrame) -> pd.Series:
     """Rows that `transplants` draws: accuracy with a part transplanted into one of two checkpoints."""
-    whole_group = frame["into"].notna() & frame["span_set"].isna() & frame["pair"].isna()
+    told = frame[["into", "group", "seq_len"]].notna().all(axis=1)
+    whole_group = told & frame["span_set"].isna() & frame["pair"].isna()
     return whole_group & (frame["metric"] == "accuracy")
 
 
@@ -123,7 +125,7 @@ def causal_curves(frame: pd.DataFrame, label: str = "") -> go.Figure:
     share = (rows["moved"] / rows["movable"]).astype(float)
     rows = rows.assign(share=share, is_random=rows["draw"].notna(), draw=rows["draw"].fillna(-1))
     keys = ["span_set", "order", "draw", "is_random", "seed", "share"]
-    rows = rows.groupby(keys, sort=False, as_index=False)["value"].mean()
+    rows = rows.groupby(keys, sort=False, as_index=False, dropna=False)["value"].mean()
     span_sets = rows["span_set"].unique().tolist()
     named = rows.loc[~rows["is_random"], "order"].unique()
     figure = make_subplots(
@@ -175,7 +177,8 @@ def transplants(frame: pd.DataFrame, label: str = "") -> go.Figure:
     rows = frame[is_transplant(frame)]
     if rows.empty:
         raise InputError("these results hold no transplants; see experiments/query_spans.py")
-    rows = rows.groupby(["into", "group", "seed", "seq_len"], sort=False, as_index=False)["value"].mean()
+    keys = ["into", "group", "seed", "seq_len"]
+    rows = rows.groupby(keys, sort=False, as_index=False, dropna=False)["value"].mean()
     windows = sorted(rows["seq_len"].unique(), reverse=True)
     order = rows["group"].unique().tolist()
     titles = [f"window of {window:,} tokens" for window in windows]
@@ -197,7 +200,7 @@ def transplants(frame: pd.DataFrame, label: str = "") -> go.Figure:
             figure.add_trace(trace, row=1, col=column)
     figure.update_layout(barmode="group", bargap=0.25)
     figure.update_xaxes(title="accuracy", range=[-0.03, 1.03])
-    figure.update_yaxes(autorange="reversed", automargin=True)
+    figure.update_yaxes(autorange="reversed", automargin=True, type="category")
     note = f"mean over distances and seeds {listed(rows['seed'])}; lines: smallest to largest seed"
     figure = styled(figure, "What transplanted weights do", label, note, height=280 + 26 * len(order))
     return figure.update_layout(legend={**BESIDE})

@@ -16,7 +16,7 @@ SYMBOLS = ("circle", "square-open", "triangle-up")
 BESIDE: dict[str, Any] = {"orientation": "v", "x": 1.02, "y": 1, "yanchor": "top", "tracegroupgap": 0}
 """A legend to the right of the plot, for many or long names."""
 LONGEST_NAME, LONGEST_LABEL = 60, 100
-_NAMES = ("run_id", "experiment", "model", "phase")
+_TAKEN_APART = "site"
 _MARKUP = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "%": "&#37;", "$": "&#36;"}
 _UNSEEN = (*range(0x20), *range(0x7F, 0xA0), 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A))
 _LITERAL = str.maketrans(_MARKUP | {chr(c): "&#92;" + chr(c).encode("unicode_escape").decode()[1:] for c in _UNSEEN})
@@ -33,13 +33,14 @@ class Draw(Protocol):
 def drawing(draw: Draw) -> Draw:
     """Every public drawing function is one: what the frame and the label call things is shown just as it is written.
 
-    It draws a frame whose text is `literal`, and whose names are `short` where no drawing takes them apart. Rows whose
-    value is no finite number are left out.
+    It draws a frame whose text is `literal` and `short`, but for sites, which drawings take apart. Rows that are not
+    `measured` are left out.
     """
 
     @functools.wraps(draw)
     def drawn(frame: pd.DataFrame, label: str = "") -> go.Figure:
-        return draw(_as_shown(finite(frame)), short(literal(label), LONGEST_LABEL))
+        with np.errstate(all="ignore"):  # numbers too large to add up are drawn as far as they can be
+            return draw(_as_shown(measured(frame)), short(literal(label), LONGEST_LABEL))
 
     return drawn
 
@@ -51,22 +52,24 @@ def literal(text: str) -> str:
 
 def short(text: str, longest: int = LONGEST_NAME) -> str:
     """The text, literal or not, in at most `longest` letters: a digest after an ellipsis tells long ones apart."""
-    letters = re.findall(r"&#?\w+;|.", text, flags=re.DOTALL)
+    letters = re.findall(r"&#?\w{1,6};|.", text, flags=re.DOTALL)
     if len(letters) <= longest:
         return text
-    return "".join(letters[: longest - 1 - _DIGEST]) + "…" + hashlib.sha256(text.encode()).hexdigest()[:_DIGEST]
+    digest = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:_DIGEST]
+    return f"{''.join(letters[: longest - 1 - _DIGEST])}…{digest}"
 
 
-def finite(frame: pd.DataFrame) -> pd.DataFrame:
-    """The rows whose value is a finite number."""
-    return frame[np.isfinite(frame["value"].to_numpy(dtype=float, na_value=np.nan))]
+def measured(frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows that name a metric and have a finite number as its value."""
+    finite = np.isfinite(frame["value"].to_numpy(dtype=float, na_value=np.nan))
+    return frame[finite & frame["metric"].notna().to_numpy()]
 
 
 def _as_shown(frame: pd.DataFrame) -> pd.DataFrame:
     shown = {}
     for column in frame.select_dtypes(include=["object", "string"]):
         names = [name for name in frame[column].dropna().unique() if isinstance(name, str)]
-        told = {name: short(literal(name)) if column in _NAMES else literal(name) for name in names}
+        told = {name: literal(name) if column == _TAKEN_APART else short(literal(name)) for name in names}
         if any(name != text for name, text in told.items()):
             shown[column] = frame[column].map(lambda name, told=told: told.get(name, name), na_action="ignore")
     return frame.assign(**{column: names.astype(frame[column].dtype) for column, names in shown.items()})
