@@ -139,8 +139,11 @@ def base_bound(head_dim: int, window: int, *, resolution: float = 1e-3) -> float
 
     The condition is not monotone in theta, so thetas are scanned upwards from 2 on a grid of relative step `resolution`
     and the first that passes is refined by bisection; a passing island narrower than a step is missed. Float64.
-    Source: arXiv 2405.14591, the base bound.
+    Source: arXiv 2405.14591, the base bound. Raises InputError for a head dim that is odd or below 4: a single pair
+    turns by 1 radian a token whatever theta is.
     """
+    if head_dim < 4 or head_dim % 2:
+        raise InputError(f"head_dim must be even and 4 or more, but it is {head_dim}")
     exponents = -torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
     distances = torch.arange(window, dtype=torch.float64)
     witnesses = distances[:0]  # distances that refuted an earlier theta refute most of its neighbours too

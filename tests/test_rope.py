@@ -185,3 +185,9 @@ def test_rows_outside_the_rotary_dims_have_no_pair():
 def test_unknown_layouts_and_pairs_are_refused_by_name(call, named):
     with pytest.raises(InputError, match=named):
         call()
+
+
+@pytest.mark.parametrize("head_dim", [0, 2, 5, -4])
+def test_a_head_dim_that_no_theta_changes_has_no_base_bound(head_dim):
+    with pytest.raises(InputError, match="head_dim must be even and 4 or more"):
+        rope.base_bound(head_dim, 64)
