@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -17,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from rope_probe import load_model
 from rope_probe.distillation import CrossEntropy, Divergence, Training, train_phase
 from tests import zoo
+from tests.leaving import leave
 from tests.test_distillation import PHASE, fresh
 
 SPLIT = dataclasses.replace(PHASE, terms=(CrossEntropy(0.3), Divergence(0.7)), matrix_lr=None, steps=6)
@@ -60,8 +60,7 @@ def shards():
     more = [resumed.advance(measure=True) for _ in range(3)]
     if accelerator.is_main_process:
         print(json.dumps({"losses": losses, "resumed": more, "sizes": sizes}), flush=True)
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+    leave(accelerator)
 
 
 def test_two_shards_have_the_losses_of_one_process_and_are_resumed_exactly():
@@ -79,4 +78,3 @@ def test_two_shards_have_the_losses_of_one_process_and_are_resumed_exactly():
 
 if __name__ == "__main__":
     shards()
-    os._exit(0)  # torch's threads now and then abort in the interpreter's teardown, when all is done and told

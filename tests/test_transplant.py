@@ -253,7 +253,7 @@ def test_effects_are_those_of_the_transplanted_models():
     frame = span_effects(load_model(copy.deepcopy(before)), after, groups, measure)
     for name, spans in groups.items():
         wanted = measure(load_model(transplant_spans(before, after, spans)))
-        found = frame[frame["perturbation"] == name].reset_index(drop=True)
+        found = frame[frame["group"] == name].reset_index(drop=True)
         pd.testing.assert_series_equal(found["value"], wanted["value"])
 
 
