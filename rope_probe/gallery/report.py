@@ -129,7 +129,7 @@ def _verdicts(verdicts: pd.DataFrame) -> list[dict[str, str]]:
         {
             "prediction": "" if pd.isna(row.prediction) else str(row.prediction),
             "claim": row.claim,
-            "kind": row.kind,
+            "kind": "" if pd.isna(row.kind) else row.kind,
             "measured": f"{row.measured:.4g}",
             "interval": f"{row.low:.4g} to {row.high:.4g}" if math.isfinite(row.low + row.high) else "",
             "n": str(row.n),

@@ -19,8 +19,8 @@ COLUMNS = {
 }
 """`prediction` is the number of the prediction that the claim belongs to. A prediction was written before the run and
 could have come out otherwise; an identity holds for any weights. `measured` is what was found, from `low` to `high`
-where there is an interval, over `n` seeds. `held` is "held", "not held" or "undecided"; null for what is told beside
-the claims."""
+where there is an interval, over `n` seeds. `held` is "held", "not held" or "undecided". `kind` and `held` are null
+for what is told beside the claims."""
 _HELD = {True: "held", False: "not held", None: "undecided"}
 
 
@@ -59,7 +59,7 @@ def verdict(
 
 def beside(claim: str, measured: float, *, n: int = 1, low: float = math.nan, high: float = math.nan) -> dict[str, Any]:
     """A row for what is told beside the claims, to compare them with."""
-    return {**verdict(None, claim, measured, None, n=n, low=low, high=high), "held": None}
+    return {**verdict(None, claim, measured, None, n=n, low=low, high=high), "kind": None, "held": None}
 
 
 def verdicts(rows: list[dict[str, Any]]) -> pd.DataFrame:
