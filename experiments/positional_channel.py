@@ -33,12 +33,13 @@ from torch import Tensor
 from transformers import SmolLM3Config
 
 from experiments import phase_scaling, toy_checkpoints
-from experiments.stages import MISSED_GATE, Options, Stage
+from experiments.stages import Options, Stage
 from experiments.toy_checkpoints import LARGE_THETA, LONG, SHORT, CheckpointsIn, by_distance
 from rope_probe import HookedCausalLM, PairFreeze, copy_deltas, load_model, repeated_window, rope
 from rope_probe.distillation import train_phase
 from rope_probe.errors import InputError
 from rope_probe.models import checkpoints
+from rope_probe.names import MISSED_GATE
 from rope_probe.runs.progress import progress
 from rope_probe.runs.results import describe_model, hash_tokens, new_run, read_run, tidy
 from rope_probe.runs.verdicts import Section, beside, verdict, verdicts

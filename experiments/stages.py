@@ -33,10 +33,10 @@ from rich.table import Table
 
 import experiments
 from rope_probe.errors import InputError
+from rope_probe.names import MISSED_GATE
 from rope_probe.runs.results import is_complete, read_run, source_hash
 
 WORKERS = 2
-MISSED_GATE = 3
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,12 @@ import torch
 import typer
 from transformers import LlamaConfig, PreTrainedModel
 
-from experiments.stages import MISSED_GATE, Options, Stage
+from experiments.stages import Options, Stage
 from rope_probe import HookedCausalLM, KeyValueStream, load_model
 from rope_probe.distillation import CrossEntropy, Gate, GateError, Phase, train_phase
 from rope_probe.distillation.loop import Record
 from rope_probe.models import checkpoints
+from rope_probe.names import MISSED_GATE
 from rope_probe.runs.progress import progress
 from rope_probe.runs.results import Run, describe_model, hash_tokens, new_run, tidy
 from rope_probe.runs.verdicts import Section, verdict, verdicts

@@ -2,7 +2,7 @@
 
 import sys
 
-INTERRUPTED = 130
+from rope_probe.names import INTERRUPTED
 
 
 def main() -> None:

@@ -14,7 +14,16 @@ import typer
 from typer.exceptions import TyperException
 
 from rope_probe.errors import InputError, Stopped, is_out_of_memory
-from rope_probe.names import KERNELS, KEY_VALUE, LONGEST_WINDOW, SWEEPS, TEXT_TASKS
+from rope_probe.names import (
+    INTERRUPTED,
+    KERNELS,
+    KEY_VALUE,
+    LONGEST_WINDOW,
+    MISSED_GATE,
+    STOPPED,
+    SWEEPS,
+    TEXT_TASKS,
+)
 
 if TYPE_CHECKING:  # what takes seconds to import is imported by the commands that use it
     import pandas as pd
@@ -25,7 +34,7 @@ if TYPE_CHECKING:  # what takes seconds to import is imported by the commands th
     from rope_probe.tracing.perturbations import Perturbation
     from rope_probe.windows.packing import Window
 
-BAD_INPUT, MISSED_GATE, STOPPED, INTERRUPTED = 2, 3, 4, 130
+BAD_INPUT = 2
 _LONGEST_LINE = 560
 _NEEDS_LESS_MEMORY = {
     "trace": "a shorter --window, --no-control or --dtype bfloat16 needs less",

@@ -14,3 +14,6 @@ TEXT_TASKS = ("passkey", "niah_single_1", "niah_multikey_2", "niah_multikey_3", 
 
 LONGEST_WINDOW = 2**24
 """Most tokens of a window; a longer one is a slip of the keyboard."""
+
+MISSED_GATE, STOPPED, INTERRUPTED = 3, 4, 130
+"""Exit codes beside 0 and 2: a run whose gate was missed, one that was stopped and can be resumed, and Ctrl-C."""

@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ class _Job:
     def inputs(self) -> dict[str, Any]:
         """Hashes of the models and data that the run begins with."""
         hashes: dict[str, Any] = {"student": describe_model(self._start)["weights_sha256"]}
-        hashes["teachers"] = {name: model["weights_sha256"] for name, model in self._described_teachers().items()}
+        hashes["teachers"] = {name: model["weights_sha256"] for name, model in self._described_teachers.items()}
         for phase in self.config.phases:
             for (name, stream), first in zip(_named(phase), self._first_tokens(phase).values(), strict=True):
                 hashes[f"data of {name}"] = {"first_batch": first, "source": stream.data.source_hash()}
@@ -131,7 +132,7 @@ class _Job:
         tokens = {name: first for phase in done for name, first in self._first_tokens(phase).items()}
         run.manifest |= {
             "models": models,
-            "teachers": self._described_teachers(),
+            "teachers": self._described_teachers,
             "tokens_sha256": tokens,
             "attention_kernel": self.config.attn,
             "mask": {name: {"student": s.masked, "teacher": s.teacher_masked} for name, s in streams.items()},
@@ -274,6 +275,7 @@ class _Job:
             return {**self._teachers, ORIGINAL: self._copy_of_start()}
         return {**self._teachers, ORIGINAL: self._load_teacher(self._checkpoint(self.config.phases[index - 1]))}
 
+    @cached_property
     def _described_teachers(self) -> dict[str, dict[str, Any]]:
         return {name: describe_model(self._teachers[name].original_model) for name in self.config.teachers}
 

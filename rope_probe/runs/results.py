@@ -263,13 +263,13 @@ def _is_taken(out: str | os.PathLike[str]) -> bool:
 
 def _read_manifest_to_go_on(out: Path) -> dict[str, Any]:
     try:
-        before = json.loads((out / MANIFEST).read_text())
-        whole = {"status", "config", "run_id", "experiment"} <= before.keys()
-        if whole and isinstance(before.get("wall_s", 0.0), float | int):
-            return before
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        before = _read_manifest(out)
+    except InputError as error:
         raise InputError(f"{str(out)!r} exists and is no run of rope_probe's, so it is not touched") from error
-    raise InputError(f"the manifest of {str(out)!r} is not as rope_probe wrote it, so it is not touched")
+    whole = isinstance(before, dict) and {"status", "config", "run_id", "experiment"} <= before.keys()
+    if not whole or not isinstance(before.get("wall_s", 0.0), float | int):
+        raise InputError(f"the manifest of {str(out)!r} is not as rope_probe wrote it, so it is not touched")
+    return before
 
 
 def _to_go_on(out: Path, manifest: dict[str, Any], resume: bool) -> dict[str, Any]:
