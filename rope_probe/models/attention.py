@@ -39,17 +39,34 @@ _NAMES = {kernel: f"rope_probe_{i}" for i, kernel in enumerate(KERNELS)}  # tran
 Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
+@dataclass(frozen=True)
+class Scoring:
+    """How one attention layer makes its pattern of rotated q and k, as the model itself asked when it last ran.
+
+    A query's score of a key is `scaling` * q·k, then `softcap` * tanh(score / softcap) where there is a soft cap. It
+    looks back over its own document alone (`bounds`, cu_seqlens; None: the whole window), and over no more than
+    `sliding_window` keys, itself included, where there is one.
+    """
+
+    scaling: float
+    softcap: float | None
+    sliding_window: int | None
+    bounds: tuple[int, ...] | None
+
+
 @dataclass
 class Seam:
     """What the seam knows of one attention module: its hook points, and the implementation it had before (`native`).
 
     Shapes are TransformerLens': rot_q, z [B, T, H, D]; rot_k, v [B, T, K, D]; scores, pattern [B, H, T, S]. `handles`
     are the wrapper's hooks on modules of this layer; `hooks_now` tells which hooks are attached to its hook points.
+    `scoring` is that of the forward pass under way, from before its first hook on.
     """
 
     native: str
     handles: list[RemovableHandle] = field(default_factory=list)
     hooks_now: Callable[[], tuple[int, ...]] = tuple
+    scoring: Scoring | None = None
     hook_rot_q: HookPoint = field(default_factory=HookPoint)
     hook_rot_k: HookPoint = field(default_factory=HookPoint)
     hook_v: HookPoint = field(default_factory=HookPoint)
@@ -158,6 +175,11 @@ def is_attached(model: PreTrainedModel, seams: Sequence[Seam]) -> bool:
     )
 
 
+def scoring_of(model: PreTrainedModel, layer: int) -> Scoring:
+    """How the attention of a layer scores keys; to be asked in a hook on its q, k, v or z, of a model with seams."""
+    return attention_modules(model)[layer].rope_probe_seam.scoring
+
+
 def _seam_of(module: Any) -> Seam | None:
     return getattr(module, "rope_probe_seam", None)
 
@@ -183,6 +205,8 @@ def _attend(
             "gradient checkpointing computes this layer again, with other hooks than in the forward pass; call "
             "backward() where the hooks are still attached"
         )
+    bounds = None if document_bounds is None else tuple(document_bounds)
+    seam.scoring = Scoring(kwargs["scaling"], kwargs.get("softcap"), sliding_window, bounds)
     query = seam.hook_rot_q(query.transpose(1, 2)).transpose(1, 2)
     key = seam.hook_rot_k(key.transpose(1, 2)).transpose(1, 2)
     value = seam.hook_v(value.transpose(1, 2)).transpose(1, 2)

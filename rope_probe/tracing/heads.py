@@ -1,0 +1,251 @@
+"""What each head attends to, and by which rotary pairs: the previous token, earlier copies, the start, how far back.
+
+Scores are means over the queries of a window for which they have a meaning (t a query, s a key, both positions):
+
+previous_token     attention to t - 1; queries that have one
+induction          attention to all s + 1 < t whose s holds the query's token: what followed each earlier copy of it
+                   (arXiv 2209.11895 scores the same on repeated random tokens); queries with such an s
+duplicate_token    attention to all s < t that hold the query's token; queries with such an s
+match              ... to those at distances from `distance` up to the next bin; queries with a copy there
+attention_mass     attention to keys at distances from `distance` up to the next bin; all queries, so it sums to 1
+entropy            of the attention, in nats; all queries
+sink               attention to the first position, where BOS stands; all other queries
+
+Bins of distance begin at 0, 1, 2, 4, 8, ... tokens, counted along the window, whatever position_ids say. With `masked`,
+a document is all there is: its first position, the copies in it, the token before. A sliding window hides keys, which
+then count with no attention, so that layers are compared on the same queries.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from rope_probe import rope
+from rope_probe.models.architectures import heads_of
+from rope_probe.models.attention import Scoring
+from rope_probe.models.hooked import HookedCausalLM
+from rope_probe.tracing.patterns import Rows, blocks, by_key_head, chosen_layers, read_layers, row_blocks
+from rope_probe.windows.packing import Window
+
+TOTALS = ("previous_token", "induction", "duplicate_token", "entropy", "sink")
+"""Metrics with one value a head; the others have one for each bin of distance."""
+BY_DISTANCE = ("match", "attention_mass")
+PAIR_METRIC, UNROTATED_METRIC = "pair_contribution", "unrotated_contribution"
+
+Sums = dict[str, Float[Tensor, "..."]]
+
+
+def distance_edges(length: int) -> list[int]:
+    """Where the bins of distance of a window begin: 0, 1, 2, 4, 8, ... below its length."""
+    edges = [0]
+    while (edge := max(1, 2 * edges[-1])) < length:
+        edges.append(edge)
+    return edges
+
+
+def head_scores(
+    model: HookedCausalLM,
+    window: Window,
+    *,
+    masked: bool = False,
+    layers: int | Sequence[int] | None = None,
+    progress: Callable[[int], Any] | None = None,
+) -> pd.DataFrame:
+    """What every head of `layers` (None: all) attends to in `window`, by the scores that the module lists.
+
+    Columns: `layer`, `head`, `metric`, `distance` (tokens, a bin's lower edge; null for scores that have none),
+    `value`, and `queries`, over how many of them it is a mean; null where there are none. `masked` keeps attention
+    inside documents. One forward pass by whatever kernel the model has, patterns in blocks of queries: memory is linear
+    in the window. `progress` is called with the layers just done.
+    Raises InputError for what `hidden` refuses, for layers that are out of range, and q or k that are not finite.
+    """
+    chosen = chosen_layers(model, layers)
+    tokens = window.tokens[0].to(model.device)
+    bounds = window.cu_seqlens.tolist() if masked else [0, len(window)]
+    edges = distance_edges(len(window))
+    queries = _count_queries(tokens, bounds, edges)
+    sums_of: dict[int, Sums] = {}
+
+    def read(layer: int, query: Tensor, key: Tensor, scoring: Scoring) -> None:
+        sums_of[layer] = _sum_attention(query, key, scoring, tokens, edges)
+        if progress is not None:
+            progress(1)
+
+    read_layers(model, window, read, masked=masked, layers=chosen)
+    heads = heads_of(model.config).query
+    parts = []
+    for layer in chosen:
+        for metric, count in queries.items():
+            value = sums_of[layer][metric].cpu() / count  # [H] or [H, bins]
+            index = pd.MultiIndex.from_product(
+                [[layer], range(heads), [metric], edges if metric in BY_DISTANCE else [None]],
+                names=["layer", "head", "metric", "distance"],
+            )
+            part = index.to_frame(index=False)
+            part["value"] = value.flatten().numpy()
+            part["queries"] = count.expand_as(value).flatten().numpy()
+            parts.append(part.astype({"distance": "Int64"}))
+    return pd.concat(parts, ignore_index=True)
+
+
+def _sum_attention(query: Tensor, key: Tensor, scoring: Scoring, tokens: Tensor, edges: list[int]) -> Sums:
+    """Per metric the sum over queries, of every head [H], and bin [H, bins] where it has bins; float64."""
+    heads = query.shape[1]
+    sums: Sums = {metric: query.new_zeros(heads, dtype=torch.float64) for metric in TOTALS}
+    sums |= {metric: query.new_zeros(heads, len(edges), dtype=torch.float64) for metric in BY_DISTANCE}
+    for block in blocks(query, key, scoring):
+        rows, pattern = block.rows, block.pattern
+        sums["entropy"] += torch.special.entr(pattern).sum((1, 2)).double()
+        if rows.keys.start == rows.start:
+            others = 1 if rows.queries.start == rows.start else 0  # all but the first position itself
+            sums["sink"] += pattern[:, others:, 0].sum(1).double()
+        columns, previous = rows.band(1, 2)
+        sums["previous_token"] += _attention_to(pattern[:, :, columns], previous)
+        sums["induction"] += _attention_to(pattern, _after_copy(rows, tokens))
+        copies = _copies(rows, tokens)
+        sums["duplicate_token"] += _attention_to(pattern, copies)
+        for number, (low, high) in enumerate(pairwise([*edges, 2 * len(tokens)])):
+            columns, in_bin = rows.band(low, high)
+            if columns.start < columns.stop:
+                part = pattern[:, :, columns]
+                sums["attention_mass"][:, number] += _attention_to(part, in_bin)
+                sums["match"][:, number] += _attention_to(part, in_bin & copies[:, columns])
+    return sums
+
+
+def _attention_to(pattern: Float[Tensor, "H q n"], keys: Bool[Tensor, "q n"]) -> Float[Tensor, " H"]:
+    return torch.einsum("hqn,qn->h", pattern, keys.to(pattern.dtype)).double()
+
+
+def _copies(rows: Rows, tokens: Int[Tensor, " T"]) -> Bool[Tensor, "q k"]:
+    """Where a key holds its query's token, before the query."""
+    alike = tokens[rows.queries].unsqueeze(1) == tokens[rows.keys]
+    return alike & (rows.distance > 0)
+
+
+def _after_copy(rows: Rows, tokens: Int[Tensor, " T"]) -> Bool[Tensor, "q k"]:
+    """Where the token before a key is its query's, in the same document, and the key before the query."""
+    keys = torch.arange(rows.keys.start, rows.keys.stop, device=tokens.device)
+    alike = tokens[rows.queries].unsqueeze(1) == tokens[(keys - 1).clamp_min(0)]
+    return alike & (keys > rows.start) & (rows.distance > 0)
+
+
+def _count_queries(tokens: Tensor, bounds: list[int], edges: list[int]) -> dict[str, Int[Tensor, "..."]]:
+    """Per metric, over how many queries of the window it is a mean; for each bin where it has bins."""
+    after_first = torch.tensor(len(tokens) - (len(bounds) - 1))
+    every = torch.tensor(len(tokens))
+    induction, duplicate, match = torch.tensor(0), torch.tensor(0), torch.zeros(len(edges), dtype=torch.long)
+    for rows in row_blocks(bounds, 1, tokens.device):
+        copies = _copies(rows, tokens)
+        induction += _after_copy(rows, tokens).any(1).sum().cpu()
+        duplicate += copies.any(1).sum().cpu()
+        for number, (low, high) in enumerate(pairwise([*edges, 2 * len(tokens)])):
+            columns, in_bin = rows.band(low, high)
+            match[number] += (in_bin & copies[:, columns]).any(1).sum().cpu()
+    return {
+        "previous_token": after_first,
+        "induction": induction,
+        "duplicate_token": duplicate,
+        "entropy": every,
+        "sink": after_first,
+        "match": match,
+        "attention_mass": every.expand(len(edges)),
+    }
+
+
+def pair_contributions(
+    model: HookedCausalLM,
+    window: Window,
+    *,
+    masked: bool = False,
+    layers: int | Sequence[int] | None = None,
+    progress: Callable[[int], Any] | None = None,
+) -> pd.DataFrame:
+    """By which rotary pairs an attended key outdoes the others: what each pair adds to its score, by distance.
+
+    A score is the sum over pairs p of scaling * q_p·k_p, before the soft cap where there is one. Of every query and
+    head, a pair's contribution to each key is taken less its mean over all keys that the query sees; the value is the
+    mean of that over queries and keys, weighted by attention. So it says how far a pair raises the attended key above
+    any key, in the units of scores: e to that power is a ratio of attention.
+
+    Columns: `layer`, `head`, `pair` (0 fastest), `wavelength` (tokens), `metric`, `distance` and `value`. Rows with
+    `distance` take in the keys from there to the next bin alone (see `head_scores`); those where it is null all keys,
+    and are the mean of the bins by their attention. A bin without attention is null. What dimensions without rotation
+    contribute has the metric "unrotated_contribution" and no pair, so that all values of a head and distance add up to
+    the score. Memory is linear in the window; options and errors as in `head_scores`.
+    """
+    chosen = chosen_layers(model, layers)
+    edges = distance_edges(len(window))
+    parts = []
+
+    def read(layer: int, query: Tensor, key: Tensor, scoring: Scoring) -> None:
+        sums, mass = _sum_contributions(query, key, scoring, edges)  # [H, bins, D], [H, bins]
+        parts.append(_pair_frame(model, layer, edges, sums.cpu(), mass.cpu()))
+        if progress is not None:
+            progress(1)
+
+    read_layers(model, window, read, masked=masked, layers=chosen)
+    return pd.concat(parts, ignore_index=True)
+
+
+def _sum_contributions(query: Tensor, key: Tensor, scoring: Scoring, edges: list[int]) -> tuple[Tensor, Tensor]:
+    """Sums over queries and the keys of each bin, weighted by attention, of each dimension's contrast; and the weights.
+
+    Keys enter as their sums under the pattern, so nothing is held for every query and key.
+    """
+    length, heads, width = query.shape
+    sums = query.new_zeros(heads, len(edges), width, dtype=torch.float64)
+    mass = query.new_zeros(heads, len(edges), dtype=torch.float64)
+    key_heads = key.transpose(0, 1)  # [K, T, D]
+    groups = heads // len(key_heads)
+    for block in blocks(query, key, scoring):
+        rows, pattern = block.rows, block.pattern
+        keys = key_heads[:, rows.keys]  # [K, k, D]
+        scaled = query[rows.queries].transpose(0, 1) * scoring.scaling  # [H, q, D]
+        seen = rows.visible.to(keys.dtype)
+        mean_key = ((seen / seen.sum(1, keepdim=True)) @ keys).repeat_interleave(groups, 0)  # [H, q, D]
+        for number, (low, high) in enumerate(pairwise([*edges, 2 * length])):
+            columns, in_bin = rows.band(low, high)
+            if columns.start < columns.stop:
+                attention = pattern[:, :, columns] * in_bin  # [H, q, n]
+                of_query = attention.sum(-1, keepdim=True)  # [H, q, 1]
+                contrast = by_key_head(attention, keys[:, columns]) - of_query * mean_key
+                sums[:, number] += (scaled * contrast).sum(1).double()
+                mass[:, number] += of_query.sum((1, 2)).double()
+    return sums, mass
+
+
+def _pair_frame(model: HookedCausalLM, layer: int, edges: list[int], sums: Tensor, mass: Tensor) -> pd.DataFrame:
+    sums = torch.cat([sums.sum(1, keepdim=True), sums], 1)  # all keys, then bin by bin
+    mass = torch.cat([mass.sum(1, keepdim=True), mass], 1)
+    value = (sums / mass.unsqueeze(-1)).masked_fill((mass == 0).unsqueeze(-1), float("nan"))
+    width = value.shape[-1]
+    rotary = model.rotary[layer]
+    dimensions = torch.empty(0, 2, dtype=torch.long) if rotary is None else rotary.pairs(width)
+    of_pair = value[..., dimensions].sum(-1)  # [H, bins + 1, P]
+    rest = np.setdiff1d(np.arange(width), dimensions.flatten().numpy())
+    values = torch.cat([of_pair, value[..., torch.from_numpy(rest)].sum(-1, keepdim=True)], -1)
+    if not len(rest):
+        values = of_pair
+    lengths = [] if rotary is None else rope.wavelengths(rotary.inv_freq).tolist()
+    unrotated = 1 if len(rest) else 0
+    what = pd.DataFrame(
+        {
+            "pair": pd.array([*range(len(lengths)), *[None] * unrotated], dtype="Int64"),
+            "wavelength": [*lengths, *[np.nan] * unrotated],
+            "metric": [PAIR_METRIC] * len(lengths) + [UNROTATED_METRIC] * unrotated,
+        }
+    )
+    head, line, number = np.indices(values.shape).reshape(3, -1)
+    frame = what.iloc[number].reset_index(drop=True)
+    frame.insert(0, "layer", layer)
+    frame.insert(1, "head", head)
+    frame["distance"] = pd.array([None, *edges], dtype="Int64")[line]
+    frame["value"] = values.flatten().numpy()
+    return frame
