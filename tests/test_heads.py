@@ -1,16 +1,22 @@
 """What heads attend to, against eager patterns; heads planted in closed form; heads silenced."""
 
+import copy
+from itertools import pairwise
+
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 import transformers as hf
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import ByT5Tokenizer
 
 from rope_probe import InputError, KeyValueStream, KeyValueTask, PositionShift, load_model, pack, rope, trace
+from rope_probe.gallery.figures.heads import PANELS, head_map
+from rope_probe.models.architectures import attention_modules
 from rope_probe.retrieval.heads import needle_of, retrieval_head_scores
 from rope_probe.retrieval.probe import retrieval_accuracy
+from rope_probe.retrieval.tasks import TextTask
 from rope_probe.tracing import patterns
 from rope_probe.tracing.heads import distance_edges, head_scores, pair_contributions
 from rope_probe.tracing.silence import silenced
@@ -37,15 +43,16 @@ def window_of_copies(length=40, seed=0):
 
 
 def eager_states(plain, window, masked):
-    """Patterns [L, H, T, T], and rotated q and k of every layer, in float64."""
+    """Of every layer: pattern [H, T, T], where a query may look [T, T], rotated q and k; in float64."""
     model = load_model(plain, attn="eager")
-    layers = range(len(model.blocks))
+    names = ("hook_pattern", "hook_attn_scores", "hook_rot_q", "hook_rot_k")
+    layers = [[f"blocks.{i}.attn.{name}" for name in names] for i in range(len(model.blocks))]
     read = {}
-    names = [f"blocks.{i}.attn.{name}" for i in layers for name in ("hook_pattern", "hook_rot_q", "hook_rot_k")]
-    hooks = [(name, lambda x, hook: read.update({hook.name: x[0].double()})) for name in names]
+    hooks = [(name, lambda x, hook: read.update({hook.name: x[0].double()})) for layer in layers for name in layer]
     with torch.no_grad(), model.hooks(fwd_hooks=hooks):
         model.hidden(window, masked=masked)
-    return [[read[f"blocks.{i}.attn.{name}"] for name in ("hook_pattern", "hook_rot_q", "hook_rot_k")] for i in layers]
+    states = [[read[name] for name in layer] for layer in layers]
+    return [(pattern, scores[0].isfinite(), q, k) for pattern, scores, q, k in states]
 
 
 def expected_scores(pattern, window, masked):
@@ -68,7 +75,7 @@ def expected_scores(pattern, window, masked):
             add("duplicate_token", copies)
         if after := [s + 1 for s in copies if s + 1 < t]:
             add("induction", after)
-        for low, high in zip(edges, edges[1:], strict=False):
+        for low, high in pairwise(edges):
             in_bin = [s for s in seen if low <= t - s < high]
             add("attention_mass", in_bin, low)
             if alike := [s for s in in_bin if s in copies]:
@@ -88,7 +95,7 @@ def test_scores_are_those_of_eager_patterns(name, dtype, masked, monkeypatch):
     frame = head_scores(load_model(plain), window, masked=masked)
     assert (frame["queries"] >= 0).all()
     tolerance = 1e-5 if dtype == torch.float32 else 1e-10
-    for layer, (pattern, _, _) in enumerate(states):
+    for layer, (pattern, _, _, _) in enumerate(states):
         rows = frame[frame["layer"] == layer]
         compared = 0
         for (metric, distance), (value, queries) in expected_scores(pattern, window, masked).items():
@@ -114,20 +121,12 @@ def test_pair_contributions_are_those_of_eager_patterns(name, dtype, masked, mon
     states = eager_states(plain, window, masked)
     model = load_model(plain)
     frame = pair_contributions(model, window, masked=masked)
-    scaling = plain.model.layers[0].self_attn.scaling if name != "gpt_neox" else plain.config.head_dim**-0.5 \
-        if getattr(plain.config, "head_dim", None) else 8**-0.5
+    scaling = attention_modules(plain)[0].scaling
     at = torch.arange(len(window))
     apart = at.unsqueeze(1) - at
     edges = [*distance_edges(len(window)), len(window)]
-    document = window.document_of
     tolerance = 1e-4 if dtype == torch.float32 else 1e-10
-    for layer, (pattern, q, k) in enumerate(states):
-        visible = apart >= 0
-        if masked:
-            visible &= document.unsqueeze(1) == document
-        visible &= (pattern > 0).any(0) | (apart < 8)  # a sliding window hides the rest
-        if (pattern[:, apart >= 8] == 0).all():
-            visible &= apart < 8
+    for layer, (pattern, visible, q, k) in enumerate(states):
         k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
         of_dimension = torch.einsum("thd,shd->hdts", q, k) * scaling
         rotary = model.rotary[layer]
@@ -141,7 +140,7 @@ def test_pair_contributions_are_those_of_eager_patterns(name, dtype, masked, mon
                 continue
             of_pair = of_dimension[:, dimensions].sum(1)  # [H, T, S]
             contrast = of_pair - ((of_pair * visible).sum(-1) / visible.sum(-1)).unsqueeze(-1)
-            for low, high in [(None, None), *zip(edges, edges[1:], strict=False)]:
+            for low, high in [(None, None), *pairwise(edges)]:
                 weight = pattern if low is None else pattern * ((apart >= low) & (apart < high))
                 expected = (weight * contrast).sum((1, 2)) / weight.sum((1, 2))
                 part = rows[rows["distance"].isna() if low is None else rows["distance"] == low]
@@ -151,9 +150,8 @@ def test_pair_contributions_are_those_of_eager_patterns(name, dtype, masked, mon
 def test_pair_contributions_add_up_to_the_score():
     window = window_of_copies()
     plain = zoo.model(zoo.CONFIGS["phi3_partial"]()).double()
-    (pattern, q, k), _ = eager_states(plain, window, False)
-    scores = torch.einsum("thd,shd->hts", q, k.repeat_interleave(2, 1)) * plain.model.layers[0].self_attn.scaling
-    visible = torch.ones(len(window), len(window)).tril()
+    (pattern, visible, q, k), _ = eager_states(plain, window, False)
+    scores = torch.einsum("thd,shd->hts", q, k.repeat_interleave(2, 1)) * attention_modules(plain)[0].scaling
     contrast = scores - ((scores * visible).sum(-1) / visible.sum(-1)).unsqueeze(-1)
     expected = (pattern * contrast).sum((1, 2)) / len(window)
     frame = pair_contributions(load_model(plain), window, layers=0)
@@ -187,3 +185,260 @@ def test_no_tensor_holds_a_pattern_of_the_whole_window(measure, sliding):
     with LargestTensor() as largest:
         measure(model, window, layers=0)
     assert largest.elements <= patterns.BLOCK_ELEMENTS < 2048 * 2048
+
+
+# Heads planted in closed form -----------------------------------------------------------------------------------------
+
+TOKENS, WIDTH = 20, 32
+CURRENT, PREVIOUS, COPIED = (slice(start, start + TOKENS) for start in (0, TOKENS, 2 * TOKENS))
+"""Parts of the residual stream, a dimension for each token."""
+SLOW = [*range(6, 16), *range(22, 32)]
+"""Dimensions of the ten slowest pairs, which hardly turn in a window: what is matched there is matched anywhere."""
+PREVIOUS_TOKEN, INDUCTION, DUPLICATE = (0, 2), (1, 1), (1, 3)
+
+
+def planted():
+    """Two layers that do induction, all weights in closed form; float64.
+
+    Head 2 of layer 0 scores a key by how far back it is alone, through its fast pairs, most at one token; it writes the
+    token that it finds to PREVIOUS. Head 1 of layer 1 matches the current token with PREVIOUS, and writes the token
+    that it finds to COPIED, which the head reads. Head 3 of layer 1 matches the token itself. Others match at random.
+    """
+    config = hf.LlamaConfig(
+        vocab_size=TOKENS, hidden_size=64, intermediate_size=8, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=WIDTH, attention_bias=True, max_position_embeddings=128, rms_norm_eps=1e-12,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e10}, tie_word_embeddings=False,
+    )  # fmt: skip
+    plain = zoo.model(config, scale=0.02).double()
+    weights = dict(plain.named_parameters())
+    for name, weight in weights.items():
+        if "q_proj.weight" not in name and "k_proj.weight" not in name:
+            weight.data.fill_(1.0 if "norm" in name else 0.0)
+
+    def of_head(layer, head, name, kind="weight"):
+        rows = slice(head * WIDTH, (head + 1) * WIDTH)
+        weight = weights[f"model.layers.{layer}.self_attn.{name}_proj.{kind}"].data
+        return weight[:, rows] if name == "o" else weight[rows]
+
+    one_of_each = torch.eye(TOKENS, dtype=torch.float64)
+    weights["model.embed_tokens.weight"].data[:, CURRENT] = one_of_each
+    weights["lm_head.weight"].data[:, COPIED] = one_of_each
+
+    layer, head = PREVIOUS_TOKEN
+    fast = torch.arange(6)
+    turn = rope.inv_freq(config.rope_parameters, WIDTH, dtype=torch.float64)[fast]
+    of_head(layer, head, "q").zero_()
+    of_head(layer, head // 2, "k").zero_()
+    for part, values in ((fast, turn.cos()), (fast + WIDTH // 2, -turn.sin())):
+        of_head(layer, head, "q", "bias")[part] = 20.0 * values
+    of_head(layer, head // 2, "k", "bias")[fast] = 20.0
+    of_head(layer, head // 2, "v")[:TOKENS, CURRENT] = one_of_each / 8  # the norm makes 8 of 1
+    of_head(layer, head, "o")[PREVIOUS, :TOKENS] = one_of_each
+
+    for (layer, head), matched in ((INDUCTION, PREVIOUS), (DUPLICATE, CURRENT)):
+        of_head(layer, head, "q").zero_()
+        of_head(layer, head // 2, "k").zero_()
+        of_head(layer, head, "q")[SLOW, CURRENT] = 3 * one_of_each
+        of_head(layer, head // 2, "k")[SLOW, matched] = 3 * one_of_each
+    layer, head = INDUCTION
+    of_head(layer, head // 2, "v")[:TOKENS, CURRENT] = one_of_each
+    of_head(layer, head, "o")[COPIED, :TOKENS] = one_of_each
+    return plain
+
+
+def top(frame, metric):
+    """The head with the highest score, that score, and the next one."""
+    rows = frame[frame["metric"] == metric].sort_values("value", ascending=False)
+    first, second = rows.iloc[0], rows.iloc[1]
+    return (first["layer"], first["head"]), first["value"], second["value"]
+
+
+def test_planted_heads_are_found_with_the_scores_that_their_weights_give():
+    document = torch.arange(4, TOKENS)[torch.randperm(16, generator=torch.Generator().manual_seed(0))]
+    frame = head_scores(load_model(planted()), pack([document] * 4, 64))
+    head, score, runner_up = top(frame, "previous_token")
+    assert head == PREVIOUS_TOKEN
+    assert score > 1 - 1e-9
+    assert runner_up < 0.2
+    head, score, runner_up = top(frame, "induction")
+    assert head == INDUCTION
+    # The first position has no token before it and finds itself, so the document's first token matches it as well.
+    assert score == pytest.approx((45 + 1 / 2 + 2 / 3 + 3 / 4) / 48, abs=1e-3)
+    assert runner_up < 0.2
+    head, score, runner_up = top(frame, "duplicate_token")
+    assert head == DUPLICATE
+    assert score == pytest.approx((1 / 2 + 2 / 3 + 3 / 4) / 3, abs=1e-3)  # itself is as good a match as each copy
+    assert runner_up < 0.2
+    match = frame[(frame["metric"] == "match") & frame["value"].notna()].set_index(["layer", "head", "distance"])[
+        "value"
+    ]
+    assert match[*DUPLICATE, 16] == pytest.approx((1 / 2 + 1 / 3 + 1 / 4) / 3, abs=1e-3)
+    assert match[*DUPLICATE, 32] == pytest.approx((1 / 3 + 2 / 4) / 2, abs=1e-3)
+
+
+def test_pairs_of_planted_heads_are_those_that_were_planted():
+    document = torch.arange(4, TOKENS)[torch.randperm(16, generator=torch.Generator().manual_seed(0))]
+    frame = pair_contributions(load_model(planted()), pack([document] * 4, 64))
+    whole = frame[frame["distance"].isna()].set_index(["layer", "head", "pair"])["value"]
+    assert whole[PREVIOUS_TOKEN].loc[:2].min() > 10 * whole[PREVIOUS_TOKEN].loc[6:].abs().max()
+    assert whole[INDUCTION].loc[6:].sum() > 1e6 * whole[INDUCTION].loc[:5].abs().sum()
+    # The fastest pair sets the token one back apart: 400 / sqrt(32) * (1 - mean of cos over what a query sees).
+    wavelengths = frame[frame["pair"] == 0]["wavelength"]
+    assert set(wavelengths.round(9)) == {round(2 * np.pi, 9)}
+    expected = np.mean([1 - np.cos(np.arange(t + 1) - 1).mean() for t in range(1, 64)]) * 400 / np.sqrt(32)
+    one_back = frame[(frame["distance"] == 1) & (frame["pair"] == 0)].set_index(["layer", "head"])["value"]
+    assert one_back[PREVIOUS_TOKEN] == pytest.approx(expected, rel=1e-6)
+
+
+KEY_VALUE = KeyValueTask(KeyValueStream(16, (2, 4), keys=8, values=8), 32)
+
+
+def test_the_planted_induction_head_is_the_retrieval_head_and_retrieval_goes_with_it():
+    model = load_model(planted())
+    frame = retrieval_head_scores(model, KEY_VALUE, [8, 20], trials=16)
+    for distance in (8, 20):
+        head, score, runner_up = top(frame[frame["distance"] == distance], "retrieval_head")
+        assert head == INDUCTION
+        assert score == 1.0
+        assert runner_up < 0.5
+
+    def accuracy():
+        rows = retrieval_accuracy(model, KEY_VALUE, [8], trials=32)
+        return rows.set_index("metric")["value"]["accuracy"]
+
+    assert accuracy() == 1.0
+    for needed in (PREVIOUS_TOKEN, INDUCTION):
+        with silenced(model, [needed]):
+            assert accuracy() < 0.3
+    with silenced(model, [DUPLICATE, (0, 0), (0, 1)]):
+        assert accuracy() == 1.0
+    assert accuracy() == 1.0
+
+
+@pytest.mark.parametrize("forced", [False, True])
+def test_retrieval_head_scores_are_those_of_eager_patterns(forced):
+    stream = KeyValueStream(16, (2, 4), keys=24, values=4)
+    passkey = TextTask("passkey", ByT5Tokenizer(extra_ids=0), 500)
+    for task, vocabulary in ((KeyValueTask(stream, 30), 64), (passkey, 259)):
+        plain = zoo.llama(vocab_size=vocabulary, max_position_embeddings=512)
+        distance = task.distances()[-1]
+        frame = retrieval_head_scores(load_model(plain), task, [distance], trials=3, forced=forced)
+        eager = load_model(plain, attn="eager")
+        expected = torch.zeros(2, 4)
+        for trial in task.draw(distance, 3, seed=0):
+            tokens, where = trial.prompt.unsqueeze(0), set(needle_of(trial).nonzero().flatten().tolist())
+            for answer in trial.answer.tolist():  # step by step, as a model writes
+                patterns_of = {}
+                hooks = [
+                    (f"blocks.{i}.attn.hook_pattern", lambda x, hook, of=patterns_of: of.update({hook.layer(): x[0]}))
+                    for i in range(2)
+                ]
+                with torch.no_grad(), eager.hooks(fwd_hooks=hooks):
+                    logits = eager(tokens)[0, -1]
+                token = answer if forced else int(logits.argmax())
+                for layer, pattern in patterns_of.items():
+                    for head, key in enumerate(pattern[:, -1].argmax(-1).tolist()):
+                        copied = key in where and int(tokens[0, key]) == token
+                        expected[layer, head] += copied / len(trial.answer) / 3
+                tokens = torch.cat([tokens, torch.tensor([[token]])], 1)
+        np.testing.assert_allclose(frame["value"].to_numpy().reshape(2, 4), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["passkey", "niah_single_1", "niah_multikey_2", "niah_multikey_3"])
+def test_a_needle_is_where_the_prompt_holds_the_answer(name):
+    task = TextTask(name, ByT5Tokenizer(extra_ids=0), 1700)
+    for trial in task.draw(task.distances()[-1], 3, seed=0):
+        text = task.tokenizer.decode(trial.prompt[needle_of(trial)])
+        assert text == f" {trial.references[0]}" * (2 if name == "passkey" else 1)
+
+
+# Silenced heads -------------------------------------------------------------------------------------------------------
+
+
+def without(plain, heads):
+    """The model with the columns of o_proj that read these heads set to zero."""
+    plain = copy.deepcopy(plain)
+    width = plain.model.layers[0].self_attn.head_dim
+    for layer, head in heads:
+        plain.model.layers[layer].self_attn.o_proj.weight.data[:, head * width : (head + 1) * width] = 0
+    return plain
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3"])
+def test_silencing_heads_is_zeroing_what_reads_them(name):
+    plain = zoo.model(zoo.CONFIGS[name]()).double()
+    heads = [(0, 1), (1, 0), (1, 3)]
+    window = window_of_copies()
+    other = load_model(without(plain, heads))
+    model = load_model(plain)
+    with torch.no_grad():
+        before = model(window)
+        with silenced(model, heads):
+            torch.testing.assert_close(model(window), other(window), rtol=0, atol=1e-12)
+            prompt = window.tokens[0, :9]
+            assert model.greedy(prompt, 8).tolist() == other.greedy(prompt, 8).tolist()
+        torch.testing.assert_close(model(window), before, rtol=0, atol=0)
+
+
+def test_a_silenced_head_passes_on_no_shift_of_its_own():
+    model = load_model(zoo.llama().double())
+    shift = PositionShift("q", 3.0, layers=0, heads=2)
+    window = window_of_copies()
+
+    def moved(site):
+        frame = trace(model, window, shift, sites=["blocks.0.attn.hook_rot_q", "logits"], control=False)
+        return frame[(frame["site"] == site) & (frame["metric"] == "l2")]["value"].max()
+
+    assert moved("logits") > 0.1
+    with silenced(model, [(0, 2)]):
+        assert moved("blocks.0.attn.hook_rot_q") > 0.1
+        assert moved("logits") == 0
+    with silenced(model, [(0, 1)]):
+        assert moved("logits") > 0.1
+
+
+def test_a_head_can_be_silenced_by_its_mean():
+    model = load_model(zoo.llama().double())
+    window = window_of_copies()
+    read = {}
+
+    def keep(z, hook):
+        read[hook.name, len(read)] = z
+
+    sites = ["blocks.0.attn.hook_z", "blocks.0.hook_attn_out"]
+    with torch.no_grad(), model.hooks(fwd_hooks=[(site, keep) for site in sites]):
+        model.hidden(window)
+    with (
+        torch.no_grad(),
+        silenced(model, [(0, 1)], mean_over=window),
+        model.hooks(fwd_hooks=[(site, keep) for site in sites]),
+    ):
+        model.hidden(window)
+    z, _, silent, _ = read.values()
+    torch.testing.assert_close(silent[0, :, 1], z[0, :, 1].mean(0).expand(len(window), -1), rtol=0, atol=1e-12)
+    torch.testing.assert_close(silent[:, :, [0, 2, 3]], z[:, :, [0, 2, 3]], rtol=0, atol=0)
+
+
+def test_what_is_out_of_range_is_refused():
+    model = load_model(zoo.llama())
+    window = window_of_copies()
+    for measure in (head_scores, pair_contributions):
+        with pytest.raises(InputError, match=r"layer 2 is out of range; this model's layers are 0\.\.1"):
+            measure(model, window, layers=2)
+    for head in ((0, 4), (2, 0), (-1, 0)):
+        with pytest.raises(InputError, match=r"layers are 0\.\.1 and heads 0\.\.3"), silenced(model, [head]):
+            pass
+    with pytest.raises(InputError, match="there are 0 and 1"):
+        retrieval_head_scores(model, KEY_VALUE, [8], trials=0)
+
+
+def test_the_head_map_shows_the_numbers_of_the_frame():
+    frame = head_scores(load_model(zoo.llama()), window_of_copies())
+    figure = head_map(frame)
+    titles = [note.text for note in figure.layout.annotations]
+    for panel, metric in enumerate(metric for metric in PANELS if metric in set(frame["metric"])):
+        assert titles[panel] == PANELS[metric]
+        table = frame[frame["metric"] == metric].pivot(index="layer", columns="head", values="value")
+        np.testing.assert_allclose(np.asarray(figure.data[panel].z, dtype=float), table)
+    with pytest.raises(InputError, match="no scores of heads"):
+        head_map(frame[frame["metric"] == "match"])
