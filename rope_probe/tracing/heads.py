@@ -99,28 +99,38 @@ def _sum_attention(query: Tensor, key: Tensor, scoring: Scoring, tokens: Tensor,
     heads = query.shape[1]
     sums: Sums = {metric: query.new_zeros(heads, dtype=torch.float64) for metric in TOTALS}
     sums |= {metric: query.new_zeros(heads, len(edges), dtype=torch.float64) for metric in BY_DISTANCE}
+    bin_of = _bin_of_distance(len(tokens), edges).to(query.device)
     for block in blocks(query, key, scoring):
         rows, pattern = block.rows, block.pattern
         sums["entropy"] += torch.special.entr(pattern).sum((1, 2)).double()
         if rows.keys.start == rows.start:
             others = 1 if rows.queries.start == rows.start else 0  # all but the first position itself
             sums["sink"] += pattern[:, others:, 0].sum(1).double()
-        columns, previous = rows.band(1, 2)
-        sums["previous_token"] += _attention_to(pattern[:, :, columns], previous)
-        sums["induction"] += _attention_to(pattern, _after_copy(rows, tokens))
-        copies = _copies(rows, tokens)
-        sums["duplicate_token"] += _attention_to(pattern, copies)
-        for number, (low, high) in enumerate(pairwise([*edges, 2 * len(tokens)])):
-            columns, in_bin = rows.band(low, high)
-            if columns.start < columns.stop:
-                part = pattern[:, :, columns]
-                sums["attention_mass"][:, number] += _attention_to(part, in_bin)
-                sums["match"][:, number] += _attention_to(part, in_bin & copies[:, columns])
+        profile = _by_distance(pattern).double()  # [H, k]
+        sums["attention_mass"].index_add_(1, bin_of[: profile.shape[1]], profile)
+        if profile.shape[1] > 1:
+            sums["previous_token"] += profile[:, 1]
+        of_query, of_key = _after_copy(rows, tokens).nonzero(as_tuple=True)
+        sums["induction"] += pattern[:, of_query, of_key].sum(1).double()
+        of_query, of_key = _copies(rows, tokens).nonzero(as_tuple=True)
+        to_copies = pattern[:, of_query, of_key].double()  # [H, copies]
+        sums["duplicate_token"] += to_copies.sum(1)
+        sums["match"].index_add_(1, bin_of[rows.distance[of_query, of_key]], to_copies)
     return sums
 
 
-def _attention_to(pattern: Float[Tensor, "H q n"], keys: Bool[Tensor, "q n"]) -> Float[Tensor, " H"]:
-    return torch.einsum("hqn,qn->h", pattern, keys.to(pattern.dtype)).double()
+def _bin_of_distance(length: int, edges: list[int]) -> Int[Tensor, " T"]:
+    return torch.bucketize(torch.arange(length), torch.tensor(edges), right=True) - 1
+
+
+def _by_distance(pattern: Float[Tensor, "H q k"]) -> Float[Tensor, "H k"]:
+    """Attention to keys 0, 1, ... k - 1 tokens back, summed over the queries; the last query stands at the last key."""
+    heads, queries, keys = pattern.shape
+    skewed = pattern.new_zeros(heads, queries, keys + queries - 1)
+    row = skewed.shape[2]
+    # Every row stands one further left than the one before it, so that a column holds keys of one distance.
+    skewed.as_strided(pattern.shape, (queries * row, row - 1, 1), queries - 1).copy_(pattern)
+    return skewed.sum(1)[:, :keys].flip(1)
 
 
 def _copies(rows: Rows, tokens: Int[Tensor, " T"]) -> Bool[Tensor, "q k"]:
@@ -141,13 +151,15 @@ def _count_queries(tokens: Tensor, bounds: list[int], edges: list[int]) -> dict[
     after_first = torch.tensor(len(tokens) - (len(bounds) - 1))
     every = torch.tensor(len(tokens))
     induction, duplicate, match = torch.tensor(0), torch.tensor(0), torch.zeros(len(edges), dtype=torch.long)
-    for rows in row_blocks(bounds, 1, tokens.device):
-        copies = _copies(rows, tokens)
+    bin_of = _bin_of_distance(len(tokens), edges).to(tokens.device)
+    for rows in row_blocks(bounds, len(edges), tokens.device):
         induction += _after_copy(rows, tokens).any(1).sum().cpu()
+        copies = _copies(rows, tokens)
         duplicate += copies.any(1).sum().cpu()
-        for number, (low, high) in enumerate(pairwise([*edges, 2 * len(tokens)])):
-            columns, in_bin = rows.band(low, high)
-            match[number] += (in_bin & copies[:, columns]).any(1).sum().cpu()
+        of_query, of_key = copies.nonzero(as_tuple=True)
+        in_bin = copies.new_zeros(len(copies), len(edges))
+        in_bin[of_query, bin_of[rows.distance[of_query, of_key]]] = True
+        match += in_bin.sum(0).cpu()
     return {
         "previous_token": after_first,
         "induction": induction,

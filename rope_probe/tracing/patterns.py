@@ -106,12 +106,13 @@ def blocks(
     """The attention of one layer, block by block of the queries from `first` on."""
     length, heads, _ = query.shape
     documents = (0, length) if scoring.bounds is None else scoring.bounds
-    query, key = query.transpose(0, 1), key.transpose(0, 1)  # [H, T, D], [K, T, D]
+    query, key = query.transpose(0, 1) * scoring.scaling, key.transpose(0, 1)  # [H, T, D], [K, T, D]
     for rows in row_blocks(documents, heads, query.device, sliding_window=scoring.sliding_window, first=first):
-        scores = by_key_head(query[:, rows.queries], key[:, rows.keys].transpose(1, 2)) * scoring.scaling
+        scores = by_key_head(query[:, rows.queries], key[:, rows.keys].transpose(1, 2))
         if scoring.softcap is not None:
             scores = torch.tanh(scores / scoring.softcap) * scoring.softcap
-        yield Block(rows, scores.masked_fill_(~rows.visible, float("-inf")))
+        hidden = scores.new_zeros(rows.visible.shape).masked_fill_(~rows.visible, float("-inf"))
+        yield Block(rows, scores.add_(hidden))  # many times faster than a masked fill of all heads
 
 
 def by_key_head(of_query: Float[Tensor, "H q m"], of_key: Float[Tensor, "K m n"]) -> Float[Tensor, "H q n"]:
@@ -157,10 +158,10 @@ def read_layers(
 
 
 def chosen_layers(model: HookedCausalLM, layers: int | Sequence[int] | None) -> list[int]:
-    """The layers that are named, all of them for None. Raises InputError for one that the model does not have."""
+    """The layers that are named, each once; all of them for None. Raises InputError for one that is not there."""
     count = len(model.blocks)
     chosen = list(range(count)) if layers is None else [layers] if isinstance(layers, int) else list(layers)
     for layer in chosen:
         if not 0 <= layer < count:
             raise InputError(f"layer {layer} is out of range; this model's layers are 0..{count - 1}")
-    return chosen
+    return list(dict.fromkeys(chosen))
