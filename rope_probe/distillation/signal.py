@@ -11,11 +11,28 @@ from torch import Tensor
 from rope_probe.distillation.student import by_distance
 from rope_probe.models.hooked import HookedCausalLM
 from rope_probe.models.parameters import query_key_value_rows
-from rope_probe.runs.results import tidy
+from rope_probe.runs.tables import Metric, declare
 from rope_probe.tracing.perturbations import Perturbation
 from rope_probe.windows.packing import Window
 
 _BLOCK = 256
+SIGNAL = declare(
+    "signal",
+    "What part of a distillation's signal a perturbation of the teacher takes away.",
+    (
+        "seq_len", "document", "position", "distance", "occurrence", "perturbation", "kind", "side", "delta_tokens",
+        "layer", "site",
+    ),
+    {
+        "signal_kl_nats": Metric("KL of the teacher's distribution from the perturbed teacher's", "nats"),
+        "loss_kl_nats": Metric("KL of the teacher's distribution from the student's", "nats"),
+        "signal_kl_nats_at": Metric("the first of these, at one position", "nats"),
+        "loss_kl_nats_at": Metric("the second, at one position", "nats"),
+        "loss_gradient": Metric("Frobenius norm of the loss's gradient in a matrix of the student"),
+        "signal_gradient": Metric("norm of what the perturbation takes from that gradient"),
+        "gradient_cosine": Metric("cosine of these two gradients"),
+    },
+)  # fmt: skip
 Gradients = dict[tuple[int, str], Tensor]
 
 
@@ -68,7 +85,7 @@ def distillation_signal(
                 ("gradient_cosine", cosine),
             ):
                 rows.append({**at, "metric": metric, "value": value.item()})
-    return tidy(rows).assign(seq_len=len(window))
+    return SIGNAL.frame(rows).assign(seq_len=len(window))
 
 
 def _pull(

@@ -13,9 +13,32 @@ from transformers import PreTrainedModel
 from rope_probe.errors import InputError
 from rope_probe.models.hooked import HookedCausalLM
 from rope_probe.models.parameters import projections_of
+from rope_probe.retrieval.probe import RETRIEVAL
+from rope_probe.runs.tables import Column, declare
 from rope_probe.spans.parts import Piece, Span, pieces
 from rope_probe.spans.stored import require_alike
 from rope_probe.spans.transplant import plain_model, transplanted
+
+SPAN_EFFECTS = declare(
+    "span_effects",
+    "What a measurement finds in one checkpoint with some of its weights as another has them.",
+    (
+        "arm", "into", "group", "span_set", "order", "draw", "moved", "movable", "layer", "head", "pair",
+        "task", "seq_len", "distance", "low", "high",
+    ),
+    dict(RETRIEVAL.metrics),
+    own={
+        "into": Column("string", 'which checkpoint they are brought into: "start" or "end"'),
+        "group": Column("string", "what is transplanted as one, by name"),
+        "span_set": Column("string", "what a curve is of: which spans are brought where"),
+        "order": Column("string", "the order in which spans are brought"),
+        "draw": Column("Int64", "which draw of a random order"),
+        "moved": Column("Int64", "how many query spans are transplanted"),
+        "movable": Column("Int64", "how many there are"),
+        "task": RETRIEVAL.columns["task"],
+    },
+)  # fmt: skip
+"""Metrics are those of retrieval; `span_effects` itself returns whatever columns its measurement has."""
 
 
 def query_spans(model: PreTrainedModel) -> list[Span]:

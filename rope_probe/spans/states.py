@@ -13,11 +13,26 @@ from rope_probe import rope
 from rope_probe.errors import InputError
 from rope_probe.models.architectures import Rotary
 from rope_probe.models.hooked import HookedCausalLM
-from rope_probe.runs.results import tidy
+from rope_probe.runs.tables import Metric, declare
 from rope_probe.spans.stored import require_alike, require_same_pairs
 from rope_probe.windows.packing import Window
 
 Site = tuple[int, str]
+SPAN_STATES = declare(
+    "span_states",
+    "How queries and keys of two checkpoints differ on the same windows, their rotation undone; pairs as complex "
+    "numbers.",
+    ("seq_len", "document", "position", "layer", "site", "head", "pair", "wavelength", "wavelength_after"),
+    {
+        "norm_before": Metric("root mean square of the pair, in the first checkpoint"),
+        "norm_after": Metric("the same in the second"),
+        "rel_change": Metric("norm of the change over the norm before"),
+        "cosine": Metric("cosine of all of the document's states, before and after"),
+        "phase_radians": Metric("the one turn that brings the states after closest to those before", "radians"),
+        "norm_share_before": Metric("the pair's share of its layer's squared norm, in the first checkpoint"),
+        "norm_share_after": Metric("the same in the second"),
+    },
+)
 
 
 @torch.no_grad()
@@ -63,7 +78,7 @@ def compare_states(
             frames += [pd.DataFrame({**at, "metric": m, "value": v.flatten().numpy()}) for m, v in rows.items()]
     frame = pd.concat(frames, ignore_index=True)
     keys = [column for column in frame.columns if column != "value"]
-    return tidy(_over_windows(frame, keys) if len(windows) > 1 else frame)
+    return SPAN_STATES.frame(_over_windows(frame, keys) if len(windows) > 1 else frame)
 
 
 def _over_windows(frame: pd.DataFrame, keys: list[str]) -> pd.DataFrame:

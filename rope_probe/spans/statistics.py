@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from rope_probe import rope
 from rope_probe.errors import InputError
 from rope_probe.models.architectures import rotary_layers
-from rope_probe.runs.results import tidy
+from rope_probe.runs.tables import Metric, declare
+from rope_probe.spans.weights import SPANS
 
 Values = npt.ArrayLike
 BANDS = ("fast", "middle", "slow")
@@ -78,6 +79,36 @@ def enrichment(by_pair: Values, inside: npt.ArrayLike, *, permutations: int = 10
     return Enrichment(float(ratio), float(min(1.0, p_value)))
 
 
+SPAN_STATISTICS = declare(
+    "span_statistics",
+    "How the change of a site is spread over its heads and pairs.",
+    ("layer", "site", "low", "high"),
+    {
+        "gini": Metric("Gini coefficient of the squared change over heads and pairs"),
+        "top_tenth_share": Metric("share of the squared change in the tenth of the spans that changed most"),
+        "rank_correlation": Metric("Spearman's, between a pair's wavelength and its change"),
+        "rank_correlation_p": Metric("its p value, by permutations of the pairs"),
+        **{f"enrichment_{band}": Metric(f"mean change of {band} pairs over that of the others") for band in BANDS},
+        **{f"enrichment_{band}_p": Metric("its p value, by permutations of the pairs") for band in BANDS},
+        "seed_rank_correlation": Metric(
+            "Spearman's, between the changes by pair of two seeds; mean over pairs of seeds"
+        ),
+    },
+)
+LANDMARKS = declare(
+    "landmarks",
+    "Where a window lies in the rotary spectrum of a checkpoint.",
+    ("phase", "seq_len"),
+    {
+        "turning_pairs": Metric("pairs that complete a turn in the window"),
+        "spectrum_use": Metric("their share"),
+        "critical_dimension": Metric("critical dimension, arXiv 2310.05209"),
+        "rope_theta": Metric("theta of the checkpoint"),
+        "base_bound": Metric("least theta for the window by arXiv 2405.14591"),
+    },
+)
+
+
 def bands(wavelengths: Values, short: float, long: float) -> np.ndarray:
     """For each wavelength "fast" (a turn within `short` tokens), "middle" (within `long`) or "slow"."""
     lengths = np.asarray(wavelengths, float)
@@ -107,7 +138,7 @@ def landmarks(before: PreTrainedModel, after: PreTrainedModel, *, short: int, lo
             if rotary.rotary_dim > 2 and window <= _LONGEST_BOUND:
                 found["base_bound"] = rope.base_bound(rotary.rotary_dim, window)
         rows += [{"phase": phase, "seq_len": window, "metric": name, "value": found[name]} for name in found]
-    return tidy(rows)
+    return LANDMARKS.frame(rows)
 
 
 def span_statistics(
@@ -145,7 +176,7 @@ def span_statistics(
                 ratio, p_value = enrichment(values, label == band, seed=seed)
                 found.append({**told, "metric": f"enrichment_{band}", "value": ratio})
                 found.append({**told, "metric": f"enrichment_{band}_p", "value": p_value})
-    return tidy([row for row in found if not math.isnan(row["value"])])
+    return SPAN_STATISTICS.frame([row for row in found if not math.isnan(row["value"])])
 
 
 def _rank_correlation(x: np.ndarray, y: np.ndarray, seed: int) -> tuple[float, float, float, float]:
@@ -153,8 +184,7 @@ def _rank_correlation(x: np.ndarray, y: np.ndarray, seed: int) -> tuple[float, f
         return (float("nan"),) * 4
     ranks, others = (stats.zscore(stats.rankdata(values)) for values in (x, y))
     rho = float(ranks @ others / len(x))
-    half = 1.96 / np.sqrt(len(x) - 3)
-    low, high = np.tanh(np.arctanh(np.clip(rho, -1 + 1e-12, 1 - 1e-12)) + np.array([-half, half]))
+    low, high = stats.pearsonr(ranks, others).confidence_interval(0.95)
     order = np.random.default_rng(seed).random((_PERMUTATIONS, len(x))).argsort(1)
     drawn = others[order] @ ranks / len(x)
     at_least = (np.abs(drawn) >= abs(rho) - 1e-12).sum()
@@ -177,7 +207,7 @@ def stability(frame: pd.DataFrame, metric: str = "rel_change") -> pd.DataFrame:
         found.append(
             {"site": site, "layer": layer, "metric": "seed_rank_correlation", "value": float(np.mean(between))}
         )
-    return tidy(found)
+    return SPAN_STATISTICS.frame(found)
 
 
 def contrast(frame: pd.DataFrame, other: pd.DataFrame, metric: str = "rel_change") -> pd.DataFrame:
@@ -190,6 +220,6 @@ def contrast(frame: pd.DataFrame, other: pd.DataFrame, metric: str = "rel_change
     one, two = (part[part["metric"] == metric].set_index(_SPAN) for part in (frame, other))
     both = one.join(two["value"].rename("against"), how="inner").reset_index()
     both = both[(both["value"] > 0) & (both["against"] > 0)]
-    return tidy(
+    return SPANS.frame(
         both.assign(metric="log2_ratio", value=np.log2(both["value"] / both["against"])).drop(columns="against")
     )

@@ -19,12 +19,43 @@ from rope_probe import rope
 from rope_probe.errors import InputError
 from rope_probe.models.architectures import architecture_of, layers_of, rotary_layers
 from rope_probe.models.parameters import ATTENTION, Projection, norms_around, part_of, projections_of
-from rope_probe.runs.results import tidy
+from rope_probe.runs.tables import Metric, declare
 from rope_probe.spans.parts import site_of
 from rope_probe.spans.stored import Model, Weights, require_alike, require_same_pairs, weights_of
 
 _BLOCK = 2**20
 Sums = dict[str, Tensor]
+_OF_ALL = {
+    "change_norm": Metric("Frobenius norm of the change"),
+    "rel_change": Metric("that norm over the norm before"),
+    "cosine": Metric("cosine of before and after"),
+    "norm_change": Metric("norm after over norm before, less 1"),
+}
+_OF_PAIRS = {
+    "rotation_radians": Metric("the turn of the pair's plane that fits the change best", "radians"),
+    "unrotated_rel_change": Metric("relative change that is left when that turn is undone"),
+    "qk_rel_change": Metric("relative change of the pair's attention scores"),
+    "qk_rotation_radians": Metric("turn of the pair's attention scores", "radians"),
+}
+SPANS = declare(
+    "spans",
+    "How much each part of the weights changed between two checkpoints. Rows without a head are of the whole part, "
+    "rows without a pair of the whole head.",
+    ("layer", "site", "head", "pair", "wavelength", "wavelength_after"),
+    {
+        **_OF_ALL,
+        **_OF_PAIRS,
+        "rotation_tokens": Metric("`rotation_radians` as a move of position, at the wavelength after", "tokens"),
+        "top_singular_share": Metric("share of the change's squared norm in its first singular direction"),
+        "participation_rank": Metric("(sum s^2)^2 / sum s^4 over the singular values s of the change"),
+        "top_direction_share": Metric("the pair's share of that first singular direction"),
+        "log2_ratio": Metric("how much more a span changed in one comparison than in another", "doublings"),
+        **{
+            f"effective_{name}": Metric(f"{metric.meaning}, of the weights with norms folded in", metric.unit)
+            for name, metric in {**_OF_ALL, **_OF_PAIRS}.items()
+        },
+    },
+)
 
 
 def compare_spans(before: Model, after: Model, *, progress: Callable[[int], Any] | None = None) -> pd.DataFrame:
@@ -59,7 +90,7 @@ def compare_spans(before: Model, after: Model, *, progress: Callable[[int], Any]
     _require_same_tensors(one, other)
     compared = _Comparison(one, other, progress or (lambda count: None))
     frames = [compared.layer(layer) for layer in range(len(layers_of(one.model)))]
-    return tidy(pd.concat([*frames, compared.whole_tensors()], ignore_index=True))
+    return SPANS.frame(pd.concat([*frames, compared.whole_tensors()], ignore_index=True))
 
 
 def _require_same_tensors(before: Weights, after: Weights) -> None:

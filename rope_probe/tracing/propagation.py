@@ -19,7 +19,7 @@ from torch import Tensor
 from rope_probe import rope
 from rope_probe.errors import InputError
 from rope_probe.models.hooked import HookedCausalLM
-from rope_probe.runs.results import tidy
+from rope_probe.runs.tables import Metric, declare
 from rope_probe.tracing.cone import LOGITS, logit_block, run_beside
 from rope_probe.tracing.deltas import LOGIT_METRICS, VECTOR_METRICS, Deltas, logit_deltas, vector_deltas
 from rope_probe.tracing.perturbations import Perturbation, Selection
@@ -33,6 +33,22 @@ ROUNDING_FLOOR = {"l2": 1e-10, "rel_l2": 1e-10, "cosine_distance": 1e-20, "kl_na
 
 COPY = "Copy"
 """The `kind` of rows that compare copies of a document; other rows have the name of their perturbation's class."""
+DELTAS = declare(
+    "deltas",
+    "What a perturbation changes where it is read: perturbed minus clean, or copy minus first copy. Values are means "
+    "over the positions of a document, or of the window.",
+    (
+        "arm", "seq_len", "masked", "document", "position", "perturbation", "kind", "restriction", "side",
+        "delta_tokens", "inject_layer", "layer", "site", "head", "pair", "wavelength", "value_float64",
+    ),
+    {
+        "l2": Metric("Euclidean norm of the delta"),
+        "rel_l2": Metric("that norm over the norm of the clean activation"),
+        "cosine_distance": Metric("1 - cosine of clean and perturbed"),
+        "kl_nats": Metric("KL(clean || perturbed) of next-token distributions", "nats"),
+        "top1_flips": Metric("share of positions whose most likely token changes"),
+    },
+)  # fmt: skip
 By = Literal["position", "document", "window"]
 _STATE_ELEMENTS = 2**27
 
@@ -75,7 +91,7 @@ def trace(
         with model.measuring():
             run_beside(model, window, group, sites, add, masked=masked, progress=progress)
     frame = means.frame([_columns(perturbation, model) for perturbation in perturbations]).assign(masked=masked)
-    frame = tidy(frame)
+    frame = DELTAS.frame(frame)
     if control is None:
         control = masked
     if control:
@@ -124,7 +140,9 @@ class _Means:
         told = [pd.DataFrame(columns), keys.assign(layer=keys["site"].map(_layer)), self.lines]
         rows = np.indices(self.sums.shape).reshape(3, -1)
         parts = [part.iloc[at].reset_index(drop=True) for part, at in zip(told, rows, strict=True)]
-        return tidy(pd.concat(parts, axis=1).assign(seq_len=len(self.line_of), value=self.values().flatten().numpy()))
+        return DELTAS.frame(
+            pd.concat(parts, axis=1).assign(seq_len=len(self.line_of), value=self.values().flatten().numpy())
+        )
 
 
 def copy_deltas(
@@ -176,7 +194,7 @@ def copy_deltas(
     found.update({(LOGITS, metric): torch.stack([d[metric].mean() for d in joined]) for metric in joined[0]})
     for (site, _), values in found.items():
         model.require_finite(values, site)
-    frame = tidy(
+    frame = DELTAS.frame(
         [
             {
                 "perturbation": COPY,

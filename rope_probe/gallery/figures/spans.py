@@ -31,8 +31,8 @@ def is_landmark(frame: pd.DataFrame) -> pd.Series:
 
 def is_curve(frame: pd.DataFrame) -> pd.Series:
     """Rows that `causal_curves` draws: accuracy with so many of the spans transplanted, in some order."""
-    told = frame[["span_set", "order", "moved", "seq_len"]].notna().all(axis=1) & (frame["movable"] > 0).fillna(False)
-    return told & (frame["metric"] == "accuracy")
+    placed = frame[["span_set", "order", "moved", "seq_len"]].notna().all(axis=1)
+    return placed & (frame["movable"] > 0).fillna(False) & (frame["metric"] == "accuracy")
 
 
 def is_transplant(frame: pd.DataFrame) -> pd.Series:
