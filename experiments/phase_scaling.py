@@ -190,15 +190,15 @@ def geometry(arm: Arm) -> pd.DataFrame:
     phases = {"short": (SHORT, BASE_THETAS[arm.base], SHORT)} | ({"extension": extension} if arm.objective else {})
     rows: list[dict] = []
     for phase, (window, theta, length) in phases.items():
-        at = {"phase": phase, "seq_len": window}
+        columns = {"phase": phase, "seq_len": window}
         inv_freq = rope.inv_freq({"rope_type": "default", "rope_theta": theta}, HEAD_DIM)
         turns = zip(rope.wavelengths(inv_freq).tolist(), rope.rotations(inv_freq, window).tolist(), strict=True)
         rows += [
-            {**at, "metric": "rotations", "pair": pair, "wavelength": wavelength, "value": value}
+            {**columns, "metric": "rotations", "pair": pair, "wavelength": wavelength, "value": value}
             for pair, (wavelength, value) in enumerate(turns)
         ]
-        rows.append({**at, "metric": "spectrum_use", "value": rope.spectrum_use(inv_freq, window)})
-        rows.append({**at, "metric": "document_length", "value": length})
+        rows.append({**columns, "metric": "spectrum_use", "value": rope.spectrum_use(inv_freq, window)})
+        rows.append({**columns, "metric": "document_length", "value": length})
     return GEOMETRY.frame(rows)
 
 

@@ -97,8 +97,8 @@ def measure(out: Path, checkpoints: list[Path]) -> None:
             run.record(DELTAS, _copies_of_fixed_denominator(model, seed), model=name, seed=seed, arm=FIXED)
             window = packed_documents(seed)
             for masked in (False, True):
-                told = f"{name} {seed}{', masked' if masked else ''}"
-                frame = _traced(model, twin, window, shifts(), masked, f"shifts, {told}")
+                label = f"{name} {seed}{', masked' if masked else ''}"
+                frame = _traced(model, twin, window, shifts(), masked, f"shifts, {label}")
                 run.record(DELTAS, frame, model=name, seed=seed, arm=DOSES_ARM)
             for kind in ("layer", "head", "pair", "jitter", "theta"):
                 perturbations = sweep(kind, model, WINDOW, size=DOSE)
@@ -125,8 +125,8 @@ def _describe_reading(run: Run, seed: int) -> None:
 def config_of(checkpoints: list[Path]) -> dict:
     """The whole configuration, as the manifest holds it: the checkpoints by their weights."""
     weights = [model["weights_sha256"] for run in checkpoints for model in read_manifest(run)["models"].values()]
-    told = {"window": WINDOW, "document": SHORT, "doses": DOSES, "one_dose": DOSE, "sliding_window": REACH}
-    return {**told, "signals": list(map(str, SIGNALS)), "weights_sha256": weights}
+    settings = {"window": WINDOW, "document": SHORT, "doses": DOSES, "one_dose": DOSE, "sliding_window": REACH}
+    return {**settings, "signals": list(map(str, SIGNALS)), "weights_sha256": weights}
 
 
 class CopyArm(NamedTuple):

@@ -72,13 +72,13 @@ def reached(effects: pd.DataFrame, span_set: str, share: float) -> pd.DataFrame:
     inf where no size reaches it.
     """
     ends = accuracies(effects, START)
-    found = []
+    fractions = []
     for (model, seed, order, _), values in curves(effects, span_set).iterrows():
         start, end = (ends.loc[(model, seed), name] for name in ("nothing", "everything"))
         level = start + share * (end - start)
         fraction = fraction_to_reach(values.index.to_list(), values.to_list(), level)
-        found.append({"model": model, "seed": seed, "order": order, "fraction": fraction})
-    table = pd.DataFrame(found).groupby(["model", "seed", "order"])["fraction"].mean()
+        fractions.append({"model": model, "seed": seed, "order": order, "fraction": fraction})
+    table = pd.DataFrame(fractions).groupby(["model", "seed", "order"])["fraction"].mean()
     return table.unstack("order")
 
 
@@ -97,9 +97,9 @@ def carrying(effects: pd.DataFrame) -> pd.DataFrame:
         most = best.sub(ends["nothing"], axis=0).div(ends["everything"] - ends["nothing"], axis=0)
         for model in most.index.unique("model"):
             for order in most.columns[most.loc[model].notna().any()]:
-                told = {name: _told(table.loc[model][order].to_list()) for name, table in shares.items()}
-                told["most"] = _told(most.loc[model][order].to_list())
-                rows.append({"what": f"{span_set}, {order}", "model": model, "seeds": len(most.loc[model]), **told})
+                columns = {name: _told(table.loc[model][order].to_list()) for name, table in shares.items()}
+                columns["most"] = _told(most.loc[model][order].to_list())
+                rows.append({"what": f"{span_set}, {order}", "model": model, "seeds": len(most.loc[model]), **columns})
     return pd.DataFrame(rows)
 
 
@@ -157,8 +157,8 @@ def contrasts(spans: pd.DataFrame) -> pd.DataFrame:
 
 def agreement(spans: pd.DataFrame) -> pd.DataFrame:
     """Whether seeds agree on which pairs of W_Q and W_K change: Spearman's correlation between their profiles."""
-    found = {arm: stability(part) for arm, part in spans.groupby("model") if part["seed"].nunique() > 1}
-    return pd.DataFrame({arm: table.set_index("site")["value"] for arm, table in found.items()}).T
+    by_arm = {arm: stability(part) for arm, part in spans.groupby("model") if part["seed"].nunique() > 1}
+    return pd.DataFrame({arm: table.set_index("site")["value"] for arm, table in by_arm.items()}).T
 
 
 def _seeds(spans: pd.DataFrame, arm: str) -> Iterable[int]:
@@ -268,15 +268,18 @@ def _judge_spectrum(spans: pd.DataFrame, judge: Callable) -> None:
 
 def _judge_curves(kept: pd.DataFrame, arm: str, judge: Callable) -> None:
     """Prediction 9: of what the query spans add to the end without them, between none and all; seeds where they do."""
-    found: dict[tuple[str, float], dict[int, list[float]]] = {}
+    fractions: dict[tuple[str, float], dict[int, list[float]]] = {}
     for (seed, order, _), values in kept.iterrows():
         first, last = values.iloc[0], values.iloc[-1]
         if last <= first:
             continue
         for share in (0.5, 0.9):
             fraction = fraction_to_reach(values.index.to_list(), values.to_list(), first + share * (last - first))
-            found.setdefault((order, share), {}).setdefault(seed, []).append(fraction)
-    means = {at: pd.Series({seed: np.mean(values) for seed, values in of.items()}) for at, of in found.items()}
+            fractions.setdefault((order, share), {}).setdefault(seed, []).append(fraction)
+    means = {
+        order_and_share: pd.Series({seed: np.mean(values) for seed, values in of.items()})
+        for order_and_share, of in fractions.items()
+    }
     half = means[BY_EFFECT, 0.5]
     judge(9, f"{arm}: fraction of query spans by single effect for half .25 or less", half, _at_most(0.25))
     judge(9, f"{arm}: the same for 90% .5 or less", means[BY_EFFECT, 0.9], _at_most(0.5))

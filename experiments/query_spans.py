@@ -261,8 +261,8 @@ def _causes(
             """What is found after transplanting each of the sets, the first of which moves `sizes[0]` query spans."""
             moved = {str(n): n for n in budget.sizes}
             by_size = dict(zip(moved, sets, strict=True))
-            found = effects(host, donor.original_model, by_size, judge)
-            return found.assign(arm=CURVE, moved=found["group"].map(moved), movable=len(spans), **columns)
+            frame = effects(host, donor.original_model, by_size, judge)
+            return frame.assign(arm=CURVE, moved=frame["group"].map(moved), movable=len(spans), **columns)
 
         def drawn(named: Mapping[str, list[Span]]) -> dict[tuple[str, int | None], list[Span]]:
             return {**{(by, None): order for by, order in named.items()}, **random}

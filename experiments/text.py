@@ -47,9 +47,9 @@ def train_and_probe(out: Path) -> None:
         folder = run.folder / "training" / "checkpoints" / config.phases[-1].name
         model = load_model(AutoModelForCausalLM.from_pretrained(folder))
         task = TextTask("passkey", AutoTokenizer.from_pretrained(folder), WINDOW)
-        found = retrieval_accuracy(model, task, DISTANCES, trials=TRIALS, seed=config.seed)
+        retrieval = retrieval_accuracy(model, task, DISTANCES, trials=TRIALS, seed=config.seed)
         run.record(LOSSES, training["losses"].drop(columns=["run_id", "experiment"]))
-        run.record(RETRIEVAL, found, model="student", phase=config.phases[-1].name)
+        run.record(RETRIEVAL, retrieval, model="student", phase=config.phases[-1].name)
         run.provenance.add_model("student", model)
         for name, entries in manifest["read"].items():
             for entry in entries:

@@ -149,8 +149,8 @@ def cells(frame: pd.DataFrame) -> pd.DataFrame:
         rope.spectrum_use(rope.inv_freq({"rope_type": "default", "rope_theta": theta}, int(dim)), LONG)
         for theta, dim in zip(table["long_theta"], table["head_dim"], strict=True)
     ]
-    told = table[["head_dim", "steps", "short_theta", "long_theta", "seed", "accuracy"]]
-    return told.assign(reaches=table["long_theta"] >= table["head_dim"].map(bounds), use_long=use)
+    shown = table[["head_dim", "steps", "short_theta", "long_theta", "seed", "accuracy"]]
+    return shown.assign(reaches=table["long_theta"] >= table["head_dim"].map(bounds), use_long=use)
 
 
 def stages(options: Options) -> dict[str, Stage]:

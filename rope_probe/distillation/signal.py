@@ -72,19 +72,23 @@ def distillation_signal(
     loss = _gradients(student, learned, of_loss)
     rows = list(_where("loss_kl_nats", loss_kl, window, {}))
     for perturbation, (kl, pull) in zip(perturbations, parts[1:], strict=True):
-        told = {"perturbation": str(perturbation), "kind": type(perturbation).__name__, "side": perturbation.side}
-        told["delta_tokens"] = perturbation.delta_tokens  # type: ignore[assignment]
-        rows += _where("signal_kl_nats", kl, window, told)
+        perturbed_by = {
+            "perturbation": str(perturbation),
+            "kind": type(perturbation).__name__,
+            "side": perturbation.side,
+        }
+        perturbed_by["delta_tokens"] = perturbation.delta_tokens  # type: ignore[assignment]
+        rows += _where("signal_kl_nats", kl, window, perturbed_by)
         for key, taken in _gradients(student, learned, pull).items():
             layer, matrix = key
-            at = {**told, "layer": layer, "site": f"blocks.{layer}.attn.W_{matrix.upper()}"}
+            place = {**perturbed_by, "layer": layer, "site": f"blocks.{layer}.attn.W_{matrix.upper()}"}
             cosine = (taken * loss[key]).sum() / (taken.norm() * loss[key].norm())
             for metric, value in (
                 ("signal_gradient", taken.norm()),
                 ("loss_gradient", loss[key].norm()),
                 ("gradient_cosine", cosine),
             ):
-                rows.append({**at, "metric": metric, "value": value.item()})
+                rows.append({**place, "metric": metric, "value": value.item()})
     return SIGNAL.frame(rows).assign(seq_len=len(window))
 
 
@@ -116,16 +120,16 @@ def _gradients(student: HookedCausalLM, learned: Tensor, pull: Tensor) -> Gradie
         for name, part in query_key_value_rows(model, layer).items()
     }
     weights = list({id(part.weight): part.weight for part in rows.values()}.values())
-    found = torch.autograd.grad(learned, weights, pull, retain_graph=True)
-    of_weight = {id(weight): gradient for weight, gradient in zip(weights, found, strict=True)}
+    gradients = torch.autograd.grad(learned, weights, pull, retain_graph=True)
+    of_weight = {id(weight): gradient for weight, gradient in zip(weights, gradients, strict=True)}
     return {key: of_weight[id(part.weight)][part.rows] for key, part in rows.items()}
 
 
-def _where(metric: str, values: Tensor, window: Window, told: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    yield {**told, "metric": metric, "value": values.mean().item()}
+def _where(metric: str, values: Tensor, window: Window, columns: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield {**columns, "metric": metric, "value": values.mean().item()}
     for position, (document, value) in enumerate(zip(window.document_of.tolist(), values.tolist(), strict=True)):
-        yield {**told, "metric": f"{metric}_at", "document": document, "position": position, "value": value}
+        yield {**columns, "metric": f"{metric}_at", "document": document, "position": position, "value": value}
     for k, (total, count) in enumerate(by_distance(values, window.tokens).T.tolist()):
         if count:
             last_seen = {"occurrence": "again", "distance": 2 ** (k - 1)} if k else {"occurrence": "new"}
-            yield {**told, **last_seen, "metric": metric, "value": total / count}
+            yield {**columns, **last_seen, "metric": metric, "value": total / count}

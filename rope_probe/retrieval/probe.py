@@ -164,12 +164,12 @@ def retrieval_accuracy(
                     logprobs.append(logprob)
             if progress is not None:
                 progress(len(batch))
-        at = {"task": task.name, "seq_len": task.window, "distance": distance, "seed": seed}
+        columns = {"task": task.name, "seq_len": task.window, "distance": distance, "seed": seed}
         low, high = _accuracy_interval(shares, task.answers)
-        rows.append({**at, "metric": "accuracy", "value": float(np.mean(shares)), "low": low, "high": high})
+        rows.append({**columns, "metric": "accuracy", "value": float(np.mean(shares)), "low": low, "high": high})
         mean = float(np.mean(logprobs))
         low, high = _normal_interval(logprobs)
-        rows.append({**at, "metric": "answer_logprob_nats", "value": mean, "low": low, "high": high})
+        rows.append({**columns, "metric": "answer_logprob_nats", "value": mean, "low": low, "high": high})
     return RETRIEVAL.frame(rows)
 
 

@@ -189,8 +189,8 @@ def one_writer(run: Path) -> Iterator[None]:
 
 def _writer(run: Path) -> str:
     try:
-        told = json.loads((run / WRITER).read_text())
-        return f"process {told['process']} on {told['host']}"
+        writer = json.loads((run / WRITER).read_text())
+        return f"process {writer['process']} on {writer['host']}"
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"
 

@@ -109,9 +109,9 @@ def gradient_times_change(
     kept = {name: value.detach().clone() for name, value in own.items()}
     total = {name: torch.zeros_like(value) for name, value in parameters.items()}
     try:
-        for at in [0.0] if steps == 0 else [(step + 0.5) / steps for step in range(steps)]:
+        for fraction in [0.0] if steps == 0 else [(step + 0.5) / steps for step in range(steps)]:
             for name, value in own.items():
-                value.data.copy_(kept[name] + at * change[name])
+                value.data.copy_(kept[name] + fraction * change[name])
             with torch.enable_grad():
                 for value in parameters.values():
                     value.requires_grad_()
@@ -144,7 +144,7 @@ def fraction_to_reach(fractions: Sequence[float], values: Sequence[float], level
     reached = np.flatnonzero(y >= level)
     if not len(reached):
         return math.inf
-    at = int(reached[0])
-    if at == 0:
+    first = int(reached[0])
+    if first == 0:
         return float(x[0])
-    return float(x[at - 1] + (level - y[at - 1]) / (y[at] - y[at - 1]) * (x[at] - x[at - 1]))
+    return float(x[first - 1] + (level - y[first - 1]) / (y[first] - y[first - 1]) * (x[first] - x[first - 1]))

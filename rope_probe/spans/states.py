@@ -73,9 +73,9 @@ def compare_states(
             assert rotaries[0] is not None  # only such layers are read
             rows = _compared(x, theirs[layer, side], groups, rotaries[0])
             heads, pairs = rows["cosine"].shape[1:]
-            at = _columns(window, groups, heads, pairs, rotaries, by_position)
-            at |= {"layer": layer, "site": f"blocks.{layer}.attn.unrotated_{side}", "seq_len": len(window)}
-            frames += [pd.DataFrame({**at, "metric": m, "value": v.flatten().numpy()}) for m, v in rows.items()]
+            columns = _columns(window, groups, heads, pairs, rotaries, by_position)
+            columns |= {"layer": layer, "site": f"blocks.{layer}.attn.unrotated_{side}", "seq_len": len(window)}
+            frames += [pd.DataFrame({**columns, "metric": m, "value": v.flatten().numpy()}) for m, v in rows.items()]
     frame = pd.concat(frames, ignore_index=True)
     keys = [column for column in frame.columns if column != "value"]
     return SPAN_STATES.frame(_over_windows(frame, keys) if len(windows) > 1 else frame)
@@ -92,21 +92,21 @@ def _over_windows(frame: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
 
 
 def _states(model: HookedCausalLM, window: Window, masked: bool) -> dict[Site, Float[Tensor, "T H D"]]:
-    found: dict[Site, Tensor] = {}
+    states_at: dict[Site, Tensor] = {}
 
     def read(x: Tensor, hook: Any) -> None:
         layer = hook.layer()
         rotary = model.rotary[layer]
         assert rotary is not None
-        found[layer, hook.name[-1]] = rotary.undo(x[0].double(), window.position_ids[0]).cpu()
+        states_at[layer, hook.name[-1]] = rotary.undo(x[0].double(), window.position_ids[0]).cpu()
 
     rotating = [layer for layer, rotary in enumerate(model.rotary) if rotary is not None]
     sites = [f"blocks.{layer}.attn.hook_rot_{side}" for layer in rotating for side in "qk"]
     with model.measuring(), model.hooks(fwd_hooks=[(site, read) for site in sites]):
         model.hidden(window, masked=masked)
-    for (layer, side), states in found.items():
+    for (layer, side), states in states_at.items():
         model.require_finite(states, f"blocks.{layer}.attn.hook_rot_{side}")
-    return found
+    return states_at
 
 
 def _compared(x: Tensor, y: Tensor, groups: Int[Tensor, " T"], rotary: Rotary) -> dict[str, Float[Tensor, "G H P"]]:

@@ -72,8 +72,8 @@ def enrichment(by_pair: Values, inside: npt.ArrayLike, *, permutations: int = 10
         drawn = np.vstack([np.flatnonzero(band), rng.random((permutations, count)).argsort(1)[:, :inside_of]])
     sums = values[drawn].sum(1)  # which rise with the ratio
     slack = 1e-9 * values.sum()  # the same band, summed in another order
-    found = values[band].sum()
-    p_value = 2 * min((sums >= found - slack).mean(), (sums <= found + slack).mean())
+    inside_sum = values[band].sum()
+    p_value = 2 * min((sums >= inside_sum - slack).mean(), (sums <= inside_sum + slack).mean())
     outside = values[~band].mean()
     ratio = values[band].mean() / outside if outside else math.inf
     return Enrichment(float(ratio), float(min(1.0, p_value)))
@@ -129,15 +129,15 @@ def landmarks(before: PreTrainedModel, after: PreTrainedModel, *, short: int, lo
         if rotary is None:
             continue
         use = rope.spectrum_use(rotary.inv_freq, window)
-        found = {"turning_pairs": use * len(rotary.inv_freq), "spectrum_use": use}
+        measures = {"turning_pairs": use * len(rotary.inv_freq), "spectrum_use": use}
         parameters = model.config.rope_parameters
         theta = parameters.get("rope_theta", 0.0)
         if parameters.get("rope_type") == "default" and theta > 1:
-            found["critical_dimension"] = rope.critical_dimension(rotary.rotary_dim, theta, window)
-            found["rope_theta"] = theta
+            measures["critical_dimension"] = rope.critical_dimension(rotary.rotary_dim, theta, window)
+            measures["rope_theta"] = theta
             if rotary.rotary_dim > 2 and window <= _LONGEST_BOUND:
-                found["base_bound"] = rope.base_bound(rotary.rotary_dim, window)
-        rows += [{"phase": phase, "seq_len": window, "metric": name, "value": found[name]} for name in found]
+                measures["base_bound"] = rope.base_bound(rotary.rotary_dim, window)
+        rows += [{"phase": phase, "seq_len": window, "metric": name, "value": measures[name]} for name in measures]
     return LANDMARKS.frame(rows)
 
 
@@ -157,26 +157,26 @@ def span_statistics(
     rows = frame[frame["pair"].notna() & (frame["metric"] == metric)]
     if rows.empty:
         raise InputError(f"these results hold no {metric!r} by pair; compare two checkpoints with compare_spans")
-    found = []
+    statistics_rows = []
     for site, part in rows.groupby("site", sort=False):
-        told = {"site": site, "layer": part["layer"].iloc[0]}
+        columns = {"site": site, "layer": part["layer"].iloc[0]}
         squares = part.groupby(["head", "pair"])["value"].mean().to_numpy() ** 2
         profile = part.groupby("pair").agg({"wavelength_after": "first", "value": "mean"})
         lengths, values = (profile[column].to_numpy(float) for column in ("wavelength_after", "value"))
         rho, low, high, p_value = _rank_correlation(lengths, values, seed)
-        found += [
-            {**told, "metric": "gini", "value": gini(squares)},
-            {**told, "metric": "top_tenth_share", "value": top_share(squares)},
-            {**told, "metric": "rank_correlation", "value": rho, "low": low, "high": high},
-            {**told, "metric": "rank_correlation_p", "value": p_value},
+        statistics_rows += [
+            {**columns, "metric": "gini", "value": gini(squares)},
+            {**columns, "metric": "top_tenth_share", "value": top_share(squares)},
+            {**columns, "metric": "rank_correlation", "value": rho, "low": low, "high": high},
+            {**columns, "metric": "rank_correlation_p", "value": p_value},
         ]
         label = bands(lengths, short, long)
         for band in BANDS:
             if 0 < (label == band).sum() < len(label) and values.any():
                 ratio, p_value = enrichment(values, label == band, seed=seed)
-                found.append({**told, "metric": f"enrichment_{band}", "value": ratio})
-                found.append({**told, "metric": f"enrichment_{band}_p", "value": p_value})
-    return SPAN_STATISTICS.frame([row for row in found if not math.isnan(row["value"])])
+                statistics_rows.append({**columns, "metric": f"enrichment_{band}", "value": ratio})
+                statistics_rows.append({**columns, "metric": f"enrichment_{band}_p", "value": p_value})
+    return SPAN_STATISTICS.frame([row for row in statistics_rows if not math.isnan(row["value"])])
 
 
 def _rank_correlation(x: np.ndarray, y: np.ndarray, seed: int) -> tuple[float, float, float, float]:
@@ -201,13 +201,13 @@ def stability(frame: pd.DataFrame, metric: str = "rel_change") -> pd.DataFrame:
     profiles = rows.groupby(["site", "layer", "seed", "pair"])["value"].mean().unstack("seed")
     if profiles.shape[1] < 2:
         raise InputError(f"stability is between seeds, but there is {profiles.shape[1]}")
-    found = []
+    correlations = []
     for (site, layer), part in profiles.groupby(["site", "layer"]):
         between = [stats.spearmanr(part[a], part[b]).statistic for a, b in itertools.combinations(part, 2)]
-        found.append(
+        correlations.append(
             {"site": site, "layer": layer, "metric": "seed_rank_correlation", "value": float(np.mean(between))}
         )
-    return SPAN_STATISTICS.frame(found)
+    return SPAN_STATISTICS.frame(correlations)
 
 
 def contrast(frame: pd.DataFrame, other: pd.DataFrame, metric: str = "rel_change") -> pd.DataFrame:

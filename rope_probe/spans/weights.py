@@ -178,17 +178,17 @@ class _Comparison:
                     _block(tensor, shift, index, output, wide) for tensor, shift in zip((x, y), biases, strict=True)
                 )
                 self._require_finite(projection.weight, p, q)
-                found = _by_dimension(p, q)
+                of_block = _by_dimension(p, q)
                 pairs = _by_pair(p, q, projection.pairs)
                 if rotates:
-                    pairs["top_direction"] = found["direction"][:, projection.pairs].sum(-1)
+                    pairs["top_direction"] = of_block["direction"][:, projection.pairs].sum(-1)
                     p, q = (
                         _effective(block, gain, slice(start, start + step))
                         for block, gain in zip((p, q), gains, strict=True)
                     )
                     folded = _by_pair(p, q, projection.pairs)
                     pairs |= {f"effective_{key}": value for key, value in folded.items()}
-                sums.append(found)
+                sums.append(of_block)
                 paired.append(pairs)
             self.progress(heads * head_dim * width)
         return _joined(sums), _joined(paired)
@@ -386,20 +386,21 @@ def _unrotated(pairs: Sums) -> Tensor:
 def _head_rows(projection: Projection, sums: Sums, bias: Sums | None) -> Iterator[pd.DataFrame]:
     """Rows of the whole projection, with the bias that belongs to no head, and of each head."""
     additive = {key: sums[key] for key in ("before", "after", "change", "moved")}
-    at = {"site": projection.site, "layer": projection.layer}
+    columns = {"site": projection.site, "layer": projection.layer}
     whole = {key: value.sum() + (0 if bias is None else bias[key]) for key, value in additive.items()}
-    yield _rows(at, _measures({key: value[None] for key, value in whole.items()}))
+    yield _rows(columns, _measures({key: value[None] for key, value in whole.items()}))
     by_head = _measures({key: value.sum(-1) for key, value in additive.items()})
     largest, total, fourth = sums["singular"].unbind(-1)
     by_head["top_singular_share"] = _ratio(largest, total)
     by_head["participation_rank"] = _ratio(total.square(), fourth)
-    yield _rows({**at, "head": np.arange(len(largest))}, by_head)
+    yield _rows({**columns, "head": np.arange(len(largest))}, by_head)
 
 
-def _rows(at: dict[str, Any], measures: dict[str, Tensor]) -> pd.DataFrame:
+def _rows(columns: dict[str, Any], measures: dict[str, Tensor]) -> pd.DataFrame:
     """Long rows: the same columns for every metric."""
     frames = [
-        pd.DataFrame({**at, "metric": metric, "value": values.flatten().numpy()}) for metric, values in measures.items()
+        pd.DataFrame({**columns, "metric": metric, "value": values.flatten().numpy()})
+        for metric, values in measures.items()
     ]
     return pd.concat(frames, ignore_index=True)
 
