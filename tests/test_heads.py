@@ -14,6 +14,7 @@ from transformers import ByT5Tokenizer
 from rope_probe import InputError, KeyValueStream, KeyValueTask, PositionShift, load_model, pack, rope, trace
 from rope_probe.gallery.figures.heads import PANELS, head_map
 from rope_probe.models.architectures import attention_modules
+from rope_probe.models.attention import Scoring
 from rope_probe.retrieval.heads import needle_of, retrieval_head_scores
 from rope_probe.retrieval.probe import retrieval_accuracy
 from rope_probe.retrieval.tasks import TextTask
@@ -96,8 +97,8 @@ def test_scores_are_those_of_eager_patterns(name, dtype, masked, monkeypatch):
         rows = frame[frame["layer"] == layer]
         compared = 0
         for (metric, distance), (value, queries) in expected_scores(pattern, window, masked).items():
-            at = rows["distance"].isna() if distance is None else rows["distance"] == distance
-            part = rows[(rows["metric"] == metric) & at]
+            in_bin = rows["distance"].isna() if distance is None else rows["distance"] == distance
+            part = rows[(rows["metric"] == metric) & in_bin]
             assert part["head"].tolist() == list(range(4))
             np.testing.assert_allclose(part["value"], value, rtol=0, atol=tolerance, err_msg=f"{metric} {distance}")
             assert set(part["queries"]) == {queries}
@@ -119,8 +120,8 @@ def test_pair_contributions_are_those_of_eager_patterns(name, dtype, masked, mon
     model = load_model(plain)
     frame = pair_contributions(model, window, masked=masked)
     scaling = attention_modules(plain)[0].scaling
-    at = torch.arange(len(window))
-    apart = at.unsqueeze(1) - at
+    positions = torch.arange(len(window))
+    apart = positions.unsqueeze(1) - positions
     edges = [*distance_edges(len(window)), len(window)]
     tolerance = 1e-4 if dtype == torch.float32 else 1e-10
     for layer, (pattern, visible, q, k) in enumerate(states):
@@ -154,6 +155,15 @@ def test_pair_contributions_add_up_to_the_score():
     frame = pair_contributions(load_model(plain), window, layers=0)
     total = frame[frame["distance"].isna()].groupby("head")["value"].sum()
     np.testing.assert_allclose(total, expected, atol=1e-10)
+
+
+def test_sinks_take_attention_from_every_key():
+    q, k, sinks = torch.randn(6, 4, 8).double(), torch.randn(6, 2, 8).double(), torch.tensor([-9.0, 0.0, 1.0, 9.0])
+    (without,) = patterns.blocks(q, k, Scoring(0.3, None, None, None))
+    (block,) = patterns.blocks(q, k, Scoring(0.3, None, None, None, sinks))
+    weights = without.scores.exp()
+    expected = weights / (weights.sum(-1, keepdim=True) + sinks.exp().view(4, 1, 1))
+    torch.testing.assert_close(block.pattern, expected.double(), rtol=0, atol=1e-7)
 
 
 def test_half_precision_is_scored_in_float32():

@@ -45,13 +45,15 @@ class Scoring:
 
     A query's score of a key is `scaling` * q·k, then `softcap` * tanh(score / softcap) where there is a soft cap. It
     looks back over its own document alone (`bounds`, cu_seqlens; None: the whole window), and over no more than
-    `sliding_window` keys, itself included, where there is one.
+    `sliding_window` keys, itself included, where there is one. `sinks` are further scores, one a head, that take weight
+    in the softmax and give no value.
     """
 
     scaling: float
     softcap: float | None
     sliding_window: int | None
     bounds: tuple[int, ...] | None
+    sinks: Float[Tensor, " H"] | None = None
 
 
 @dataclass
@@ -206,7 +208,7 @@ def _attend(
             "backward() where the hooks are still attached"
         )
     bounds = None if document_bounds is None else tuple(document_bounds)
-    seam.scoring = Scoring(kwargs["scaling"], kwargs.get("softcap"), sliding_window, bounds)
+    seam.scoring = Scoring(kwargs["scaling"], kwargs.get("softcap"), sliding_window, bounds, kwargs.get("s_aux"))
     query = seam.hook_rot_q(query.transpose(1, 2)).transpose(1, 2)
     key = seam.hook_rot_k(key.transpose(1, 2)).transpose(1, 2)
     value = seam.hook_v(value.transpose(1, 2)).transpose(1, 2)

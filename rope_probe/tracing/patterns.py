@@ -4,6 +4,7 @@
 - Scaling, soft cap, sliding window and documents are those that the layer itself asked for (`attention.Scoring`), so a
   block is what `attn="eager"` would show at hook_pattern, whatever kernel the model runs by. Hooks of the user's own on
   q and k hold; those on scores and patterns, which only eager has, do not.
+- Where a layer has attention sinks, scores of no key, a query's attention is what they leave: it sums to less than 1.
 - Scores and patterns are float32, or float64 where q and k are.
 """
 
@@ -74,11 +75,15 @@ class Block:
 
     rows: Rows
     scores: Float[Tensor, "H q k"]
+    sinks: Float[Tensor, " H"] | None = None
 
     @cached_property
     def pattern(self) -> Float[Tensor, "H q k"]:
-        """Attention: each query's sums to 1."""
-        return self.scores.softmax(-1)
+        """Attention: each query's sums to 1, less what sinks take."""
+        if self.sinks is None:
+            return self.scores.softmax(-1)
+        sinks = self.sinks.to(self.scores).view(-1, 1, 1).expand(*self.scores.shape[:2], 1)
+        return torch.cat([self.scores, sinks], -1).softmax(-1)[..., :-1]
 
 
 def row_blocks(
@@ -112,7 +117,7 @@ def blocks(
         if scoring.softcap is not None:
             scores = torch.tanh(scores / scoring.softcap) * scoring.softcap
         hidden = scores.new_zeros(rows.visible.shape).masked_fill_(~rows.visible, float("-inf"))
-        yield Block(rows, scores.add_(hidden))  # many times faster than a masked fill of all heads
+        yield Block(rows, scores.add_(hidden), scoring.sinks)  # many times faster than a masked fill of all heads
 
 
 def by_key_head(of_query: Float[Tensor, "H q m"], of_key: Float[Tensor, "K m n"]) -> Float[Tensor, "H q n"]:
