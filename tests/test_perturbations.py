@@ -87,7 +87,7 @@ def test_a_shift_is_what_the_model_would_have_computed_further_on():
 @pytest.mark.parametrize("rope_type", ["default", "yarn", "llama3"])
 def test_theta_swap_is_the_model_with_that_theta(side, rope_type):
     plain = zoo.llama(rope_parameters=zoo.ROPE_TYPES[rope_type])
-    other = with_rope(plain, {"rope_type": "default", "rope_theta": 300.0}).double()
+    other = with_rope(plain, 300.0).double()
     model, target = load_model(plain.double()), load_model(other)
     _, expected = target.run_with_cache(packed())
     swapped = {}
@@ -106,6 +106,57 @@ def test_theta_swap_is_the_model_with_that_theta(side, rope_type):
         torch.testing.assert_close(
             logits(model, packed(), ThetaSwap(side, 300.0)), target(packed()), rtol=0, atol=1e-10
         )
+
+
+@pytest.mark.parametrize("rope_type", zoo.ROPE_TYPES)
+def test_a_theta_swap_keeps_the_rope_type(rope_type):
+    """It was plain RoPE whatever the model's type: a llama3 model swapped to its own theta turned by up to 8 rad."""
+    plain = zoo.llama(rope_parameters=zoo.ROPE_TYPES[rope_type])
+    model, target = load_model(plain).double(), load_model(with_rope(plain, 300.0)).double()
+    own = ThetaSwap("qk", zoo.ROPE_TYPES[rope_type]["rope_theta"])
+    assert not any(turn.changes.any() for turn in own.turns(model.original_model, 30).values())
+    assert torch.equal(logits(model, packed(), own), logits(model, packed()))
+    swapped = logits(model, packed(), ThetaSwap("qk", 300.0))
+    torch.testing.assert_close(swapped, target(packed()), rtol=0, atol=1e-10)
+    assert (swapped - logits(model, packed())).abs().max() > 1e-3
+
+
+LOCAL_AND_GLOBAL = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+}
+
+
+def local_and_global(**thetas):
+    """Gemma 3's two kinds of layers, rotating by parameters of their own; `thetas` by kind."""
+    config = zoo.CONFIGS["gemma3"]()
+    config.rope_parameters = {
+        kind: {**parameters, "rope_theta": thetas.get(kind, parameters["rope_theta"])}
+        for kind, parameters in LOCAL_AND_GLOBAL.items()
+    }
+    return load_model(zoo.model(config)).double()
+
+
+def test_a_theta_swap_is_of_each_kind_of_layer_by_its_own_parameters():
+    model = local_and_global()
+    for layer, kind in enumerate(LOCAL_AND_GLOBAL):
+        own = ThetaSwap("qk", LOCAL_AND_GLOBAL[kind]["rope_theta"], layers=layer)
+        assert not any(turn.changes.any() for turn in own.turns(model.original_model, 30).values())
+        swapped = logits(model, packed(), ThetaSwap("qk", 300.0, layers=layer))
+        expected = logits(local_and_global(**{kind: 300.0}), packed())
+        torch.testing.assert_close(swapped, expected, rtol=0, atol=1e-10)
+    both = logits(model, packed(), ThetaSwap("qk", 300.0))
+    expected = logits(local_and_global(sliding_attention=300.0, full_attention=300.0), packed())
+    torch.testing.assert_close(both, expected, rtol=0, atol=1e-10)
+
+
+def test_a_theta_swap_refuses_frequencies_that_no_theta_made():
+    plain = zoo.llama()
+    rotary = plain.model.rotary_emb
+    rotary.inv_freq.mul_(1.5)
+    rotary.original_inv_freq.mul_(1.5)
+    with pytest.raises(InputError, match="not those that its config makes"):
+        ThetaSwap("q", 300.0).hooks(load_model(plain))[0][1](torch.zeros(1, 4, 4, 8), None)
 
 
 def test_freezing_every_pair_takes_position_away():
