@@ -14,7 +14,14 @@ if TYPE_CHECKING:
     from rope_probe.retrieval.probe import KeyValueTask, retrieval_accuracy
     from rope_probe.retrieval.tasks import TextTask
     from rope_probe.spans import Span, compare_spans, compare_states, span_effects, transplant_spans
-    from rope_probe.tracing.perturbations import DocumentOffset, PairFreeze, PositionJitter, PositionShift, ThetaSwap
+    from rope_probe.tracing.perturbations import (
+        DocumentOffset,
+        PairFreeze,
+        PairTurn,
+        PositionJitter,
+        PositionShift,
+        ThetaSwap,
+    )
     from rope_probe.tracing.propagation import copy_deltas, trace
     from rope_probe.windows.corpora import KeyValueStream, TextCorpus
     from rope_probe.windows.packing import Batch, Window, pack, repeated_window
@@ -27,6 +34,7 @@ _MODULE_OF = {
     "KeyValueStream": "windows.corpora",
     "KeyValueTask": "retrieval.probe",
     "PairFreeze": "tracing.perturbations",
+    "PairTurn": "tracing.perturbations",
     "PositionJitter": "tracing.perturbations",
     "PositionShift": "tracing.perturbations",
     "Span": "spans",
@@ -55,6 +63,7 @@ __all__ = [
     "KeyValueStream",
     "KeyValueTask",
     "PairFreeze",
+    "PairTurn",
     "PositionJitter",
     "PositionShift",
     "Span",

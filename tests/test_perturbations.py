@@ -13,6 +13,7 @@ from rope_probe import (
     DocumentOffset,
     InputError,
     PairFreeze,
+    PairTurn,
     PositionJitter,
     PositionShift,
     ThetaSwap,
@@ -159,6 +160,19 @@ def test_a_theta_swap_refuses_frequencies_that_no_theta_made():
         ThetaSwap("q", 300.0).hooks(load_model(plain))[0][1](torch.zeros(1, 4, 4, 8), None)
 
 
+def test_a_turn_of_a_pair_is_a_shift_by_that_angle_in_its_wavelength():
+    model = load_model(zoo.llama().double())
+    window = packed()
+    for pair, frequency in enumerate(model.rotary[0].inv_freq.tolist()):
+        turned = logits(model, window, PairTurn("q", 0.7, pairs=pair))
+        shifted = logits(model, window, PositionShift("q", 0.7 / frequency, pairs=pair))
+        torch.testing.assert_close(turned, shifted, rtol=0, atol=1e-10)
+        back = logits(model, window, PairTurn("k", -0.7, pairs=pair))
+        torch.testing.assert_close(turned, back, rtol=0, atol=1e-10)
+    both = logits(model, window, PairTurn("qk", 0.7))
+    torch.testing.assert_close(both, logits(model, window), rtol=0, atol=1e-10)
+
+
 def test_freezing_every_pair_takes_position_away():
     model = load_model(zoo.llama().double())
     document = zoo.tokens(1, 10)[0]
@@ -232,7 +246,7 @@ def tokenizer(tmp_path_factory):
 
 @pytest.mark.parametrize("perturbation", [
     PositionShift("q", 3.5), PositionShift("k", -2.0, layers=1, pairs=[0, 3]), ThetaSwap("qk", 300.0),
-    PositionJitter("q", 4.0, heads=[0]), PairFreeze("k", [0, 1]), DocumentOffset(1, 9.0),
+    PositionJitter("q", 4.0, heads=[0]), PairFreeze("k", [0, 1]), PairTurn("q", 1.0, pairs=1), DocumentOffset(1, 9.0),
 ], ids=lambda p: type(p).__name__ + p.side)  # fmt: skip
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2"])
 def test_perturbations_do_the_same_on_transformer_bridge(name, perturbation, tokenizer):

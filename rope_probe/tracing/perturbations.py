@@ -124,6 +124,10 @@ class Perturbation(ABC):
         self._check_fires(model, sites)
         return [hook_of(site) for site in sites]
 
+    def require_fit(self, model: PreTrainedModel) -> None:
+        """Raises InputError for layers, heads or pairs that this model does not have, or that do not rotate."""
+        self._rotating(model)
+
     def turns(self, model: PreTrainedModel, length: int, window: Window | None = None) -> dict[Site, "Turn"]:
         """What to do to rotated "q" or "k" of each layer, for windows of `length` positions; errors as `hooks`."""
         positions = torch.arange(length) if window is None else window.position_ids[0].cpu()
@@ -218,6 +222,26 @@ class PositionShift(Perturbation):
     def angles(self, rotary: Rotary, positions: Float[Tensor, " T"], window: Window | None) -> Float[Tensor, "T P"]:
         """The same turn everywhere, tokens * inv_freq."""
         return torch.outer(torch.full_like(positions, self.tokens), rotary.inv_freq)
+
+
+@dataclass(frozen=True)
+class PairTurn(Perturbation):
+    """Turn every chosen pair of queries or keys onward by the same `radians`, whatever its wavelength.
+
+    A shift by a number of tokens turns fast pairs far and slow ones hardly; this is the same angle for each, so that
+    pairs can be compared. A turn of q equals one of k by -radians, and a turn of both changes nothing.
+    """
+
+    side: Side
+    radians: float
+    layers: Selection = None
+    heads: Selection = None
+    pairs: Selection = None
+    positions: Selection = None
+
+    def angles(self, rotary: Rotary, positions: Float[Tensor, " T"], window: Window | None) -> Float[Tensor, "T P"]:
+        """The same turn everywhere."""
+        return torch.full((len(positions), len(rotary.inv_freq)), float(self.radians), dtype=torch.float64)
 
 
 @dataclass(frozen=True)

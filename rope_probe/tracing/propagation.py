@@ -238,9 +238,12 @@ def _concatenate(blocks: list[Deltas]) -> Deltas:
 
 def _columns(perturbation: Perturbation, model: HookedCausalLM) -> dict[str, Any]:
     layer, head, pair = map(_only, (perturbation.layers, perturbation.heads, perturbation.pairs))
-    rotating = [one for one in (model.rotary if layer is None else [model.rotary[layer]]) if one is not None]
-    alike = all(torch.equal(one.inv_freq, rotating[0].inv_freq) for one in rotating)
-    wavelength = rope.wavelengths(rotating[0].inv_freq)[pair].item() if pair is not None and alike else None
+    layers = perturbation.layers
+    named = range(len(model.rotary)) if layers is None else layers if isinstance(layers, Iterable) else [layers]
+    rotating = [rotary for rotary in (model.rotary[i] for i in named) if rotary is not None]
+    wavelength = None
+    if pair is not None and all(torch.equal(rotary.inv_freq, rotating[0].inv_freq) for rotary in rotating):
+        wavelength = rope.wavelengths(rotating[0].inv_freq)[pair].item()
     return {
         "perturbation": str(perturbation),
         "kind": type(perturbation).__name__,
