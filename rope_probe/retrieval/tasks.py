@@ -5,7 +5,9 @@
 - `niah_multikey_2`, `niah_multikey_3`: the haystack is needles too, with other keys; in 3 keys and values are UUIDs.
 - `vt`: a chain of 4 hops, 5 variables with one value, its assignments in order at random places in the noise.
 - `cwe`: a shuffled, numbered list in which 10 words come 30 times each and the others 3 times; in windows under 4,096
-  tokens 6 times and once, as RULER has it; where ten others do not fit so, 3 times and once.
+  tokens 6 times and once; where ten others do not fit so, 3 times and once. Its solved example has 40 words, 10 of them
+  10 times and the others 3 times; under 4,096 tokens 20, 3 times and once. All of this is RULER's
+  (`generate_input_output` in scripts/data/synthetic/common_words_extraction.py), but for the last resort of 3 and 1.
 - `fwe`: six-letter coded words, the k-th as often as zeta(2) says, k^-2; the first is "...", the next three are asked
   for. window / 50 words, 5 or more; only counts in which the fourth word comes more often than the fifth.
 
@@ -36,7 +38,8 @@ from rope_probe.windows.embedded_text import documents
 
 _NOISE = "The river is wide. The hill is steep. The wind is cold. Off we set. We are home by night."
 _HOPS, _COMMON, _FEWEST_UNCOMMON, _ALPHA = 4, 10, 10, 2.0
-_CWE_EXAMPLE = (3, 1)
+_CWE_LARGE_WINDOW = 4096
+_CWE_LARGE_EXAMPLE, _CWE_SMALL_EXAMPLE = (30, (10, 3)), (10, (3, 1))  # uncommon words, repeats of common and uncommon
 
 
 @dataclass(frozen=True)
@@ -318,6 +321,7 @@ def _held(variables: Sequence[str]) -> list[str]:
 def _cwe(rng: np.random.Generator, window: int) -> Iterator[_Draft]:
     example, common, rest = np.split(np.array(_words(rng, 3 * _COMMON + window // 3)), [2 * _COMMON, 3 * _COMMON])
     order = int(rng.integers(2**32))
+    shown, shown_others = np.split(example, 2)
 
     def prompt(common: np.ndarray, others: np.ndarray, repeats: tuple[int, int]) -> str:
         entries = np.concatenate([common.repeat(repeats[0]), others.repeat(repeats[1])])
@@ -329,16 +333,23 @@ def _cwe(rng: np.random.Generator, window: int) -> Iterator[_Draft]:
             "most often in the list are:",
         ])  # fmt: skip
 
-    shown, others = np.split(example, 2)
-    solved = f"{prompt(shown, others, _CWE_EXAMPLE)} {_numbered(shown)}\n"
-    for repeats in [(30, 3)] * (window >= 4096) + [(6, 1), (3, 1)]:
-        yield _Draft(
-            lambda units, repeats=repeats: solved + prompt(common, rest[:units], repeats),  # type: ignore[misc]
+    def draft(repeats: tuple[int, int], example: tuple[int, tuple[int, int]]) -> _Draft:
+        more = example[0] - len(shown_others)
+        left, taken = np.split(rest, [len(rest) - more])  # from the end, which no list of that window comes to
+        solved_list = prompt(shown, np.concatenate([shown_others, taken]), example[1])
+        solved = f"{solved_list} {_numbered(shown)}\n"
+        return _Draft(
+            lambda units: solved + prompt(common, left[:units], repeats),
             _FEWEST_UNCOMMON,
-            len(rest) + 1,
+            len(left) + 1,
             tuple(common.tolist()),
             " " + _numbered(common),
         )
+
+    if window >= _CWE_LARGE_WINDOW:
+        yield draft((30, 3), _CWE_LARGE_EXAMPLE)
+    yield draft((6, 1), _CWE_SMALL_EXAMPLE)
+    yield draft((3, 1), _CWE_SMALL_EXAMPLE)
 
 
 def _numbered(words: np.ndarray) -> str:
