@@ -31,7 +31,8 @@ def tokenizer(kind):
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=4000 if "large" in kind else 800, special_tokens=["<s>", "</s>"], show_progress=False,
+    trainer = trainers.BpeTrainer(vocab_size=4000 if "large" in kind else 800, show_progress=False,
+                                  special_tokens=["<s>", "</s>"],
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())  # fmt: skip
     core.train_from_iterator(documents()[:10], trainer)
     if "BOS" in kind:
