@@ -32,6 +32,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rope_probe.errors import InputError
 from rope_probe.models.hooked import HookedCausalLM
+from rope_probe.models.tokens import prompt_ids
 from rope_probe.names import TEXT_TASKS
 from rope_probe.seeds import derive
 from rope_probe.windows.embedded_text import documents
@@ -193,18 +194,10 @@ class TextTask:
         yield _Draft(text, 1, len(lines) + 1, (value,), f" {value}", int(tokens.max()))
 
     def _encode(self, text: str) -> list[int]:
-        return [*_bos(self.tokenizer), *_tokens(self.tokenizer, text)]
+        return prompt_ids(self.tokenizer, text)
 
     def _count(self, text: str) -> int:
         return len(self._encode(text))
-
-
-def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-
-
-def _bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    return [token for token in tokenizer("a").input_ids[:1] if token == tokenizer.bos_token_id]
 
 
 # Words ----------------------------------------------------------------------------------------------------------------

@@ -107,14 +107,16 @@ class Perturbation(ABC):
         """Factor on what is turned; not 1 only where another rope type scales its cos and sin."""
         return 1.0
 
-    def hooks(self, model: Any, window: Window | None = None) -> list[Hook]:
+    def hooks(self, model: Any, window: Window | str | Tensor | None = None) -> list[Hook]:
         """TransformerLens `(name, hook function)` pairs for `model`, a HookedCausalLM or a TransformerBridge.
 
         `window` gives the positions the model reads (0, 1, 2, ... without one) and, for DocumentOffset, its documents.
+        A HookedCausalLM takes text and token ids for one too.
         Raises InputError for a layer, head, pair or position that is out of range, for a layer without RoPE that is
         named, and for a bridge without hooks after rotation.
         """
-        turns_of = lru_cache(maxsize=1)(lambda length: self.turns(model.original_model, length, window))
+        read: Window | None = window if isinstance(window, Window | None) else model.as_window(window)
+        turns_of = lru_cache(maxsize=1)(lambda length: self.turns(model.original_model, length, read))
 
         def hook_of(site: Site) -> Hook:
             side, layer = site

@@ -39,7 +39,7 @@ _STATE_ELEMENTS = 2**27
 
 def trace(
     model: HookedCausalLM,
-    window: Window,
+    window: Window | str | Tensor,
     perturbations: Perturbation | Iterable[Perturbation],
     *,
     sites: Sequence[str] | None = None,
@@ -51,6 +51,7 @@ def trace(
 ) -> pd.DataFrame:
     """Deltas (perturbed minus clean) at every site, for every perturbation; a tidy frame.
 
+    `window` can be text too, or token ids: one document (see `HookedCausalLM.as_window`).
     `sites` are hook names, and "logits" (default: rotated q and k, attention output and residual stream of every layer,
     and the logits). `masked` keeps attention inside documents. `by` says what a row is averaged over: each position,
     each document, or the whole window. `control` measures everything again in float64 beside it; by default where
@@ -63,6 +64,7 @@ def trace(
     InputError for an unknown site, a perturbation that does not fit the model (see `Perturbation.hooks`), and
     activations that are not finite.
     """
+    window = model.as_window(window)
     perturbations = [perturbations] if isinstance(perturbations, Perturbation) else list(perturbations)
     sites = _known(model, default_sites(model) if sites is None else sites)
     if by not in get_args(By):
