@@ -24,7 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from rope_probe.errors import InputError
@@ -302,19 +302,52 @@ class HookedCausalLM(HookedRootModule):
         with self._one_thread, self._precision():
             return self.ln_final.hook_out(final_norm_of(self.original_model)(resid_post))
 
+    @contextmanager
+    def keeping_keys(self) -> Iterator["KeysAndValues"]:
+        """Within it, forward passes leave their keys and values, so that `greedy` need not read their windows again.
+
+        Nothing is kept while hooks are attached, since `greedy` then reads whole windows anyway.
+        """
+        kept = KeysAndValues(self.config)
+        if self.has_hooks:
+            yield kept
+            return
+        reads = [
+            (f"blocks.{layer}.attn.{site}", partial(kept.keep, layer, site))
+            for layer in range(len(self.blocks))
+            for site in KeysAndValues.SITES
+        ]
+        with self.hooks(fwd_hooks=reads):
+            yield kept
+
+    @property
+    def has_hooks(self) -> bool:
+        """Whether any hook is attached to a hook point."""
+        return any(point.has_hooks() for point in self.hook_dict.values())
+
     @torch.no_grad()
-    def greedy(self, prompt: Int[Tensor, " n"], count: int, *, stop: int | None = None) -> Int[Tensor, " written"]:
+    def greedy(
+        self,
+        prompt: Int[Tensor, " n"],
+        count: int,
+        *,
+        stop: int | None = None,
+        read: "KeysAndValues | None" = None,
+        row: int = 0,
+    ) -> Int[Tensor, " written"]:
         """The most likely next token, `count` times over or until it is `stop`, which is left out.
 
         It runs by transformers' own attention and its cache of keys and values, whatever generation config the model
-        carries. While hooks are attached, it reads the whole window anew for every token instead, since they see whole
-        windows. Raises InputError for what `hidden` refuses.
+        carries. `read` says that the prompt begins row `row` of what the last forward pass under `keeping_keys` read,
+        and is not read again. While hooks are attached, the whole window is read anew for every token instead, since
+        they see whole windows. Raises InputError for what `hidden` refuses.
         """
         self._check(prompt, torch.arange(len(prompt) + count))
-        tokens, cache = prompt.unsqueeze(0).to(self.device), None
-        hooks = any(point.has_hooks() for point in self.hook_dict.values())
+        tokens = prompt.unsqueeze(0).to(self.device)
+        hooks = self.has_hooks
+        cache = None if read is None or hooks else read.cache(row, len(prompt) - 1)
         with self.measuring(), nullcontext() if hooks else self.released() as plain, self._precision():
-            unread = tokens
+            unread = tokens if cache is None else tokens[:, -1:]
             for _ in range(count):
                 if plain is None:
                     logits = self.unembed(self.hidden(tokens)[:, -1:])
@@ -404,6 +437,31 @@ class HookedCausalLM(HookedRootModule):
                 f"position {int(positions.max())} is past {self.exact_length - 1}, from where this model's rope type "
                 f"changes its frequencies with the input; use a window of at most {self.exact_length} tokens"
             )
+
+
+class KeysAndValues:
+    """Rotated keys, and values, of every layer in the last forward pass under `HookedCausalLM.keeping_keys`."""
+
+    SITES = ("hook_rot_k", "hook_v")
+
+    def __init__(self, config: Any) -> None:
+        self._config = config
+        self._of: dict[tuple[int, str], Float[Tensor, "B T K D"]] = {}
+
+    def keep(self, layer: int, site: str, x: Float[Tensor, "B T K D"], hook: HookPoint) -> None:
+        """Keep what a layer's hook point saw."""
+        self._of[layer, site] = x.detach()
+
+    def cache(self, row: int, length: int) -> DynamicCache | None:
+        """transformers' cache of the first `length` positions of a row; None where there is nothing to begin from."""
+        if not self._of or not length:
+            return None
+        cache = DynamicCache(config=self._config)
+        layers = sorted({layer for layer, _ in self._of})
+        for layer in layers:
+            keys, values = (self._of[layer, site][row : row + 1, :length].transpose(1, 2) for site in self.SITES)
+            cache.update(keys.contiguous(), values.contiguous(), layer)  # [1, K, length, D]
+        return cache
 
 
 class _OneThread:

@@ -12,8 +12,9 @@
   for. window / 50 words, 5 or more; only counts in which the fourth word comes more often than the fifth.
 
 All but passkey follow RULER (arXiv 2404.06654, and its scripts). As there, the question stands at the end, the
-beginning of the answer after it, and `vt` and `cwe` open with one solved example. Unlike there, no tokens are kept free
-beyond those of the answer, and keys and words come from `embedded_text`.
+beginning of the answer after it, and `vt` and `cwe` open with one solved example. Unlike there, prompts keep no tokens
+of the window free beyond those of the answer (what a model writes may run past it), and keys and words come from
+`embedded_text`.
 """
 
 import re
@@ -22,6 +23,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -31,7 +33,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rope_probe.errors import InputError
-from rope_probe.models.hooked import HookedCausalLM
+from rope_probe.models.hooked import HookedCausalLM, KeysAndValues
 from rope_probe.models.tokens import prompt_ids
 from rope_probe.names import TEXT_TASKS
 from rope_probe.seeds import derive
@@ -39,6 +41,7 @@ from rope_probe.windows.embedded_text import documents
 
 _NOISE = "The river is wide. The hill is steep. The wind is cold. Off we set. We are home by night."
 _HOPS, _COMMON, _FEWEST_UNCOMMON, _ALPHA = 4, 10, 10, 2.0
+_ROOM = 16
 _CWE_LARGE_WINDOW = 4096
 _CWE_LARGE_EXAMPLE, _CWE_SMALL_EXAMPLE = (30, (10, 3)), (10, (3, 1))  # uncommon words, repeats of common and uncommon
 
@@ -86,6 +89,9 @@ class TextTask:
     tokenizer: PreTrainedTokenizerBase
     window: int
 
+    default_trials: ClassVar[int] = 8
+    generates: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         if self.name not in TEXT_TASKS:
             raise InputError(f"task {self.name!r} is unknown; known are {', '.join(TEXT_TASKS)}")
@@ -126,15 +132,42 @@ class TextTask:
             )
         return [self._trial(distance, seed, i) for i in range(count)]
 
-    def found(self, model: HookedCausalLM, trial: Trial) -> float:
-        """Share of the references in what `model` greedily writes after the prompt, RULER's string match: any case.
+    def default_distances(self) -> list[int] | list[None]:
+        """The nearest, the midmost and the farthest of `distances`."""
+        if not self.by_distance:
+            return [None]
+        distances = self.distances()
+        places = sorted({0, len(distances) // 2, len(distances) - 1})
+        return [distance for i in places if (distance := distances[i]) is not None]
 
-        It writes until the window is full, the room of the answer at least, or until EOS.
+    def written(
+        self,
+        model: HookedCausalLM,
+        trial: Trial,
+        likely: Int[Tensor, " m"],
+        read: KeysAndValues | None = None,
+        row: int = 0,
+    ) -> Int[Tensor, " written"]:
+        """What `model` greedily writes after the prompt, until EOS.
+
+        It has the room of twice the answer and 16 tokens more, so that an answer said in other words is not cut; that
+        may be past the window. `likely` is its most likely token at each place of the answer, given those before; where
+        these are the answer, it is what the model writes. `read` and `row` as in `HookedCausalLM.greedy`.
         """
-        room = self.window - len(trial.prompt)
-        written = model.greedy(trial.prompt, room, stop=self.tokenizer.eos_token_id)
-        text = self.tokenizer.decode(written, skip_special_tokens=True).lower()
-        return sum(reference.lower() in text for reference in trial.references) / self.answers
+        if torch.equal(likely, trial.answer):
+            return trial.answer
+        room = max(2 * len(trial.answer) + _ROOM, self.window - len(trial.prompt))
+        if model.exact_length is not None:
+            room = min(room, model.exact_length - len(trial.prompt))
+        return model.greedy(trial.prompt, room, stop=self.tokenizer.eos_token_id, read=read, row=row)
+
+    def text_of(self, tokens: Int[Tensor, " n"]) -> str:
+        """Tokens as text, special ones left out."""
+        return self.tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
+
+    def share_found(self, trial: Trial, written: str) -> float:
+        """Share of the references in what was written, RULER's string match: any case."""
+        return sum(reference.lower() in written.lower() for reference in trial.references) / self.answers
 
     def _trial(self, distance: int | None, seed: int, i: int) -> Trial:
         draft, text = self._fill(distance, seed, i)
