@@ -11,10 +11,17 @@ if TYPE_CHECKING:
     from rope_probe.distillation import distill
     from rope_probe.errors import InputError
     from rope_probe.models.hooked import HookedCausalLM, load_model
-    from rope_probe.retrieval.probe import KeyValueTask, retrieval_accuracy
+    from rope_probe.retrieval.probe import KeyValueTask, retrieval_accuracy, retrieval_trials
     from rope_probe.retrieval.tasks import TextTask
     from rope_probe.spans import Span, compare_spans, compare_states, span_effects, transplant_spans
-    from rope_probe.tracing.perturbations import DocumentOffset, PairFreeze, PositionJitter, PositionShift, ThetaSwap
+    from rope_probe.tracing.perturbations import (
+        DocumentOffset,
+        PairFreeze,
+        PairTurn,
+        PositionJitter,
+        PositionShift,
+        ThetaSwap,
+    )
     from rope_probe.tracing.propagation import copy_deltas, trace
     from rope_probe.windows.corpora import KeyValueStream, TextCorpus
     from rope_probe.windows.packing import Batch, Window, pack, repeated_window
@@ -27,6 +34,7 @@ _MODULE_OF = {
     "KeyValueStream": "windows.corpora",
     "KeyValueTask": "retrieval.probe",
     "PairFreeze": "tracing.perturbations",
+    "PairTurn": "tracing.perturbations",
     "PositionJitter": "tracing.perturbations",
     "PositionShift": "tracing.perturbations",
     "Span": "spans",
@@ -42,6 +50,7 @@ _MODULE_OF = {
     "pack": "windows.packing",
     "repeated_window": "windows.packing",
     "retrieval_accuracy": "retrieval.probe",
+    "retrieval_trials": "retrieval.probe",
     "span_effects": "spans",
     "trace": "tracing.propagation",
     "transplant_spans": "spans",
@@ -55,6 +64,7 @@ __all__ = [
     "KeyValueStream",
     "KeyValueTask",
     "PairFreeze",
+    "PairTurn",
     "PositionJitter",
     "PositionShift",
     "Span",
@@ -70,6 +80,7 @@ __all__ = [
     "pack",
     "repeated_window",
     "retrieval_accuracy",
+    "retrieval_trials",
     "rope",
     "span_effects",
     "trace",

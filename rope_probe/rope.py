@@ -68,7 +68,14 @@ def attention_scaling(
     """The factor on cos and sin that some types carry (yarn: 0.1 ln(s) + 1, arXiv 2309.00071); 1 for plain RoPE.
 
     Where it is not 1 the rotated norm is not the norm before rotation, and the transpose is not the inverse.
+    Raises InputError as `inv_freq`, and for longrope that says neither its factor nor its attention_factor where
+    `max_position_embeddings` is not given: the factor is then that length over the original one (Phi-3: 32).
     """
+    says_factor = any(rope_parameters.get(key) is not None for key in ("factor", "attention_factor"))
+    if rope_parameters.get("rope_type") == "longrope" and max_position_embeddings is None and not says_factor:
+        raise InputError(
+            "longrope without a 'factor' scales attention by the model's length: pass max_position_embeddings"
+        )
     return _rope_init(rope_parameters, head_dim, max_position_embeddings, seq_len, torch.float32)[1]
 
 

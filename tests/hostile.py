@@ -385,7 +385,7 @@ OPTIONS: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {
         "--document": ("ids", ("5", "5,6", "1,2,3,4")),
         "--document-length": ("int", ("1", "4", "8", "16")),
         "--tokens": ("file", ("docs.txt",)),
-        "--sweep": ("choice", ("dose", "layer", "head", "pair", "jitter", "theta")),
+        "--sweep": ("choice", ("dose", "layer", "head", "pair", "pair-tokens", "jitter", "theta")),
         "--shift": ("float", ("0", "0.25", "-3", "16", "100000")),
         "--side": ("choice", ("q", "k", "qk")),
         "--layer": ("index", ("0", "1")),

@@ -33,6 +33,35 @@ def test_lower_precision_gives_the_kl_of_the_logits_as_they_are(dtype, size):
         torch.testing.assert_close(values.double(), exact[metric], rtol=1e-4, atol=atol)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("nats", [40, 60, 80, 88, 100, 120, 200, 500])
+def test_a_kl_of_many_nats_is_a_number_in_lower_precision_too(dtype, nats):
+    """In float32 it was infinite at 80 nats and no number at 120."""
+    clean = 4 * torch.randn(6, 300, generator=torch.Generator().manual_seed(0))
+    other = 4 * torch.randn(6, 300, generator=torch.Generator().manual_seed(1))
+    likely = clean.argmax(-1, keepdim=True)
+    other.scatter_(-1, likely, -float(nats))  # from where the clean distribution is, to where it is not
+    other[:3, 7] += nats
+    clean[:3, 7] -= nats
+    clean[3, 7:] -= 3 * nats  # probabilities that float32 does not hold
+    clean, other = clean.to(dtype), other.to(dtype)
+    exact = clean.double().log_softmax(-1).exp() * (clean.double().log_softmax(-1) - other.double().log_softmax(-1))
+    got = deltas.logit_deltas(clean, other)["kl_nats"]
+    assert exact.sum(-1).max() > nats
+    torch.testing.assert_close(got.double(), exact.sum(-1), rtol=1e-5, atol=0)
+    doubled = deltas.logit_deltas(clean.double(), other.double())["kl_nats"]
+    torch.testing.assert_close(doubled, exact.sum(-1), rtol=1e-12, atol=0)
+
+
+def test_rows_beside_a_far_one_keep_their_numbers():
+    clean, other = torch.randn(2, 6, 300)
+    alone = deltas.logit_deltas(clean, other)["kl_nats"]
+    other[2] *= 200
+    beside = deltas.logit_deltas(clean, other)["kl_nats"]
+    assert beside.isfinite().all()
+    assert torch.equal(beside[[0, 1, 3, 4, 5]], alone[[0, 1, 3, 4, 5]])
+
+
 def test_blocks_of_positions_do_not_change_the_numbers(monkeypatch):
     clean, other = torch.randn(2, 10, 5, 8, dtype=torch.float64)
     whole = deltas.vector_deltas(clean, other)

@@ -345,7 +345,7 @@ def test_frequencies_that_would_change_with_the_input_are_refused(rope_type):
         (lambda m: m(torch.tensor([[1, 64]])), "token id 64"),
         (lambda m: m(torch.tensor([[-1, 4]])), "token id -1"),
         (lambda m: m(zoo.tokens(), masked=True), "Window"),
-        (lambda m: m(zoo.tokens()[0]), "batch, positions"),
+        (lambda m: m(zoo.tokens()[None]), "batch, positions"),
         (lambda m: load_model(m.original_model, attn="quantum"), "quantum"),
     ],
 )

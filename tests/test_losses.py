@@ -38,6 +38,27 @@ def test_divergences_are_the_textbook_ones(kind, temperature, seed):
     assert Divergence(divergence=kind, temperature=temperature).nats(teacher, teacher).abs().max() < 1e-12
 
 
+@pytest.mark.parametrize("nats", [80, 120, 500])
+@pytest.mark.parametrize("temperature", [0.5, 1.0])
+@pytest.mark.parametrize("kind", KINDS)
+def test_divergences_of_many_nats_are_those_of_float64(kind, temperature, nats):
+    student, teacher = logits(0), logits(1)
+    student.scatter_(-1, teacher.argmax(-1, keepdim=True), -float(nats))
+    teacher.scatter_(-1, student.argmax(-1, keepdim=True), -float(nats))
+    divergence = Divergence(divergence=kind, temperature=temperature)
+    exact = divergence.nats(student, teacher)
+    log_p, log_q = ((x / temperature).log_softmax(-1) for x in (teacher, student))
+    first, second = {"reverse_kl": (log_q, log_p)}.get(kind, (log_p, log_q))
+    if kind != "jensen_shannon":
+        torch.testing.assert_close(exact, temperature**2 * (first.exp() * (first - second)).sum(-1), rtol=1e-12, atol=0)
+        assert exact.max() > temperature * nats / 2
+    learned = student.float().requires_grad_()
+    got = divergence.nats(learned, teacher.float())
+    torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=0)
+    got.sum().backward()
+    assert learned.grad.isfinite().all()
+
+
 @given(st.sampled_from(KINDS), st.integers(1, 11), st.integers(0, 100))
 def test_top_k_keeps_the_teachers_tokens_and_a_tail(kind, k, seed):
     student, teacher = logits(seed), logits(seed + 1000)

@@ -13,6 +13,7 @@ from rope_probe import (
     DocumentOffset,
     InputError,
     PairFreeze,
+    PairTurn,
     PositionJitter,
     PositionShift,
     ThetaSwap,
@@ -87,7 +88,7 @@ def test_a_shift_is_what_the_model_would_have_computed_further_on():
 @pytest.mark.parametrize("rope_type", ["default", "yarn", "llama3"])
 def test_theta_swap_is_the_model_with_that_theta(side, rope_type):
     plain = zoo.llama(rope_parameters=zoo.ROPE_TYPES[rope_type])
-    other = with_rope(plain, {"rope_type": "default", "rope_theta": 300.0}).double()
+    other = with_rope(plain, 300.0).double()
     model, target = load_model(plain.double()), load_model(other)
     _, expected = target.run_with_cache(packed())
     swapped = {}
@@ -106,6 +107,70 @@ def test_theta_swap_is_the_model_with_that_theta(side, rope_type):
         torch.testing.assert_close(
             logits(model, packed(), ThetaSwap(side, 300.0)), target(packed()), rtol=0, atol=1e-10
         )
+
+
+@pytest.mark.parametrize("rope_type", zoo.ROPE_TYPES)
+def test_a_theta_swap_keeps_the_rope_type(rope_type):
+    """It was plain RoPE whatever the model's type: a llama3 model swapped to its own theta turned by up to 8 rad."""
+    plain = zoo.llama(rope_parameters=zoo.ROPE_TYPES[rope_type])
+    model, target = load_model(plain).double(), load_model(with_rope(plain, 300.0)).double()
+    own = ThetaSwap("qk", zoo.ROPE_TYPES[rope_type]["rope_theta"])
+    assert not any(turn.changes.any() for turn in own.turns(model.original_model, 30).values())
+    assert torch.equal(logits(model, packed(), own), logits(model, packed()))
+    swapped = logits(model, packed(), ThetaSwap("qk", 300.0))
+    torch.testing.assert_close(swapped, target(packed()), rtol=0, atol=1e-10)
+    assert (swapped - logits(model, packed())).abs().max() > 1e-3
+
+
+LOCAL_AND_GLOBAL = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+}
+
+
+def local_and_global(**thetas):
+    """Gemma 3's two kinds of layers, rotating by parameters of their own; `thetas` by kind."""
+    config = zoo.CONFIGS["gemma3"]()
+    config.rope_parameters = {
+        kind: {**parameters, "rope_theta": thetas.get(kind, parameters["rope_theta"])}
+        for kind, parameters in LOCAL_AND_GLOBAL.items()
+    }
+    return load_model(zoo.model(config)).double()
+
+
+def test_a_theta_swap_is_of_each_kind_of_layer_by_its_own_parameters():
+    model = local_and_global()
+    for layer, kind in enumerate(LOCAL_AND_GLOBAL):
+        own = ThetaSwap("qk", LOCAL_AND_GLOBAL[kind]["rope_theta"], layers=layer)
+        assert not any(turn.changes.any() for turn in own.turns(model.original_model, 30).values())
+        swapped = logits(model, packed(), ThetaSwap("qk", 300.0, layers=layer))
+        expected = logits(local_and_global(**{kind: 300.0}), packed())
+        torch.testing.assert_close(swapped, expected, rtol=0, atol=1e-10)
+    both = logits(model, packed(), ThetaSwap("qk", 300.0))
+    expected = logits(local_and_global(sliding_attention=300.0, full_attention=300.0), packed())
+    torch.testing.assert_close(both, expected, rtol=0, atol=1e-10)
+
+
+def test_a_theta_swap_refuses_frequencies_that_no_theta_made():
+    plain = zoo.llama()
+    rotary = plain.model.rotary_emb
+    rotary.inv_freq.mul_(1.5)
+    rotary.original_inv_freq.mul_(1.5)
+    with pytest.raises(InputError, match="not those that its config makes"):
+        ThetaSwap("q", 300.0).hooks(load_model(plain))[0][1](torch.zeros(1, 4, 4, 8), None)
+
+
+def test_a_turn_of_a_pair_is_a_shift_by_that_angle_in_its_wavelength():
+    model = load_model(zoo.llama().double())
+    window = packed()
+    for pair, frequency in enumerate(model.rotary[0].inv_freq.tolist()):
+        turned = logits(model, window, PairTurn("q", 0.7, pairs=pair))
+        shifted = logits(model, window, PositionShift("q", 0.7 / frequency, pairs=pair))
+        torch.testing.assert_close(turned, shifted, rtol=0, atol=1e-10)
+        back = logits(model, window, PairTurn("k", -0.7, pairs=pair))
+        torch.testing.assert_close(turned, back, rtol=0, atol=1e-10)
+    both = logits(model, window, PairTurn("qk", 0.7))
+    torch.testing.assert_close(both, logits(model, window), rtol=0, atol=1e-10)
 
 
 def test_freezing_every_pair_takes_position_away():
@@ -181,7 +246,7 @@ def tokenizer(tmp_path_factory):
 
 @pytest.mark.parametrize("perturbation", [
     PositionShift("q", 3.5), PositionShift("k", -2.0, layers=1, pairs=[0, 3]), ThetaSwap("qk", 300.0),
-    PositionJitter("q", 4.0, heads=[0]), PairFreeze("k", [0, 1]), DocumentOffset(1, 9.0),
+    PositionJitter("q", 4.0, heads=[0]), PairFreeze("k", [0, 1]), PairTurn("q", 1.0, pairs=1), DocumentOffset(1, 9.0),
 ], ids=lambda p: type(p).__name__ + p.side)  # fmt: skip
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2"])
 def test_perturbations_do_the_same_on_transformer_bridge(name, perturbation, tokenizer):

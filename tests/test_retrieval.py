@@ -1,3 +1,4 @@
+import json
 import math
 
 import numpy as np
@@ -8,7 +9,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import ByT5Tokenizer, GenerationConfig, LlamaForCausalLM
 
 from rope_probe import InputError, KeyValueStream, load_model
-from rope_probe.retrieval.probe import KeyValueTask, retrieval_accuracy, student_interval, trials_hash
+from rope_probe.retrieval.probe import KeyValueTask, retrieval_accuracy, retrieval_trials, student_interval, trials_hash
 from rope_probe.retrieval.tasks import TextTask
 from tests import zoo
 
@@ -122,7 +123,10 @@ def test_accuracy_is_the_string_match_of_what_the_plain_model_generates(speaker,
     by_hand, logprobs = [], []
     for trial in trials:
         config = GenerationConfig(
-            max_new_tokens=400 - len(trial.prompt), do_sample=False, eos_token_id=1, pad_token_id=0
+            max_new_tokens=max(400 - len(trial.prompt), 2 * len(trial.answer) + 16),
+            do_sample=False,
+            eos_token_id=1,
+            pad_token_id=0,
         )
         written = speaker.generate(trial.prompt.unsqueeze(0), generation_config=config)[0, len(trial.prompt) :]
         text = BYTES.decode(written, skip_special_tokens=True).lower()
@@ -156,6 +160,134 @@ def test_intervals_of_shares_are_students_inside_0_and_1_and_of_one_answer_wilso
     assert (several["low"], several["high"]) == pytest.approx((0.6 - half, min(1, 0.6 + half)), abs=1e-6)
     assert (single["low"], single["high"]) == pytest.approx((0.094531, 0.905469), abs=1e-6)
     assert (one["low"], one["high"]) == (0, 1)
+
+
+def test_transcripts_say_what_was_written_of_every_trial(speaker):
+    try:
+        table = retrieval_trials(load_model(speaker), FWE, trials=5)
+    finally:
+        load_model(speaker).release()
+    assert table["accuracy"].tolist() == pytest.approx([1, 1, 2 / 3, 1 / 3, 0])
+    trials = FWE.draw(None, 5, seed=0)
+    assert table["references"].tolist() == [list(trial.references) for trial in trials]
+    (one, two, three), capitals = (trial.references for trial in trials[:2])
+    assert table["written"].tolist()[:2] == [f" {one} {two} {three}", f" {' '.join(capitals).upper()}"]
+    assert table["written"].tolist()[4] == " none"
+    assert table["distance"].isna().all()
+    written = retrieval_trials(load_model(zoo.llama()), TASK, [4], trials=20)
+    right = [text == references[0] for text, references in zip(written["written"], written["references"], strict=True)]
+    assert written["accuracy"].tolist() == right
+
+
+def test_an_answer_in_other_words_is_not_cut():
+    """What is written had the room of the answer and no more, so that a right one with a comma in it was cut."""
+    one = TextTask("fwe", BYTES, 420)
+    trial = one.draw(None, 1, seed=0)[0]
+    said = " the words " + ", ".join(trial.references)
+    spoken, rooms = torch.tensor(BYTES(said, add_special_tokens=False).input_ids), []
+
+    class Talker:
+        exact_length = None
+
+        def greedy(self, prompt, count, **how):
+            rooms.append(count)
+            return spoken[:count]
+
+    written = one.text_of(one.written(Talker(), trial, trial.answer + 1))
+    assert one.share_found(trial, written) == 1
+    assert rooms == [2 * len(trial.answer) + 16] > [len(trial.answer)]
+    Talker.exact_length = 425
+    one.written(Talker(), trial, trial.answer + 1)
+    assert rooms[1] == 425 - len(trial.prompt)
+
+
+def test_a_trial_is_read_once(speaker, monkeypatch):
+    """What missed token by token was read anew, to be written on from."""
+    hooked, lengths = load_model(speaker), []
+    forward = type(speaker).forward
+
+    def counted(self, *args, input_ids=None, **kwargs):
+        lengths.append(input_ids.shape[1])
+        return forward(self, *args, input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(
+        hooked, "hidden", lambda tokens: lengths.append(tokens.shape[1]) or type(hooked).hidden(hooked, tokens)
+    )
+    with monkeypatch.context() as patched, hooked.measuring():
+        trial = FWE.draw(None, 5, seed=0)[4]
+        again = hooked.greedy(trial.prompt, 20)
+        with hooked.keeping_keys() as read:
+            hooked.hidden(trial.tokens[None, :-1])
+        patched.setattr(type(speaker), "forward", counted)
+        assert torch.equal(hooked.greedy(trial.prompt, 20, read=read), again)
+    hooked.release()
+    assert lengths == [len(trial.tokens) - 1] + [1] * 20
+
+
+@pytest.mark.parametrize("name", sorted(zoo.CONFIGS))
+def test_going_on_from_kept_keys_writes_what_reading_anew_does(name):
+    model = load_model(zoo.model(zoo.CONFIGS[name]()).double())
+    rows = zoo.tokens(2, 30)
+    with model.keeping_keys() as read:
+        model.hidden(rows)
+    for row, length in ((0, 30), (1, 17), (1, 1)):
+        prompt = rows[row, :length]
+        assert torch.equal(model.greedy(prompt, 12, read=read, row=row), model.greedy(prompt, 12))
+
+
+def test_trials_are_saved_as_they_end_and_not_run_again(speaker, tmp_path, monkeypatch):
+    hooked, file = load_model(speaker), tmp_path / "trials.jsonl"
+    asked = {"trials": 5, "trials_file": file}
+    try:
+        whole = retrieval_trials(hooked, FWE, trials=5)
+        monkeypatch.setattr("rope_probe.retrieval.probe._TOKENS_PER_BATCH", 800)  # two trials at a time
+
+        def cut_short(done):
+            if cut_short.done + done > 2:
+                raise KeyboardInterrupt
+            cut_short.done += done
+
+        cut_short.done = 0
+        with pytest.raises(KeyboardInterrupt):
+            retrieval_trials(hooked, FWE, progress=cut_short, **asked)
+        lines = file.read_text().splitlines()
+        assert 2 <= len(lines) < 5
+        assert [json.loads(line)["written"] for line in lines] == whole["written"].tolist()[: len(lines)]
+        with file.open("a") as torn:
+            torn.write(lines[-1][:40])
+        read, told = [], []
+        hidden = hooked.hidden
+        monkeypatch.setattr(hooked, "hidden", lambda tokens: read.append(len(tokens)) or hidden(tokens))
+        resumed = retrieval_trials(hooked, FWE, progress=told.append, **asked)
+        assert sum(read) == 5 - len(lines)
+        assert sum(told) == 5
+        numbers = ["accuracy", "answer_logprob_nats"]
+        pd.testing.assert_frame_equal(resumed[numbers], whole[numbers], rtol=1e-5)
+        pd.testing.assert_frame_equal(resumed.drop(columns=numbers), whole.drop(columns=numbers))
+        assert len(file.read_text().splitlines()) == 5
+        read.clear()
+        retrieval_trials(hooked, PASSKEY, [128], trials=2, trials_file=file)  # another task in the same file
+        again = retrieval_accuracy(hooked, FWE, [None], **asked)
+        assert read == [2]
+        assert again.equals(retrieval_accuracy(hooked, FWE, [None], **asked))
+    finally:
+        hooked.release()
+    with pytest.raises(InputError, match="another model"):
+        retrieval_trials(load_model(zoo.llama(vocab_size=259)), FWE, **asked)
+    file.write_text("no trial\n")
+    with pytest.raises(InputError, match="line 1 is no trial"):
+        retrieval_trials(load_model(zoo.llama(vocab_size=259)), FWE, **asked)
+
+
+def test_by_default_a_few_distances_and_trials_are_measured():
+    passkey = TextTask("passkey", BYTES, 1600)
+    near, middle, far = passkey.default_distances()
+    assert (near, far) == (passkey.distances()[0], passkey.distances()[-1])
+    assert middle in passkey.distances()
+    assert FWE.default_distances() == [None]
+    assert TASK.default_distances() == TASK.distances() == [8, 16]
+    frame = retrieval_accuracy(load_model(zoo.llama()), TASK, trials=4)
+    assert sorted(frame["distance"].unique()) == [8, 16]
 
 
 def test_text_tasks_need_a_vocabulary_and_a_distance_of_their_own():

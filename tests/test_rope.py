@@ -46,6 +46,23 @@ def test_yarn_scales_attention_as_published():
     assert rope.attention_scaling(yarn, 64, max_position_embeddings=16384) == pytest.approx(0.1 * math.log(8) + 1)
 
 
+def test_longrope_scales_attention_as_transformers_and_never_guesses_its_factor():
+    """Without the model's length it was 1.0, for Phi-3's 1.190: the factor is in the ratio of two lengths."""
+    phi3 = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 4096,
+            "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}  # fmt: skip
+    config = LlamaConfig(
+        hidden_size=32, num_attention_heads=4, max_position_embeddings=131072, rope_parameters=dict(phi3)
+    )
+    expected = LlamaRotaryEmbedding(config).attention_scaling
+    assert expected == pytest.approx(math.sqrt(1 + math.log(32) / math.log(4096))) == pytest.approx(1.190, abs=1e-3)
+    assert rope.attention_scaling(phi3, 8, max_position_embeddings=131072) == expected
+    with pytest.raises(InputError, match="max_position_embeddings"):
+        rope.attention_scaling(phi3, 8)
+    assert rope.attention_scaling({**phi3, "factor": 32.0}, 8) == expected
+    assert rope.attention_scaling({**phi3, "attention_factor": 1.3}, 8) == 1.3
+    assert torch.equal(rope.inv_freq(phi3, 8), rope.inv_freq(PLAIN, 8))
+
+
 def test_length_dependent_frequencies_follow_seq_len():
     dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     short = rope.inv_freq(dynamic, 8, max_position_embeddings=128, seq_len=128)

@@ -22,13 +22,17 @@ UUID = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 
 @cache
 def tokenizer(kind):
-    """Bytes with EOS behind and no BOS, or byte-level BPE trained on the embedded text, with or without BOS."""
+    """Bytes with EOS behind and no BOS, or byte-level BPE trained on the embedded text, with or without BOS.
+
+    "large" is one whose words take as few tokens as those of a model's tokenizer.
+    """
     if kind == "bytes":
         return ByT5Tokenizer(extra_ids=0)
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=800, special_tokens=["<s>", "</s>"], show_progress=False,
+    trainer = trainers.BpeTrainer(vocab_size=4000 if "large" in kind else 800, show_progress=False,
+                                  special_tokens=["<s>", "</s>"],
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())  # fmt: skip
     core.train_from_iterator(documents()[:10], trainer)
     if "BOS" in kind:
@@ -174,8 +178,9 @@ def test_each_task_is_built_as_published():
         ("bytes", 1550, [3, 1]),
         ("bytes", 2400, [6, 1]),
         ("bytes", 4200, [6, 1]),
-        ("bpe", 4095, [6, 1]),
-        ("bpe", 4096, [30, 3]),
+        ("bpe", 4096, [6, 1]),
+        ("large bpe", 4095, [6, 1]),
+        ("large bpe", 4096, [30, 3]),
     ],
 )
 def test_common_words_are_repeated_as_the_window_allows(kind, window, repeats):
@@ -186,6 +191,22 @@ def test_common_words_are_repeated_as_the_window_allows(kind, window, repeats):
     assert sorted(seen, reverse=True) == repeats
     assert seen[repeats[0]] == 10
     assert seen[repeats[1]] >= 10
+
+
+@pytest.mark.parametrize(
+    ("window", "words", "repeats"), [(4095, 20, [3] * 10 + [1] * 10), (4096, 40, [10] * 10 + [3] * 30)]
+)
+def test_the_solved_example_of_common_words_is_as_large_as_rulers(window, words, repeats):
+    """From 4,096 tokens on it was the example of smaller windows."""
+    one = task("cwe", "large bpe", window)
+    for trial in drawn(one, 2):
+        lines = decoded(one, trial.prompt).split("\n")
+        shown = Counter(re.findall(r"\d+\. ([a-z-]+)", lines[1]))
+        assert len(shown) == words
+        assert sorted(shown.values(), reverse=True) == repeats
+        answer = set(re.findall(r"\d+\. ([a-z-]+)", lines[2]))
+        assert answer == {word for word, count in shown.items() if count == repeats[0]}
+        assert not set(shown) & set(re.findall(r"\d+\. ([a-z-]+)", lines[-2]))
 
 
 def test_coded_words_come_as_often_as_zeta_says():

@@ -14,17 +14,17 @@ M width):
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from rope_probe.errors import InputError
@@ -39,8 +39,13 @@ from rope_probe.models.architectures import (
     output_projection_of,
     rotary_layers,
 )
+from rope_probe.models.hook_names import Cache, require_known
+from rope_probe.models.tokens import plain_ids, prompt_ids
 from rope_probe.precision import promote_float32
 from rope_probe.windows.packing import Batch, Window
+
+Readable = Window | Batch | str | Int[Tensor, "B T"] | Int[Tensor, " T"]
+"""What a forward pass reads: a window, several of them, text, or token ids."""
 
 
 class HookedCausalLM(HookedRootModule):
@@ -48,7 +53,8 @@ class HookedCausalLM(HookedRootModule):
 
     The model is wrapped, not copied: its attention runs through the seam until `release()`, or until another wrapper
     takes it over. In float64 everything runs in float64, also what transformers itself would compute in float32. One
-    thread at a time runs it: others wait. Make one with `rope_probe.load_model`.
+    thread at a time runs it: others wait. Make one with `rope_probe.load_model`. It reads and writes text by its
+    `tokenizer`, where it has one.
 
     Raises InputError for a model type whose layout of rotary pairs is unknown (GPT-2 and others without RoPE too), and
     for weights that are no floating-point numbers of 16 bits or more.
@@ -56,6 +62,7 @@ class HookedCausalLM(HookedRootModule):
 
     def __init__(self, model: PreTrainedModel, attn: str = "sdpa") -> None:
         super().__init__()
+        self.tokenizer: PreTrainedTokenizerBase | None = None
         sequential = architecture_of(model.config).resid_mid is not None
         _require_float_weights(model)
         self.original_model = model
@@ -110,8 +117,10 @@ class HookedCausalLM(HookedRootModule):
 
         It runs by sdpa where this model's kernel is a flash one, since those know no float64.
         """
-        twin = self.plain_copy().to(torch.float64)
-        return HookedCausalLM(twin, "sdpa" if self.attn.startswith("flash") else self.attn)
+        copied = self.plain_copy().to(torch.float64)
+        twin = HookedCausalLM(copied, "sdpa" if self.attn.startswith("flash") else self.attn)
+        twin.tokenizer = self.tokenizer
+        return twin
 
     def plain_copy(self) -> PreTrainedModel:
         """A copy of the plain model, without a wrapper or hooks; this one is left as it is."""
@@ -130,10 +139,35 @@ class HookedCausalLM(HookedRootModule):
                 self._install()
 
     @contextmanager
-    def hooks(self, *args: Any, **kwargs: Any) -> Iterator["HookedCausalLM"]:
-        """TransformerLens' `hooks`; other threads that want the model wait for its end."""
-        with self._one_thread, super().hooks(*args, **kwargs):
+    def hooks(
+        self, fwd_hooks: Sequence[tuple] = (), bwd_hooks: Sequence[tuple] = (), *args: Any, **kwargs: Any
+    ) -> Iterator["HookedCausalLM"]:
+        """TransformerLens' `hooks`; other threads that want the model wait for its end.
+
+        Raises InputError for a hook point that this model does not have, and says which is nearest.
+        """
+        fwd_hooks, bwd_hooks = list(fwd_hooks), list(bwd_hooks)
+        for name, _ in [*fwd_hooks, *bwd_hooks]:
+            require_known(name, self.hook_dict)
+        with self._one_thread, super().hooks(fwd_hooks, bwd_hooks, *args, **kwargs):
             yield self
+
+    def add_hook(self, name: str | Callable[[str], bool], *args: Any, **kwargs: Any) -> None:
+        """TransformerLens' `add_hook`. Raises InputError as `hooks`."""
+        require_known(name, self.hook_dict)
+        super().add_hook(name, *args, **kwargs)
+
+    def run_with_cache(self, *args: Any, names_filter: Any = None, **kwargs: Any) -> tuple[Any, Cache]:
+        """TransformerLens' `run_with_cache`; activations go by full names, or short: `cache["resid_post", 7]`.
+
+        Raises InputError for a hook point in `names_filter` that this model does not have.
+        """
+        if names_filter is not None and not callable(names_filter):
+            names_filter = [names_filter] if isinstance(names_filter, str) else list(names_filter)
+            for name in names_filter:
+                require_known(name, self.hook_dict)
+        output, activations = super().run_with_cache(*args, names_filter=names_filter, **kwargs)
+        return output, Cache(activations)
 
     @contextmanager
     def measuring(self) -> Iterator["HookedCausalLM"]:
@@ -175,23 +209,66 @@ class HookedCausalLM(HookedRootModule):
         """Device of the input embeddings."""
         return embedding_of(self.original_model).weight.device
 
-    def forward(
-        self, tokens: Window | Batch | Int[Tensor, "B T"], *, masked: bool = False, rows: int = 1
-    ) -> Float[Tensor, "B T V"]:
-        """Logits. `tokens` is a Window, a Batch of them or plain token ids; `masked` keeps attention inside documents.
+    def to_tokens(self, text: str, *, prepend_bos: bool | None = None) -> Int[Tensor, "1 T"]:
+        """Token ids of a text: with BOS as the tokenizer has it, or as `prepend_bos` says; never with EOS behind.
+
+        Raises InputError for a model without a tokenizer, for BOS from one that has none, and for text without tokens.
+        """
+        tokenizer = self._tokenizer()
+        ids = prompt_ids(tokenizer, text) if prepend_bos is None else plain_ids(tokenizer, text)
+        if prepend_bos:
+            if tokenizer.bos_token_id is None:
+                raise InputError("prepend_bos=True needs a tokenizer that has a BOS token, and this one has none")
+            ids = [tokenizer.bos_token_id, *ids]
+        if not ids:
+            raise InputError(f"there are no tokens in the text {text!r}")
+        return torch.tensor([ids])
+
+    def to_string(self, tokens: Int[Tensor, "*row T"]) -> str:
+        """The text of token ids [T] or [1, T], special ones included. Raises InputError without a tokenizer."""
+        return self._tokenizer().decode(self._one_row(tokens).tolist())
+
+    def as_window(self, given: Window | str | Int[Tensor, "*row T"] | Sequence[int]) -> Window:
+        """A window of one document from text or from token ids, [T] or [1, T]; a Window as it is.
+
+        Raises InputError for several rows of tokens, for none, and for text where there is no tokenizer.
+        """
+        if isinstance(given, Window):
+            return given
+        if isinstance(given, Batch):
+            raise InputError("one window is needed here, but a Batch holds several")
+        tokens = self.to_tokens(given) if isinstance(given, str) else self._one_row(given).unsqueeze(0)
+        length = tokens.shape[1]
+        return Window(tokens.cpu(), torch.tensor([0, length]), torch.arange(length).unsqueeze(0))
+
+    def _one_row(self, tokens: Tensor | Sequence[int]) -> Int[Tensor, " T"]:
+        row = torch.as_tensor(tokens)
+        if row.ndim == 2 and len(row) == 1:
+            row = row[0]
+        if row.ndim != 1 or not len(row) or row.is_floating_point():
+            raise InputError(
+                f"token ids must be whole numbers, [T] or [1, T], but they are {row.dtype} of {list(row.shape)}"
+            )
+        return row.long()
+
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        if self.tokenizer is None:
+            raise InputError("text needs a tokenizer, and this model has none: set model.tokenizer, or give token ids")
+        return self.tokenizer
+
+    def forward(self, tokens: Readable, *, masked: bool = False, rows: int = 1) -> Float[Tensor, "B T V"]:
+        """Logits. `tokens` is a Window, a Batch, text or token ids; `masked` keeps attention inside documents.
 
         A Window is repeated `rows` times along the batch; see `hidden` for what is refused.
         """
         return self.unembed(self.hidden(tokens, masked=masked, rows=rows))
 
-    def hidden(
-        self, tokens: Window | Batch | Int[Tensor, "B T"], *, masked: bool = False, rows: int = 1
-    ) -> Float[Tensor, "B T M"]:
+    def hidden(self, tokens: Readable, *, masked: bool = False, rows: int = 1) -> Float[Tensor, "B T M"]:
         """Final hidden states after the last norm, ready for `unembed`.
 
-        Raises InputError for tokens that are not [B, T], for token ids outside the vocabulary, for `masked` without
-        documents (plain tokens do not say where they end), and for positions past the length up to which a dynamic or
-        longrope model's frequencies stand still.
+        Raises InputError for tokens that are not [B, T] or [T], for text without a tokenizer, for token ids outside the
+        vocabulary, for `masked` without documents (plain tokens do not say where they end), and for positions past the
+        length up to which a dynamic or longrope model's frequencies stand still.
         """
         if isinstance(tokens, Batch):
             if masked:
@@ -203,9 +280,11 @@ class HookedCausalLM(HookedRootModule):
         elif masked:
             raise InputError("masked=True needs a Window or a Batch: plain tokens do not say where documents end")
         else:
-            if tokens.ndim != 2:
-                raise InputError(f"tokens must be [batch, positions], but their shape is {tuple(tokens.shape)}")
-            ids, positions, bounds = tokens, torch.arange(tokens.shape[1]).unsqueeze(0), None
+            ids = self.to_tokens(tokens) if isinstance(tokens, str) else tokens
+            ids = ids.unsqueeze(0) if ids.ndim == 1 else ids
+            if ids.ndim != 2 or not ids.numel():
+                raise InputError(f"tokens must be [batch, positions], but their shape is {tuple(ids.shape)}")
+            positions, bounds = torch.arange(ids.shape[1]).unsqueeze(0), None
         with self._one_thread, self._precision():
             self._check(ids, positions)
             state = backbone_of(self.original_model)(
@@ -223,19 +302,52 @@ class HookedCausalLM(HookedRootModule):
         with self._one_thread, self._precision():
             return self.ln_final.hook_out(final_norm_of(self.original_model)(resid_post))
 
+    @contextmanager
+    def keeping_keys(self) -> Iterator["KeysAndValues"]:
+        """Within it, forward passes leave their keys and values, so that `greedy` need not read their windows again.
+
+        Nothing is kept while hooks are attached, since `greedy` then reads whole windows anyway.
+        """
+        kept = KeysAndValues(self.config)
+        if self.has_hooks:
+            yield kept
+            return
+        reads = [
+            (f"blocks.{layer}.attn.{site}", partial(kept.keep, layer, site))
+            for layer in range(len(self.blocks))
+            for site in KeysAndValues.SITES
+        ]
+        with self.hooks(fwd_hooks=reads):
+            yield kept
+
+    @property
+    def has_hooks(self) -> bool:
+        """Whether any hook is attached to a hook point."""
+        return any(point.has_hooks() for point in self.hook_dict.values())
+
     @torch.no_grad()
-    def greedy(self, prompt: Int[Tensor, " n"], count: int, *, stop: int | None = None) -> Int[Tensor, " written"]:
+    def greedy(
+        self,
+        prompt: Int[Tensor, " n"],
+        count: int,
+        *,
+        stop: int | None = None,
+        read: "KeysAndValues | None" = None,
+        row: int = 0,
+    ) -> Int[Tensor, " written"]:
         """The most likely next token, `count` times over or until it is `stop`, which is left out.
 
         It runs by transformers' own attention and its cache of keys and values, whatever generation config the model
-        carries. While hooks are attached, it reads the whole window anew for every token instead, since they see whole
-        windows. Raises InputError for what `hidden` refuses.
+        carries. `read` says that the prompt begins row `row` of what the last forward pass under `keeping_keys` read,
+        and is not read again. While hooks are attached, the whole window is read anew for every token instead, since
+        they see whole windows. Raises InputError for what `hidden` refuses.
         """
         self._check(prompt, torch.arange(len(prompt) + count))
-        tokens, cache = prompt.unsqueeze(0).to(self.device), None
-        hooks = any(point.has_hooks() for point in self.hook_dict.values())
+        tokens = prompt.unsqueeze(0).to(self.device)
+        hooks = self.has_hooks
+        cache = None if read is None or hooks else read.cache(row, len(prompt) - 1)
         with self.measuring(), nullcontext() if hooks else self.released() as plain, self._precision():
-            unread = tokens
+            unread = tokens if cache is None else tokens[:, -1:]
             for _ in range(count):
                 if plain is None:
                     logits = self.unembed(self.hidden(tokens)[:, -1:])
@@ -247,6 +359,34 @@ class HookedCausalLM(HookedRootModule):
                     break
                 tokens = torch.cat([tokens, unread], 1)
         return tokens[0, len(prompt) :].cpu()
+
+    def generate(
+        self,
+        prompt: str | Int[Tensor, "*row T"],
+        max_new_tokens: int = 20,
+        *,
+        stop_at_eos: bool = True,
+        return_type: Literal["input", "str", "tokens"] = "input",
+    ) -> str | Int[Tensor, "1 n"]:
+        """The prompt and what the model writes after it, by `greedy`: text for text, token ids for token ids.
+
+        `return_type` asks for one of them whatever was given. It stops at the tokenizer's EOS (the config's, where
+        there is no tokenizer), which is left out, unless `stop_at_eos` is False.
+        Raises InputError as `greedy` and `to_tokens`, and for a count below 1.
+        """
+        if max_new_tokens < 1:
+            raise InputError(f"max_new_tokens must be 1 or more, but it is {max_new_tokens}")
+        if return_type not in ("input", "str", "tokens"):
+            raise InputError(f"return_type must be 'input', 'str' or 'tokens', but it is {return_type!r}")
+        row = self.to_tokens(prompt)[0] if isinstance(prompt, str) else self._one_row(prompt).cpu()
+        eos = (self.config if self.tokenizer is None else self.tokenizer).eos_token_id
+        stop = eos if stop_at_eos and isinstance(eos, int) else None
+        written = self.greedy(row, max_new_tokens, stop=stop)
+        if return_type == "tokens" or (return_type == "input" and not isinstance(prompt, str)):
+            return torch.cat([row, written]).unsqueeze(0)
+        if isinstance(prompt, str):
+            return prompt + self.to_string(torch.cat([row, written]))[len(self.to_string(row)) :]
+        return self.to_string(torch.cat([row, written]))
 
     def unembed(self, hidden: Float[Tensor, "B T M"]) -> Float[Tensor, "B T V"]:
         """Logits of final hidden states, by the model's own head: bias, soft cap and logit scale included."""
@@ -297,6 +437,31 @@ class HookedCausalLM(HookedRootModule):
                 f"position {int(positions.max())} is past {self.exact_length - 1}, from where this model's rope type "
                 f"changes its frequencies with the input; use a window of at most {self.exact_length} tokens"
             )
+
+
+class KeysAndValues:
+    """Rotated keys, and values, of every layer in the last forward pass under `HookedCausalLM.keeping_keys`."""
+
+    SITES = ("hook_rot_k", "hook_v")
+
+    def __init__(self, config: Any) -> None:
+        self._config = config
+        self._of: dict[tuple[int, str], Float[Tensor, "B T K D"]] = {}
+
+    def keep(self, layer: int, site: str, x: Float[Tensor, "B T K D"], hook: HookPoint) -> None:
+        """Keep what a layer's hook point saw."""
+        self._of[layer, site] = x.detach()
+
+    def cache(self, row: int, length: int) -> DynamicCache | None:
+        """transformers' cache of the first `length` positions of a row; None where there is nothing to begin from."""
+        if not self._of or not length:
+            return None
+        cache = DynamicCache(config=self._config)
+        layers = sorted({layer for layer, _ in self._of})
+        for layer in layers:
+            keys, values = (self._of[layer, site][row : row + 1, :length].transpose(1, 2) for site in self.SITES)
+            cache.update(keys.contiguous(), values.contiguous(), layer)  # [1, K, length, D]
+        return cache
 
 
 class _OneThread:

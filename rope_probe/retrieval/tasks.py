@@ -5,13 +5,16 @@
 - `niah_multikey_2`, `niah_multikey_3`: the haystack is needles too, with other keys; in 3 keys and values are UUIDs.
 - `vt`: a chain of 4 hops, 5 variables with one value, its assignments in order at random places in the noise.
 - `cwe`: a shuffled, numbered list in which 10 words come 30 times each and the others 3 times; in windows under 4,096
-  tokens 6 times and once, as RULER has it; where ten others do not fit so, 3 times and once.
+  tokens 6 times and once; where ten others do not fit so, 3 times and once. Its solved example has 40 words, 10 of them
+  10 times and the others 3 times; under 4,096 tokens 20, 3 times and once. All of this is RULER's
+  (`generate_input_output` in scripts/data/synthetic/common_words_extraction.py), but for the last resort of 3 and 1.
 - `fwe`: six-letter coded words, the k-th as often as zeta(2) says, k^-2; the first is "...", the next three are asked
   for. window / 50 words, 5 or more; only counts in which the fourth word comes more often than the fifth.
 
 All but passkey follow RULER (arXiv 2404.06654, and its scripts). As there, the question stands at the end, the
-beginning of the answer after it, and `vt` and `cwe` open with one solved example. Unlike there, no tokens are kept free
-beyond those of the answer, and keys and words come from `embedded_text`.
+beginning of the answer after it, and `vt` and `cwe` open with one solved example. Unlike there, prompts keep no tokens
+of the window free beyond those of the answer (what a model writes may run past it), and keys and words come from
+`embedded_text`.
 """
 
 import re
@@ -20,6 +23,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -29,14 +33,17 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rope_probe.errors import InputError
-from rope_probe.models.hooked import HookedCausalLM
+from rope_probe.models.hooked import HookedCausalLM, KeysAndValues
+from rope_probe.models.tokens import prompt_ids
 from rope_probe.names import TEXT_TASKS
 from rope_probe.seeds import derive
 from rope_probe.windows.embedded_text import documents
 
 _NOISE = "The river is wide. The hill is steep. The wind is cold. Off we set. We are home by night."
 _HOPS, _COMMON, _FEWEST_UNCOMMON, _ALPHA = 4, 10, 10, 2.0
-_CWE_EXAMPLE = (3, 1)
+_ROOM = 16
+_CWE_LARGE_WINDOW = 4096
+_CWE_LARGE_EXAMPLE, _CWE_SMALL_EXAMPLE = (30, (10, 3)), (10, (3, 1))  # uncommon words, repeats of common and uncommon
 
 
 @dataclass(frozen=True)
@@ -82,6 +89,9 @@ class TextTask:
     tokenizer: PreTrainedTokenizerBase
     window: int
 
+    default_trials: ClassVar[int] = 8
+    generates: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         if self.name not in TEXT_TASKS:
             raise InputError(f"task {self.name!r} is unknown; known are {', '.join(TEXT_TASKS)}")
@@ -122,15 +132,42 @@ class TextTask:
             )
         return [self._trial(distance, seed, i) for i in range(count)]
 
-    def found(self, model: HookedCausalLM, trial: Trial) -> float:
-        """Share of the references in what `model` greedily writes after the prompt, RULER's string match: any case.
+    def default_distances(self) -> list[int] | list[None]:
+        """The nearest, the midmost and the farthest of `distances`."""
+        if not self.by_distance:
+            return [None]
+        distances = self.distances()
+        places = sorted({0, len(distances) // 2, len(distances) - 1})
+        return [distance for i in places if (distance := distances[i]) is not None]
 
-        It writes until the window is full, the room of the answer at least, or until EOS.
+    def written(
+        self,
+        model: HookedCausalLM,
+        trial: Trial,
+        likely: Int[Tensor, " m"],
+        read: KeysAndValues | None = None,
+        row: int = 0,
+    ) -> Int[Tensor, " written"]:
+        """What `model` greedily writes after the prompt, until EOS.
+
+        It has the room of twice the answer and 16 tokens more, so that an answer said in other words is not cut; that
+        may be past the window. `likely` is its most likely token at each place of the answer, given those before; where
+        these are the answer, it is what the model writes. `read` and `row` as in `HookedCausalLM.greedy`.
         """
-        room = self.window - len(trial.prompt)
-        written = model.greedy(trial.prompt, room, stop=self.tokenizer.eos_token_id)
-        text = self.tokenizer.decode(written, skip_special_tokens=True).lower()
-        return sum(reference.lower() in text for reference in trial.references) / self.answers
+        if torch.equal(likely, trial.answer):
+            return trial.answer
+        room = max(2 * len(trial.answer) + _ROOM, self.window - len(trial.prompt))
+        if model.exact_length is not None:
+            room = min(room, model.exact_length - len(trial.prompt))
+        return model.greedy(trial.prompt, room, stop=self.tokenizer.eos_token_id, read=read, row=row)
+
+    def text_of(self, tokens: Int[Tensor, " n"]) -> str:
+        """Tokens as text, special ones left out."""
+        return self.tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
+
+    def share_found(self, trial: Trial, written: str) -> float:
+        """Share of the references in what was written, RULER's string match: any case."""
+        return sum(reference.lower() in written.lower() for reference in trial.references) / self.answers
 
     def _trial(self, distance: int | None, seed: int, i: int) -> Trial:
         draft, text = self._fill(distance, seed, i)
@@ -190,18 +227,10 @@ class TextTask:
         yield _Draft(text, 1, len(lines) + 1, (value,), f" {value}", int(tokens.max()))
 
     def _encode(self, text: str) -> list[int]:
-        return [*_bos(self.tokenizer), *_tokens(self.tokenizer, text)]
+        return prompt_ids(self.tokenizer, text)
 
     def _count(self, text: str) -> int:
         return len(self._encode(text))
-
-
-def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-
-
-def _bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    return [token for token in tokenizer("a").input_ids[:1] if token == tokenizer.bos_token_id]
 
 
 # Words ----------------------------------------------------------------------------------------------------------------
@@ -318,6 +347,7 @@ def _held(variables: Sequence[str]) -> list[str]:
 def _cwe(rng: np.random.Generator, window: int) -> Iterator[_Draft]:
     example, common, rest = np.split(np.array(_words(rng, 3 * _COMMON + window // 3)), [2 * _COMMON, 3 * _COMMON])
     order = int(rng.integers(2**32))
+    shown, shown_others = np.split(example, 2)
 
     def prompt(common: np.ndarray, others: np.ndarray, repeats: tuple[int, int]) -> str:
         entries = np.concatenate([common.repeat(repeats[0]), others.repeat(repeats[1])])
@@ -329,16 +359,23 @@ def _cwe(rng: np.random.Generator, window: int) -> Iterator[_Draft]:
             "most often in the list are:",
         ])  # fmt: skip
 
-    shown, others = np.split(example, 2)
-    solved = f"{prompt(shown, others, _CWE_EXAMPLE)} {_numbered(shown)}\n"
-    for repeats in [(30, 3)] * (window >= 4096) + [(6, 1), (3, 1)]:
-        yield _Draft(
-            lambda units, repeats=repeats: solved + prompt(common, rest[:units], repeats),  # type: ignore[misc]
+    def draft(repeats: tuple[int, int], example: tuple[int, tuple[int, int]]) -> _Draft:
+        more = example[0] - len(shown_others)
+        left, taken = np.split(rest, [len(rest) - more])  # from the end, which no list of that window comes to
+        solved_list = prompt(shown, np.concatenate([shown_others, taken]), example[1])
+        solved = f"{solved_list} {_numbered(shown)}\n"
+        return _Draft(
+            lambda units: solved + prompt(common, left[:units], repeats),
             _FEWEST_UNCOMMON,
-            len(rest) + 1,
+            len(left) + 1,
             tuple(common.tolist()),
             " " + _numbered(common),
         )
+
+    if window >= _CWE_LARGE_WINDOW:
+        yield draft((30, 3), _CWE_LARGE_EXAMPLE)
+    yield draft((6, 1), _CWE_SMALL_EXAMPLE)
+    yield draft((3, 1), _CWE_SMALL_EXAMPLE)
 
 
 def _numbered(words: np.ndarray) -> str:

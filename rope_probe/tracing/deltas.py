@@ -35,7 +35,7 @@ def logit_deltas(clean: Float[Tensor, "T V"], perturbed: Float[Tensor, "..."]) -
 
     With d = b - a, less its mean under p = softmax a, KL is log(1 + sum p (e^d - 1 - d)): terms that are never negative
     and small where d is, so that it holds its digits down to the square of the logits' rounding, where -sum p log(q/p)
-    would cancel.
+    would cancel. Where e^d would overflow, it is log sum e^(log p + d), which does not.
     """
     return _by_block(_Logits, clean, perturbed)
 
@@ -82,6 +82,7 @@ class _Logits(_Vectors):
     def __init__(self, a: Float[Tensor, "n V"]) -> None:
         super().__init__(a)
         self.p = a.softmax(-1)
+        self.overflows = 0.7 * math.log(torch.finfo(a.dtype).max)  # d from which e^d, or its sum, comes near to it
         rows, tokens = (a == a.amax(-1, keepdim=True)).nonzero(as_tuple=True)  # many times faster than argmax
         self.top1 = torch.zeros_like(a[:, :1], dtype=torch.long)
         self.top1[rows, 0] = tokens
@@ -91,14 +92,15 @@ class _Logits(_Vectors):
         deltas = self.of_difference(b, d)
         deltas["top1_flips"] = (b.gather(-1, self.top1)[:, 0] < b.amax(-1)).to(b.dtype)
         d -= (self.p * d).sum(-1, keepdim=True)
-        deltas["kl_nats"] = _exp_less_line(d).mul_(self.p).sum(-1).log1p()
+        low, high = d.aminmax()
+        small = low > -_SERIES_BELOW and high < _SERIES_BELOW
+        excess = _series(d) if small else d.expm1().sub_(d)  # e^d - 1 - d, whose difference cancels where d is small
+        kl = excess.mul_(self.p).sum(-1).log1p()
+        if high > self.overflows:
+            far = d.amax(-1) > self.overflows
+            kl[far] = (self.a[far].log_softmax(-1) + d[far]).logsumexp(-1)
+        deltas["kl_nats"] = kl
         return deltas
-
-
-def _exp_less_line(d: Tensor) -> Tensor:
-    """e^d - 1 - d; by its series where all of d is small, as there the difference would cancel."""
-    low, high = d.aminmax()
-    return _series(d) if low > -_SERIES_BELOW and high < _SERIES_BELOW else d.expm1().sub_(d)
 
 
 def _series(d: Tensor) -> Tensor:

@@ -26,8 +26,9 @@ from transformers import PreTrainedModel
 
 from rope_probe import rope
 from rope_probe.errors import InputError
-from rope_probe.models.architectures import Rotary, heads_of, rotary_layers
+from rope_probe.models.architectures import Rotary, heads_of
 from rope_probe.models.hooked import HookedCausalLM
+from rope_probe.models.rotation import Rotation, rotations_of
 from rope_probe.windows.packing import Window
 
 WHOLE = slice(None)
@@ -99,21 +100,23 @@ class Perturbation(ABC):
         return ", ".join(parts) or None
 
     @abstractmethod
-    def angles(self, rotary: Rotary, positions: Float[Tensor, " T"], window: Window | None) -> Float[Tensor, "T P"]:
+    def angles(self, rotary: Rotation, positions: Float[Tensor, " T"], window: Window | None) -> Float[Tensor, "T P"]:
         """Radians by which each position's pairs turn onward, float64."""
 
-    def scaling(self, rotary: Rotary) -> float:
+    def scaling(self, rotary: Rotation) -> float:
         """Factor on what is turned; not 1 only where another rope type scales its cos and sin."""
         return 1.0
 
-    def hooks(self, model: Any, window: Window | None = None) -> list[Hook]:
+    def hooks(self, model: Any, window: Window | str | Tensor | None = None) -> list[Hook]:
         """TransformerLens `(name, hook function)` pairs for `model`, a HookedCausalLM or a TransformerBridge.
 
         `window` gives the positions the model reads (0, 1, 2, ... without one) and, for DocumentOffset, its documents.
+        A HookedCausalLM takes text and token ids for one too.
         Raises InputError for a layer, head, pair or position that is out of range, for a layer without RoPE that is
         named, and for a bridge without hooks after rotation.
         """
-        turns_of = lru_cache(maxsize=1)(lambda length: self.turns(model.original_model, length, window))
+        read: Window | None = window if isinstance(window, Window | None) else model.as_window(window)
+        turns_of = lru_cache(maxsize=1)(lambda length: self.turns(model.original_model, length, read))
 
         def hook_of(site: Site) -> Hook:
             side, layer = site
@@ -123,12 +126,16 @@ class Perturbation(ABC):
         self._check_fires(model, sites)
         return [hook_of(site) for site in sites]
 
+    def require_fit(self, model: PreTrainedModel) -> None:
+        """Raises InputError for layers, heads or pairs that this model does not have, or that do not rotate."""
+        self._rotating(model)
+
     def turns(self, model: PreTrainedModel, length: int, window: Window | None = None) -> dict[Site, "Turn"]:
         """What to do to rotated "q" or "k" of each layer, for windows of `length` positions; errors as `hooks`."""
         positions = torch.arange(length) if window is None else window.position_ids[0].cpu()
         tables: dict[tuple, tuple[Tensor, Tensor]] = {}
 
-        def turn(side: str, rotary: Rotary) -> Turn:
+        def turn(side: str, rotary: Rotation) -> Turn:
             key = (rotary.inv_freq.numpy().tobytes(), rotary.scaling)
             if key not in tables:
                 tables[key] = self._tables(rotary, positions.double(), window)
@@ -137,9 +144,9 @@ class Perturbation(ABC):
         rotating = self._rotating(model)
         return {(side, layer): turn(side, rotary) for layer, rotary in rotating.items() for side in self.side}
 
-    def _rotating(self, model: PreTrainedModel) -> dict[int, Rotary]:
+    def _rotating(self, model: PreTrainedModel) -> dict[int, Rotation]:
         """The layers that are perturbed, and their rotation."""
-        rotary = rotary_layers(model)
+        rotary = rotations_of(model)
         layers = _select("layer", self.layers, len(rotary))
         rotating = {layer: one for layer in layers if (one := rotary[layer]) is not None}
         if self.layers is not None and (bare := [layer for layer in layers if layer not in rotating]):
@@ -150,7 +157,7 @@ class Perturbation(ABC):
             self._heads(side, model.config)
         return rotating
 
-    def _tables(self, rotary: Rotary, positions: Tensor, window: Window | None) -> tuple[Tensor, Tensor]:
+    def _tables(self, rotary: Rotation, positions: Tensor, window: Window | None) -> tuple[Tensor, Tensor]:
         """Angles and scale, [T, P] in float64."""
         where = torch.tensor(_select("position", self.positions, len(positions))).unsqueeze(1)
         pairs = _select("pair", self.pairs, len(rotary.inv_freq))
@@ -220,6 +227,26 @@ class PositionShift(Perturbation):
 
 
 @dataclass(frozen=True)
+class PairTurn(Perturbation):
+    """Turn every chosen pair of queries or keys onward by the same `radians`, whatever its wavelength.
+
+    A shift by a number of tokens turns fast pairs far and slow ones hardly; this is the same angle for each, so that
+    pairs can be compared. A turn of q equals one of k by -radians, and a turn of both changes nothing.
+    """
+
+    side: Side
+    radians: float
+    layers: Selection = None
+    heads: Selection = None
+    pairs: Selection = None
+    positions: Selection = None
+
+    def angles(self, rotary: Rotary, positions: Float[Tensor, " T"], window: Window | None) -> Float[Tensor, "T P"]:
+        """The same turn everywhere."""
+        return torch.full((len(positions), len(rotary.inv_freq)), float(self.radians), dtype=torch.float64)
+
+
+@dataclass(frozen=True)
 class PositionJitter(Perturbation):
     """Move every position by its own random amount, uniform in [-tokens, tokens]; one move for q, k and all layers."""
 
@@ -251,7 +278,12 @@ class PositionJitter(Perturbation):
 
 @dataclass(frozen=True)
 class ThetaSwap(Perturbation):
-    """Rotate as another theta would, with plain RoPE: angles p * theta^(-2i/d) instead of the model's own."""
+    """Rotate as the model would with another theta, its rope type and all other rope parameters as they are.
+
+    Frequencies, and the scaling of cos and sin where the type has one, come from the model's own rotary module with
+    this theta in its config. On a model whose kinds of layers have parameters of their own, each kind keeps them and
+    gets this theta; name `layers` to swap those of one kind. A swap to the layers' own theta is exactly no change.
+    """
 
     side: Side
     theta: float
@@ -260,17 +292,16 @@ class ThetaSwap(Perturbation):
     pairs: Selection = None
     positions: Selection = None
 
-    def _inv_freq(self, rotary: Rotary) -> Tensor:
-        parameters = {"rope_type": "default", "rope_theta": float(self.theta)}
-        return rope.inv_freq(parameters, 2 * len(rotary.inv_freq)).double()
+    def angles(self, rotary: Rotation, positions: Float[Tensor, " T"], window: Window | None) -> Float[Tensor, "T P"]:
+        """The difference between the other theta's angle and the model's, at each position.
 
-    def angles(self, rotary: Rotary, positions: Float[Tensor, " T"], window: Window | None) -> Float[Tensor, "T P"]:
-        """The difference between the other theta's angle and the model's, at each position."""
-        return torch.outer(positions, self._inv_freq(rotary) - rotary.inv_freq)
+        Raises InputError for a theta that is not positive and finite, and as `Rotation.with_theta` does.
+        """
+        return torch.outer(positions, rotary.with_theta(self.theta).inv_freq - rotary.inv_freq)
 
-    def scaling(self, rotary: Rotary) -> float:
-        """Plain RoPE does not scale, so a scaling of the model's is undone."""
-        return 1 / rotary.scaling
+    def scaling(self, rotary: Rotation) -> float:
+        """What the other theta's scaling of cos and sin is of the model's: 1 for every type there is."""
+        return rotary.with_theta(self.theta).scaling / rotary.scaling
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ _STATE_ELEMENTS = 2**27
 
 def trace(
     model: HookedCausalLM,
-    window: Window,
+    window: Window | str | Tensor,
     perturbations: Perturbation | Iterable[Perturbation],
     *,
     sites: Sequence[str] | None = None,
@@ -67,6 +67,7 @@ def trace(
 ) -> pd.DataFrame:
     """Deltas (perturbed minus clean) at every site, for every perturbation; a tidy frame.
 
+    `window` can be text too, or token ids: one document (see `HookedCausalLM.as_window`).
     `sites` are hook names, and "logits" (default: rotated q and k, attention output and residual stream of every layer,
     and the logits). `masked` keeps attention inside documents. `by` says what a row is averaged over: each position,
     each document, or the whole window. `control` measures everything again in float64 beside it; by default where
@@ -79,6 +80,7 @@ def trace(
     InputError for an unknown site, a perturbation that does not fit the model (see `Perturbation.hooks`), and
     activations that are not finite.
     """
+    window = model.as_window(window)
     perturbations = [perturbations] if isinstance(perturbations, Perturbation) else list(perturbations)
     sites = _known(model, default_sites(model) if sites is None else sites)
     if by not in get_args(By):
@@ -256,9 +258,12 @@ def _concatenate(blocks: list[Deltas]) -> Deltas:
 
 def _columns(perturbation: Perturbation, model: HookedCausalLM) -> dict[str, Any]:
     layer, head, pair = map(_only, (perturbation.layers, perturbation.heads, perturbation.pairs))
-    rotating = [one for one in (model.rotary if layer is None else [model.rotary[layer]]) if one is not None]
-    alike = all(torch.equal(one.inv_freq, rotating[0].inv_freq) for one in rotating)
-    wavelength = rope.wavelengths(rotating[0].inv_freq)[pair].item() if pair is not None and alike else None
+    layers = perturbation.layers
+    named = range(len(model.rotary)) if layers is None else layers if isinstance(layers, Iterable) else [layers]
+    rotating = [rotary for rotary in (model.rotary[i] for i in named) if rotary is not None]
+    wavelength = None
+    if pair is not None and all(torch.equal(rotary.inv_freq, rotating[0].inv_freq) for rotary in rotating):
+        wavelength = rope.wavelengths(rotating[0].inv_freq)[pair].item()
     return {
         "perturbation": str(perturbation),
         "kind": type(perturbation).__name__,

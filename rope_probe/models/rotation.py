@@ -1,0 +1,110 @@
+"""What each layer of a model would rotate by if its theta were another one, by the model's own rope type.
+
+The frequencies come from the model's own rotary module, made once more from its config with nothing but theta replaced;
+so every rope type, and every set of parameters per layer type, is the one that the model has.
+"""
+
+import copy
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rope_probe.errors import InputError
+from rope_probe.models.architectures import Rotary, rotary_layers, rotary_module_of
+from rope_probe.models.checkpoints import quiet
+from rope_probe.precision import keep_float32
+
+_BUFFER = "inv_freq"
+_UNCHANGING_BUFFER = "original_inv_freq"  # the other one follows the input in dynamic and longrope
+_SAME = 1e-5
+
+
+@dataclass(frozen=True)
+class Rotation(Rotary):
+    """A layer's `Rotary` that knows the model it is of, and so its theta, and what another theta would make of it."""
+
+    embedding: nn.Module
+    config: Any
+
+    @property
+    def theta(self) -> float:
+        """The theta that the model's config has for layers of this kind. Raises InputError where it has none."""
+        return float(_parameters(self.config, self._prefix())["rope_theta"])
+
+    def with_theta(self, theta: float) -> Rotary:
+        """The same rope type with the same parameters but this theta; for the layer's own theta exactly what it is now.
+
+        Raises InputError for a theta that is not positive and finite, and for a model whose frequencies are not those
+        that its config makes.
+        """
+        if not math.isfinite(theta) or theta <= 0:
+            raise InputError(f"theta must be a positive finite number, but it is {theta}")
+        prefix = self._prefix()
+        if theta == self.theta:
+            return Rotary(self.inv_freq, self.scaling, self.layout)
+        own_frequencies, own_scaling = self._made_with(prefix, self.theta)
+        if not _close(own_frequencies, self.inv_freq) or not math.isclose(own_scaling, self.scaling, rel_tol=_SAME):
+            raise InputError(
+                f"this {self.config.model_type}'s rotary frequencies are not those that its config makes with theta "
+                f"{self.theta:g}, so what another theta makes is unknown"
+            )
+        frequencies, scaling = self._made_with(prefix, theta)
+        return Rotary(frequencies, scaling, self.layout)
+
+    def _made_with(self, prefix: str, theta: float) -> tuple[Tensor, float]:
+        """Frequencies, [P] in float64, and scaling of the rotary module that this theta would make."""
+        config = copy.deepcopy(self.config)
+        _parameters(config, prefix)["rope_theta"] = float(theta)
+        with quiet(), keep_float32():  # as when the model was built, also while it runs in float64
+            made = type(self.embedding)(config=config)
+        as_stored = _frequencies(self.embedding, prefix).dtype
+        frequencies = _frequencies(made, prefix).detach().to("cpu", as_stored)
+        return frequencies.double(), float(getattr(made, f"{prefix}attention_scaling"))
+
+    def _prefix(self) -> str:
+        """What the rotary module puts before the names of what belongs to this kind of layer."""
+        for name, _ in self.embedding.named_buffers(recurse=False):
+            prefix = name.removesuffix(_UNCHANGING_BUFFER).removesuffix(_BUFFER)
+            if not name.endswith(_BUFFER) or not hasattr(self.embedding, f"{prefix}attention_scaling"):
+                continue
+            of_buffer = _frequencies(self.embedding, prefix).detach().to("cpu", torch.float64)
+            scaling = float(getattr(self.embedding, f"{prefix}attention_scaling"))
+            if torch.equal(of_buffer, self.inv_freq) and scaling == self.scaling:
+                return prefix
+        raise InputError(f"the rotary module of this {self.config.model_type} does not say what its theta makes")
+
+
+def rotations_of(model: PreTrainedModel) -> list[Rotation | None]:
+    """Per layer, the rotation it applies, as `rotary_layers` has it; None for a layer without RoPE."""
+    embedding = rotary_module_of(model)
+    embedding = getattr(embedding, "original_component", embedding)  # what a TransformerBridge has wrapped
+    config = getattr(embedding, "config", model.config)
+
+    def rotation(rotary: Rotary) -> Rotation:
+        same = {field.name: getattr(rotary, field.name) for field in fields(rotary)}
+        return Rotation(**same, embedding=embedding, config=config)
+
+    return [None if rotary is None else rotation(rotary) for rotary in rotary_layers(model)]
+
+
+def _parameters(config: Any, prefix: str) -> dict[str, Any]:
+    """The rope parameters of one kind of layer."""
+    parameters = config.rope_parameters
+    if "rope_theta" not in parameters:
+        parameters = parameters.get(prefix.removesuffix("_")) or {}
+    if "rope_theta" not in parameters:
+        raise InputError(f"the config of this {config.model_type} has no rope_theta for each of its layers")
+    return parameters
+
+
+def _frequencies(embedding: nn.Module, prefix: str) -> Tensor:
+    unchanging = getattr(embedding, prefix + _UNCHANGING_BUFFER, None)
+    return getattr(embedding, prefix + _BUFFER) if unchanging is None else unchanging
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.allclose(one, other, rtol=_SAME, atol=0)
