@@ -76,6 +76,28 @@ Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of everythin
 Device = Annotated[str, typer.Option(help="Torch device: cpu, cuda, cuda:1.")]
 Dtype = Annotated[_Dtype | None, typer.Option(help="Dtype to compute in; as the checkpoint was saved by default.")]
 Attn = Annotated[_Kernel, typer.Option(help="Attention kernel.")]
+_MODEL = "Checkpoint folder, .gguf file, hub id, or a name: smollm2-135m, gemma3-270m."
+DeviceMap = Annotated[
+    str | None,
+    typer.Option(help="Spread the model: auto, or disk to leave its weights there (with --no-control) [default: no]."),
+]
+Adapter = Annotated[Path | None, typer.Option(help="Folder of a PEFT adapter to merge into the model.")]
+
+
+def _accept_gemma_terms(accepted: bool) -> bool:
+    if accepted:
+        from rope_probe.models.pretrained import accept_terms
+
+        accept_terms("gemma3-270m")
+    return accepted
+
+
+AcceptTerms = Annotated[
+    bool,
+    typer.Option(
+        "--accept-gemma-terms", callback=_accept_gemma_terms, help="Accept the terms of use of gemma3-270m, once."
+    ),
+]
 
 
 @app.callback()
@@ -85,7 +107,7 @@ def _rope_probe() -> None:
 
 @app.command()
 def trace(
-    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id.")],
+    model: Annotated[str, typer.Argument(help=_MODEL)],
     out: Out,
     window: Annotated[
         int | None,
@@ -117,6 +139,9 @@ def trace(
     device: Device = "cpu",
     dtype: Dtype = None,
     attn: Attn = _SDPA,
+    device_map: DeviceMap = None,
+    adapter: Adapter = None,
+    accept_terms: AcceptTerms = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Shift the positions of queries and keys and trace the change through the layers to the logits."""
@@ -126,14 +151,15 @@ def trace(
 
     from rope_probe.models.hooked import load_model
     from rope_probe.runs.progress import progress
-    from rope_probe.runs.results import describe_model, hash_tokens, new_run
+    from rope_probe.runs.results import hash_tokens, new_run
     from rope_probe.tracing.cone import LOGITS
     from rope_probe.tracing.propagation import attribute
     from rope_probe.tracing.propagation import trace as trace_deltas
 
     inputs: list[str | Path] = [model, *([tokens] if tokens else [])]
     with new_run(out, "trace", config, overwrite=overwrite, inputs=inputs) as run:
-        hooked = load_model(model, attn=attn.value, dtype=_torch_dtype(dtype), device=device)
+        hooked = load_model(model, **_how(attn, dtype, device, device_map, adapter))
+        _tell_origin(model)
         read = _window(hooked, window, document, document_length, tokens, seed)
         arms = _perturbations(hooked, len(read), sweep, shift, side, layer, head, pair)
         passes = sum(map(len, arms.values())) * (2 if control and hooked.dtype != torch.float64 else 1)
@@ -146,7 +172,7 @@ def trace(
         frame = pd.concat(traced)
         run.record(frame, model=model, seed=seed)
         run.manifest |= {
-            "models": {model: describe_model(hooked.original_model)},
+            "models": {model: _described(hooked, model, adapter)},
             "tokens_sha256": hash_tokens(read.tokens),
             "attention_kernel": attn.value,
             "mask": "documents" if masked else "none",
@@ -161,8 +187,10 @@ def trace(
 
 @app.command()
 def spans(
-    before: Annotated[str, typer.Argument(help="Checkpoint folder or hub id.")],
-    after: Annotated[str, typer.Argument(help="What it became: a checkpoint of the same architecture.")],
+    before: Annotated[str, typer.Argument(help=_MODEL)],
+    after: Annotated[
+        str, typer.Argument(help="What it became: a checkpoint of the same architecture, or a PEFT adapter for it.")
+    ],
     out: Out,
     short: Annotated[
         int | None,
@@ -191,6 +219,7 @@ def spans(
     device: Device = "cpu",
     dtype: Dtype = None,
     attn: Attn = _SDPA,
+    accept_terms: AcceptTerms = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Compare the weights of two checkpoints by layer, head and rotary pair, and their queries and keys if asked.
@@ -198,11 +227,12 @@ def spans(
     Weights are read tensor by tensor from safetensors files, so models of any size fit.
     """
     config = _recorded(locals())
+    from rope_probe.models.pretrained import origin_of
     from rope_probe.models.hooked import load_model
     from rope_probe.runs.progress import progress
     from rope_probe.runs.results import hash_tokens, new_run
     from rope_probe.spans import compare_spans, compare_states, landmarks, span_statistics
-    from rope_probe.spans.stored import describe_checkpoint, weights_of
+    from rope_probe.spans.stored import describe_checkpoint, resolved, weights_of
 
     of_states = (window, document_length, tokens, masked, device, dtype, attn)
     if not states and of_states != (None, None, None, False, "cpu", None, _SDPA):
@@ -211,16 +241,20 @@ def spans(
         raise InputError("--tokens and --document-length both say what to read; give one of them")
     inputs: list[str | Path] = [before, after, *([tokens] if tokens else [])]
     with new_run(out, "spans", config, overwrite=overwrite, inputs=inputs) as run:
-        one, other = weights_of(before), weights_of(after)
+        for name in (before, after):
+            _tell_origin(name)
+        became = resolved(after, before)
+        one, other = weights_of(before), weights_of(became)
         if states:
             kind: dict[str, Any] = {"attn": attn.value, "dtype": _torch_dtype(dtype), "device": device}
-            start, end = (load_model(name, **kind) for name in (before, after))
+            adapter = None if became is after else after
+            start, end = load_model(before, **kind), load_model(before if adapter else after, **kind, adapter=adapter)
             read = _window(start, window, None, document_length or 64, tokens, seed)
             run.record(compare_states(start, end, read, masked=masked), model=after, seed=seed, arm="states")
             run.manifest |= {"tokens_sha256": hash_tokens(read.tokens), "attention_kernel": attn.value}
             run.manifest |= {"mask": "documents" if masked else "none", "positions": "continuous"}
         with progress("weights compared", one.model.num_parameters()) as advance:
-            changed = run.record(compare_spans(before, after, progress=advance), model=after, arm="weights")
+            changed = run.record(compare_spans(before, became, progress=advance), model=after, arm="weights")
         short, long = (
             given or weights.model.config.max_position_embeddings for given, weights in ((short, one), (long, other))
         )
@@ -228,13 +262,15 @@ def spans(
         run.record(statistics, model=after, seed=seed, arm="statistics")
         geometry = landmarks(one.model, other.model, short=short, long=long)
         run.record(geometry, model=after, arm="landmarks")
-        run.manifest["models"] = {name: describe_checkpoint(name) for name in (before, after)}
+        described = describe_checkpoint(after) if became is after else describe_checkpoint(before, adapter=after)
+        run.manifest["models"] = {before: describe_checkpoint(before) | origin_of(before), after: described}
+        run.manifest["models"][after] |= origin_of(after if became is after else before)
     _show(out, *_spans_tables(changed, statistics, geometry))
 
 
 @app.command()
 def retrieval(
-    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id.")],
+    model: Annotated[str, typer.Argument(help=_MODEL)],
     out: Out,
     task: Annotated[
         list[_Task] | None,
@@ -254,6 +290,9 @@ def retrieval(
     device: Device = "cpu",
     dtype: Dtype = None,
     attn: Attn = _SDPA,
+    device_map: DeviceMap = None,
+    adapter: Adapter = None,
+    accept_terms: AcceptTerms = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Probe retrieval by distance: accuracy and log-probability of the answer, with 95% intervals.
@@ -266,10 +305,11 @@ def retrieval(
     from rope_probe.models.hooked import load_model
     from rope_probe.retrieval.probe import retrieval_accuracy, trials_hash
     from rope_probe.runs.progress import progress
-    from rope_probe.runs.results import describe_model, new_run
+    from rope_probe.runs.results import new_run
 
     with new_run(out, "retrieval", config, overwrite=overwrite, inputs=[model]) as run:
-        hooked = load_model(model, attn=attn.value, dtype=_torch_dtype(dtype), device=device)
+        hooked = load_model(model, **_how(attn, dtype, device, device_map, adapter))
+        _tell_origin(model)
         tasks = _tasks(model, task, window, keys, values)
         sweeps = [one.distances() for one in tasks]
         if distance and all(sweep == [None] for sweep in sweeps):
@@ -285,7 +325,7 @@ def retrieval(
                 frame = retrieval_accuracy(hooked, one, sweep, trials=trials, seed=seed, progress=advance)
                 frames.append(run.record(frame, model=model, arm=one.name))
         run.manifest |= {
-            "models": {model: describe_model(hooked.original_model)},
+            "models": {model: _described(hooked, model, adapter)},
             "tokens_sha256": hashes,
             "attention_kernel": attn.value,
             "mask": "none",
@@ -344,7 +384,43 @@ def report_command(
 
 def _recorded(options: dict[str, Any]) -> dict[str, Any]:
     """What a manifest says of a command's options: all that decides what is measured."""
-    return {name: value for name, value in options.items() if name not in ("out", "overwrite")}
+    return {name: value for name, value in options.items() if name not in ("out", "overwrite", "accept_terms")}
+
+
+def _how(
+    attn: _Kernel, dtype: _Dtype | None, device: str, device_map: str | None, adapter: Path | None
+) -> dict[str, Any]:
+    """How a model is loaded, as `load_model` takes it."""
+    spread = device_map not in (None, "disk")  # then it is transformers that chooses devices
+    if spread and device != "cpu":
+        raise InputError(f"--device {device} and --device-map {device_map} both say where the model is to be; give one")
+    return {
+        "attn": attn.value,
+        "dtype": _torch_dtype(dtype),
+        "device": None if spread else device,
+        "device_map": device_map,
+        "adapter": adapter,
+    }
+
+
+def _tell_origin(model: str) -> None:
+    """Say on stderr where a model given by name comes from."""
+    from rope_probe.models.pretrained import told_origin
+
+    if (origin := told_origin(model)) is not None:
+        _tell(origin)
+
+
+def _described(model: "HookedCausalLM", name: str, adapter: Path | None) -> dict[str, Any]:
+    """What a manifest says of a model and of where it comes from; of one that is not in memory by its files."""
+    from rope_probe.models.offloaded import is_offloaded
+    from rope_probe.models.pretrained import origin_of
+    from rope_probe.runs.results import describe_model
+    from rope_probe.spans.stored import describe_checkpoint
+
+    away = is_offloaded(model.original_model)
+    described = describe_checkpoint(name) if away else describe_model(model.original_model)
+    return described | origin_of(name) | ({} if adapter is None else {"adapter": str(adapter)})
 
 
 def _show(path: Path, *texts: str) -> None:

@@ -32,7 +32,7 @@ from transformers import (
 from transformers import logging as transformers_logging
 
 from rope_probe.errors import InputError, is_out_of_memory, reason
-from rope_probe.models import attention, offloaded, weight_files
+from rope_probe.models import attention, gguf_files, offloaded, weight_files
 from rope_probe.models.architectures import architecture_of, backbone_of, rotary_module_of, set_rotary_module
 from rope_probe.runs.folders import whole_folder
 
@@ -118,11 +118,11 @@ def read_config(model: str, revision: str | None = None) -> PreTrainedConfig:
 
 
 def _read_config(name: str, place: str, revision: str | None) -> PreTrainedConfig:
-    if weight_files.is_gguf(place):
-        weight_files.require_whole_gguf(name, place)
+    if gguf_files.is_gguf(place):
+        gguf_files.require_whole(name, place)
     source, of_gguf = weight_files.as_transformers_takes(place)
     try:
-        with quiet():
+        with quiet(), gguf_files.reading(place):
             config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False, **of_gguf)
     except Exception as error:  # a config can be wrong in as many ways as transformers has classes of errors
         raise InputError(f"cannot read the config of {name!r}: {reason(error)}") from error
@@ -190,7 +190,7 @@ def load(
     if adapter is not None:
         _require_adapter(adapter)
         _require_plain_for(adapter, config, quantization_config, device_map)
-    if weight_files.is_gguf(place):
+    if gguf_files.is_gguf(place):
         loaded = _load_gguf(name, place, config, dtype, device_map, quantization_config)
     else:
         loaded = _load_safetensors(name, place, config, dtype, target, device_map, quantization_config, revision)
@@ -210,11 +210,10 @@ def _load_gguf(
     """A GGUF file's model, dequantised, so that it is a plain model and can be saved."""
     if quantization_config is not None:
         raise InputError(f"{name!r} is a GGUF file, which is dequantised; leave out quantization_config")
-    source, of_gguf = weight_files.as_transformers_takes(place)
-    options: dict[str, Any] = {"dtype": dtype or torch.float32, "device_map": device_map, **of_gguf}
+    options: dict[str, Any] = {"dtype": dtype or torch.float32, "device_map": device_map}
     if hasattr(transformers, "GgufConfig"):  # before it was there, all GGUF files were dequantised
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    loaded, info = _from_pretrained(name, source, config, options)
+    loaded, info = _from_pretrained(name, place, config, options)
     _require_all_used(name, info)
     if (quantiser := getattr(loaded, "hf_quantizer", None)) is not None:
         quantiser.remove_quantization_config(loaded)
@@ -270,17 +269,22 @@ def _rotary_name(config: PreTrainedConfig) -> str:
 
 
 def _from_pretrained(
-    name: str, source: str, config: PreTrainedConfig, options: Mapping[str, Any]
+    name: str, place: str, config: PreTrainedConfig, options: Mapping[str, Any]
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """A model, and what became of its checkpoint's weights. Raises InputError where transformers cannot load it."""
+    source, of_gguf = weight_files.as_transformers_takes(place)
     try:
-        with quiet():  # what transformers would warn of is raised afterwards, as one clear error
+        with (
+            quiet(),
+            gguf_files.reading(place),
+        ):  # what transformers would warn of is raised afterwards
             loaded, info = AutoModelForCausalLM.from_pretrained(
                 source,
                 config=config,
                 trust_remote_code=False,
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
+                **of_gguf,
                 **options,
             )
     except Exception as error:  # a checkpoint can be wrong in as many ways as transformers has classes of errors
@@ -350,7 +354,7 @@ def _require_adapter(adapter: str | os.PathLike[str]) -> Path:
     folder = Path(adapter)
     for file in (weight_files.ADAPTER_CONFIG, weight_files.ADAPTER_WEIGHTS):
         if not (folder / file).is_file():
-            raise InputError(f"no adapter at {os.fspath(adapter)!r}: it has no {file}; give the folder of a PEFT adapter")
+            raise InputError(f"no adapter at {os.fspath(adapter)!r}, it has no {file}; give the folder of a PEFT one")
     return folder
 
 
@@ -371,11 +375,11 @@ def load_tokenizer(model: str | os.PathLike[str], revision: str | None = None) -
     """
     name = os.fspath(model)
     place = weight_files.place_of(name)
-    if weight_files.is_gguf(place):
-        weight_files.require_whole_gguf(name, place)
+    if gguf_files.is_gguf(place):
+        gguf_files.require_whole(name, place)
     source, of_gguf = weight_files.as_transformers_takes(place)
     try:
-        with quiet():
+        with quiet(), gguf_files.reading(place):
             files = [] if of_gguf else [weight_files.find(place, file, revision) for file in _TOKENIZER_FILES]
             if not of_gguf and not any(files):
                 return None
@@ -504,17 +508,19 @@ def require_device(device: torch.device | str, dtype: torch.dtype) -> torch.devi
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No warnings and no progress bars from transformers and the hub client."""
-    hub_log = logging.getLogger("huggingface_hub")
-    verbosity, hub_level = transformers_logging.get_verbosity(), hub_log.level
+    """No warnings and no progress bars from transformers, accelerate and the hub client."""
+    others = [logging.getLogger(name) for name in ("huggingface_hub", "accelerate")]
+    verbosity, levels = transformers_logging.get_verbosity(), [log.level for log in others]
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(logging.CRITICAL)
     transformers_logging.disable_progress_bar()
-    hub_log.setLevel(logging.CRITICAL)
+    for log in others:
+        log.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
         transformers_logging.set_verbosity(verbosity)
-        hub_log.setLevel(hub_level)
+        for log, level in zip(others, levels, strict=True):
+            log.setLevel(level)
         if bars:
             transformers_logging.enable_progress_bar()

@@ -434,9 +434,7 @@ def load_model(
     return HookedCausalLM(model.eval(), attn)
 
 
-def _require_unmoved(
-    model: PreTrainedModel, dtype: torch.dtype | None, device: torch.device | str | None
-) -> None:
+def _require_unmoved(model: PreTrainedModel, dtype: torch.dtype | None, device: torch.device | str | None) -> None:
     """Raises InputError where a model that stays as it is was to be moved or cast."""
     if dtype is not None and dtype != model.dtype:
         raise InputError(f"a dispatched or quantised model stays in {model.dtype}; load it anew with dtype={dtype}")

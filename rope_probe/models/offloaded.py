@@ -67,7 +67,7 @@ def map_to_disk(rotary_module: str, device: torch.device) -> dict[str, Any]:
     accelerate computes where something of the map is that is neither on disk nor on the CPU. The module that makes cos
     and sin has no weights.
     """
-    return {"": DISK, rotary_module: device}
+    return {"": DISK, rotary_module: str(device)}
 
 
 def _align_hooks(module: nn.Module) -> list[AlignDevicesHook]:

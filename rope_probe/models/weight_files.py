@@ -1,15 +1,12 @@
-"""A checkpoint's files: where they are, which tensor is in which, that they are whole and hold numbers. Nothing is loaded.
+"""A checkpoint's files: where they are, which tensor is in which, and that they hold numbers. Nothing is loaded.
 
 - A label is a folder of safetensors files, a GGUF file, the name of a pretrained model, or a hub id.
 - A label is a path where it can only be one; only what can be nothing else than a hub id is asked of the hub.
 """
 
 import json
-import math
-import mmap
 import os
 import re
-import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,8 +17,8 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 
 from rope_probe.errors import InputError
 from rope_probe.models import pretrained
+from rope_probe.models.gguf_files import ENDING, is_gguf
 
-GGUF = ".gguf"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ABSENT_IS_NONE = {
@@ -63,13 +60,8 @@ def _require_model(folder: str) -> None:
         return
     if is_adapter(folder):
         raise InputError(f"{folder!r} is an adapter, not a model; load its base model with adapter={folder!r}")
-    if files := sorted(inside.glob(f"*{GGUF}")):
+    if files := sorted(inside.glob(f"*{ENDING}")):
         raise InputError(f"{folder!r} has no {CONFIG_NAME}, but holds GGUF files; give one of them: {str(files[0])!r}")
-
-
-def is_gguf(place: str) -> bool:
-    """Whether a place is a GGUF file, by its name."""
-    return place.lower().endswith(GGUF)
 
 
 def is_adapter(place: str | os.PathLike[str]) -> bool:
@@ -148,87 +140,6 @@ def opened(label: str, path: str) -> Iterator[Any]:
 def find(label: str, file: str, revision: str | None = None) -> str | None:
     """Where a file of a checkpoint is; None where there is none."""
     return cached_file(label, file, revision=revision, **ABSENT_IS_NONE)
-
-
-def require_whole_gguf(label: str, path: str) -> None:
-    """Raises InputError for a GGUF file that is none, or is shorter than its own header says."""
-    if not os.path.getsize(path):
-        raise InputError(f"GGUF file {label!r} is empty; copy it again")
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        if content[:4] != b"GGUF":
-            raise InputError(f"{label!r} is no GGUF file: it does not begin with 'GGUF'")
-        try:
-            promised = _GgufHeader(content).size
-        except (struct.error, KeyError, ValueError, OverflowError) as error:
-            raise InputError(f"GGUF file {label!r} is truncated or corrupt, in its header; copy it again") from error
-        if len(content) < promised:
-            raise InputError(
-                f"GGUF file {label!r} is truncated: it has {len(content):,} bytes, but its header promises "
-                f"{promised:,}; copy it again"
-            )
-
-
-class _GgufHeader:
-    """Reads a GGUF file's header, to find how long the file must be.
-
-    The layout is the GGUF specification's: magic, version, two counts, entries of metadata, then for each tensor its
-    name, dimensions, type, and where its data begin.
-    """
-
-    _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # noqa: RUF012
-    _TEXT, _ARRAY = 8, 9
-
-    def __init__(self, content: mmap.mmap) -> None:
-        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
-        self._content, self._next = content, 4
-        version, tensors, entries = self._take("IQQ")
-        if version not in (2, 3):
-            raise struct.error(f"version {version}")
-        alignment = 32
-        for _ in range(entries):
-            name = self._text()
-            value = self._value(self._take("I")[0])
-            alignment = value if name == b"general.alignment" else alignment
-        end = 0
-        for _ in range(tensors):
-            self._text()
-            (dimensions,) = self._take("I")
-            shape = self._take(f"{dimensions}Q")
-            kind, offset = self._take("IQ")
-            per_block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
-            end = max(end, offset + math.prod(shape) // per_block * block_bytes)
-        self.size = -(-self._next // alignment) * alignment + end
-
-    def _take(self, layout: str) -> tuple:
-        values = struct.unpack_from(f"<{layout}", self._content, self._next)
-        self._next += struct.calcsize(f"<{layout}")
-        return values
-
-    def _text(self) -> bytes:
-        (length,) = self._take("Q")
-        if self._next + length > len(self._content):
-            raise struct.error("text beyond the end")
-        text = self._content[self._next : self._next + length]
-        self._next += length
-        return text
-
-    def _value(self, kind: int) -> Any:
-        """A number of the metadata; None for what is none."""
-        if kind in self._SCALARS:
-            return self._take(self._SCALARS[kind])[0]
-        if kind == self._TEXT:
-            self._text()
-            return None
-        if kind != self._ARRAY:
-            raise KeyError(kind)
-        inner, count = self._take("IQ")
-        if inner in self._SCALARS:
-            self._next += count * struct.calcsize(f"<{self._SCALARS[inner]}")
-        else:
-            for _ in range(count):
-                self._value(inner)
-        return None
 
 
 def _read_index(label: str, index: str) -> dict[str, str]:
