@@ -227,8 +227,8 @@ def spans(
     Weights are read tensor by tensor from safetensors files, so models of any size fit.
     """
     config = _recorded(locals())
-    from rope_probe.models.pretrained import origin_of
     from rope_probe.models.hooked import load_model
+    from rope_probe.models.pretrained import origin_of
     from rope_probe.runs.progress import progress
     from rope_probe.runs.results import hash_tokens, new_run
     from rope_probe.spans import compare_spans, compare_states, landmarks, span_statistics

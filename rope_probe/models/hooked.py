@@ -74,6 +74,7 @@ class HookedCausalLM(HookedRootModule):
     def _install(self) -> None:
         model, architecture = self.original_model, architecture_of(self.config)
         if self.dtype == torch.float64:
+            offloaded.keep_stored_dtype(model)
             model.set_experts_implementation("eager")  # the grouped kernels of mixtures of experts stop at float32
         attention.attach(model, self.attn, self._seams)
         on_embedding = partial(_on_output, self.hook_embed)
@@ -111,8 +112,9 @@ class HookedCausalLM(HookedRootModule):
         It runs by sdpa where this model's kernel is a flash one, since those know no float64. Raises InputError for a
         model that accelerate dispatched, and for a quantised one: they have no copy in float64.
         """
-        no_control = "trace without the float64 control, control=False or --no-control"
-        offloaded.require_in_memory(self.original_model, "a float64 copy", no_control)
+        no_control = "trace without the control, control=False or --no-control"
+        loaded_anew = 'or give control=load_model(..., dtype=torch.float64, device_map="disk")'
+        offloaded.require_in_memory(self.original_model, "a float64 copy", f"{no_control}, {loaded_anew}")
         if checkpoints.is_quantised(self.original_model):
             raise InputError(f"a quantised model has no float64 copy; {no_control}")
         twin = checkpoints.cast(self.plain_copy(), self.device, torch.float64)

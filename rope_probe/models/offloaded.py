@@ -13,6 +13,7 @@ from accelerate.hooks import AlignDevicesHook, SequentialHook
 from torch import nn
 
 from rope_probe.errors import InputError
+from rope_probe.precision import keep_float32
 
 DISK = "disk"
 """accelerate's name for a place of weights; as a `device_map`, all of them are left on disk."""
@@ -59,6 +60,17 @@ def weights_in_place(*modules: nn.Module) -> Iterator[None]:
         for part, hook in held:
             hook.offload, hook.input_device = True, None
             hook.post_forward(part, None)  # drops
+
+
+def keep_stored_dtype(model: nn.Module) -> None:
+    """Have a model's weights fetched as they are stored, even inside `promote_float32`.
+
+    safetensors asks for float32 by name to say what the bytes of a file are.
+    """
+    for module in model.modules():
+        for hook in _align_hooks(module):
+            if hook.offload:
+                hook.pre_forward = keep_float32()(hook.pre_forward)
 
 
 def map_to_disk(rotary_module: str, device: torch.device) -> dict[str, Any]:

@@ -88,8 +88,9 @@ def weights_of(model: Model, role: str = "") -> Weights:
     `role` tells two models in memory apart. Safetensors files are read tensor by tensor; a GGUF file is loaded, since
     its weights have to be dequantised. The experts of a mixture have other names in memory than in files.
 
-    Raises InputError for a model in memory that accelerate dispatched, for a checkpoint that is not there, has no safetensors files, lacks one of them or has a corrupt one, lacks a weight that its config asks for or
-    has it in another shape, is quantised, or is of an architecture whose layout of rotary pairs is unknown.
+    Raises InputError for a model in memory that accelerate dispatched; for a checkpoint that is not there, has no
+    safetensors files, lacks one of them or has a corrupt one, lacks a weight that its config asks for or has it in
+    another shape, or is quantised; and for an architecture whose layout of rotary pairs is unknown.
     """
     if isinstance(model, HookedCausalLM):
         model = model.original_model
