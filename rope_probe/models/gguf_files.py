@@ -116,11 +116,12 @@ class _Reader(gguf.GGUFReader):
     @data.setter
     def data(self, mapped: Any) -> None:
         self._plain = np.asarray(mapped)
+        self._content = memoryview(mapped)
 
     def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
         """Bytes, parts, which parts are values, and types of an entry, as gguf's reader has them."""
         array, text = gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.STRING
-        kind, count = struct.unpack_from("<IQ", self._plain, orig_offs) if raw_type == array else (None, 0)
+        kind, count = struct.unpack_from("<IQ", self._content, orig_offs) if raw_type == array else (None, 0)
         number = self.gguf_scalar_to_np.get(kind)
         if count == 0 or (kind != text and number is None):
             return super()._get_field_parts(orig_offs, raw_type)
@@ -132,7 +133,7 @@ class _Reader(gguf.GGUFReader):
             parts += [numbers[i : i + 1] for i in range(count)]
             return end - orig_offs, parts, list(range(2, 2 + count)), [array, gguf.GGUFValueType(kind)]
         for _ in range(count):
-            (length,) = struct.unpack_from("<Q", self._plain, end)
+            (length,) = struct.unpack_from("<Q", self._content, end)
             parts += [self._plain[end : end + 8].view(np.uint64), self._plain[end + 8 : end + 8 + length]]
             end += 8 + length
         return end - orig_offs, parts, list(range(3, 3 + 2 * count, 2)), [array, text]
