@@ -1,7 +1,11 @@
 """Loading what people have: GGUF files, adapters, offloaded and dispatched models, quantised ones, text parts."""
 
 import collections
+import json
 import shutil
+import subprocess
+import sys
+from unittest.mock import patch
 
 import accelerate
 import gguf
@@ -13,7 +17,16 @@ from accelerate.utils.offload import OffloadedWeightsLoader
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from rope_probe import InputError, PositionShift, compare_spans, load_model, repeated_window, trace, transplant_spans
+from rope_probe import (
+    InputError,
+    PositionShift,
+    cli,
+    compare_spans,
+    load_model,
+    repeated_window,
+    trace,
+    transplant_spans,
+)
 from rope_probe.models import checkpoints, gguf_files, offloaded
 from tests import zoo
 
@@ -393,3 +406,65 @@ def test_float64_is_the_same_however_it_is_come_by(tmp_path):
     loaded = load_model(tmp_path / "gemma", dtype=torch.float64)(tokens)
     assert torch.equal(load_model(tmp_path / "gemma").double()(tokens), loaded)
     assert torch.equal(load_model(model, dtype=torch.float64)(tokens), loaded)
+
+
+# The command line
+
+
+def refusal(capsys, *arguments):
+    """The one line on stderr of a command that exits with code 2."""
+    argv, sys.argv = sys.argv, ["rope-probe", *map(str, arguments)]
+    try:
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+    finally:
+        sys.argv = argv
+    out, err = capsys.readouterr()
+    assert (stop.value.code, out, err.count("\n")) == (2, "", 1)
+    return err
+
+
+def test_bad_checkpoints_are_refused_in_a_line_and_exit_code_2(gguf_file, folder, adapter, tmp_path, capsys):
+    torn = tmp_path / "torn.gguf"
+    torn.write_bytes(gguf_file.read_bytes()[:-100])
+    out = ("--out", tmp_path / "run")
+    assert "is truncated" in refusal(capsys, "trace", torn, *out)
+    assert "no file at" in refusal(capsys, "trace", tmp_path / "absent.gguf", *out)
+    other = tmp_path / "other"
+    zoo.llama(hidden_size=64).save_pretrained(other)
+    assert "does not fit" in refusal(capsys, "spans", other, adapter, *out)
+    assert "does not fit" in refusal(capsys, "trace", other, "--adapter", adapter, *out)
+    quantised = shutil.copytree(folder, tmp_path / "quantised")
+    config = json.loads((quantised / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (quantised / "config.json").write_text(json.dumps(config))
+    assert "quantised" in refusal(capsys, "trace", quantised, *out)
+    assert "--no-control" in refusal(capsys, "trace", folder, "--device-map", "disk", *out)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_on_disk_is_traced_from_the_command_line(folder, tmp_path, capsys):
+    argv = ["rope-probe", "trace", folder, "--out", tmp_path / "run", "--device-map", "disk", "--no-control"]
+    options = ["--window", "20", "--document-length", "10", "--shift", "2", "--side", "q"]
+    with patch.object(sys, "argv", list(map(str, argv + options))), pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert not stop.value.code
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert list(manifest["models"][str(folder)]["files_sha256"]) == ["model.safetensors"]
+
+
+def test_an_offload_that_fills_the_disk_is_told_in_a_line(tmp_path):
+    """Experts are stored one by one and run as one tensor, so they are written anew, where files have a limit here."""
+    mixture = tmp_path / "mixture"
+    zoo.model(zoo.CONFIGS["mixtral"]()).save_pretrained(mixture)
+    assert torch.equal(load_model(mixture, device_map="disk")(zoo.tokens()), load_model(mixture)(zoo.tokens()))
+    script = (
+        "import resource, signal; from rope_probe import load_model, InputError\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        f"try: load_model({str(mixture)!r}, device_map='disk')\n"
+        "except InputError as error: print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+    assert done.stdout.startswith("cannot load")
+    assert done.stdout.count("\n") == 1
