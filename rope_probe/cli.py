@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # what takes seconds to import is imported by the commands th
 
     from rope_probe.models.hooked import HookedCausalLM
     from rope_probe.retrieval.probe import RetrievalTask
+    from rope_probe.runs.results import Run
     from rope_probe.tracing.perturbations import Perturbation
     from rope_probe.windows.packing import Window
 
@@ -77,6 +78,28 @@ Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of everythin
 Device = Annotated[str, typer.Option(help="Torch device: cpu, cuda, cuda:1.")]
 Dtype = Annotated[_Dtype | None, typer.Option(help="Dtype to compute in; as the checkpoint was saved by default.")]
 Attn = Annotated[_Kernel, typer.Option(help="Attention kernel.")]
+_MODEL = "Checkpoint folder, .gguf file, hub id, or a name: smollm2-135m, gemma3-270m."
+DeviceMap = Annotated[
+    str | None,
+    typer.Option(help="Spread the model: auto, or disk to leave its weights there (with --no-control) [default: no]."),
+]
+Adapter = Annotated[Path | None, typer.Option(help="Folder of a PEFT adapter to merge into the model.")]
+
+
+def _accept_gemma_terms(accepted: bool) -> bool:
+    if accepted:
+        from rope_probe.models.pretrained import accept_terms
+
+        accept_terms("gemma3-270m")
+    return accepted
+
+
+AcceptTerms = Annotated[
+    bool,
+    typer.Option(
+        "--accept-gemma-terms", callback=_accept_gemma_terms, help="Accept the terms of use of gemma3-270m, once."
+    ),
+]
 
 
 @app.callback()
@@ -86,7 +109,7 @@ def _rope_probe() -> None:
 
 @app.command()
 def trace(
-    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id.")],
+    model: Annotated[str, typer.Argument(help=_MODEL)],
     out: Out,
     window: Annotated[
         int | None,
@@ -118,6 +141,9 @@ def trace(
     device: Device = "cpu",
     dtype: Dtype = None,
     attn: Attn = _SDPA,
+    device_map: DeviceMap = None,
+    adapter: Adapter = None,
+    accept_terms: AcceptTerms = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Shift the positions of queries and keys and trace the change through the layers to the logits."""
@@ -134,7 +160,8 @@ def trace(
 
     inputs: list[str | Path] = [model, *([tokens] if tokens else [])]
     with new_run(out, "trace", config, overwrite=overwrite, inputs=inputs) as run:
-        hooked = load_model(model, attn=attn.value, dtype=_torch_dtype(dtype), device=device)
+        hooked = load_model(model, **_how(attn, dtype, device, device_map, adapter))
+        _tell_origin(model)
         read = _window(hooked, window, document, document_length, tokens, seed)
         arms = _perturbations(hooked, len(read), sweep, shift, side, layer, head, pair)
         passes = sum(map(len, arms.values())) * (2 if control and hooked.dtype != torch.float64 else 1)
@@ -146,7 +173,7 @@ def trace(
             ]
         frame = pd.concat(traced)
         run.record(DELTAS, frame, model=model, seed=seed)
-        run.provenance.add_model(model, hooked)
+        _describe(run, hooked, model, adapter)
         run.provenance.add_tokens("window", read, masked=masked)
         shown = frame["metric"].isin(["rel_l2", "kl_nats"]) & ~frame["site"].str.contains("rot_")
         shown &= (frame["arm"] == "dose") | (frame["site"] == LOGITS)
@@ -157,8 +184,10 @@ def trace(
 
 @app.command()
 def spans(
-    before: Annotated[str, typer.Argument(help="Checkpoint folder or hub id.")],
-    after: Annotated[str, typer.Argument(help="What it became: a checkpoint of the same architecture.")],
+    before: Annotated[str, typer.Argument(help=_MODEL)],
+    after: Annotated[
+        str, typer.Argument(help="What it became: a checkpoint of the same architecture, or a PEFT adapter for it.")
+    ],
     out: Out,
     short: Annotated[
         int | None,
@@ -187,6 +216,7 @@ def spans(
     device: Device = "cpu",
     dtype: Dtype = None,
     attn: Attn = _SDPA,
+    accept_terms: AcceptTerms = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Compare the weights of two checkpoints by layer, head and rotary pair, and their queries and keys if asked.
@@ -195,12 +225,13 @@ def spans(
     """
     config = _recorded(locals())
     from rope_probe.models.hooked import load_model
+    from rope_probe.models.pretrained import origin_of
     from rope_probe.runs.progress import progress
     from rope_probe.runs.results import new_run
     from rope_probe.spans import compare_spans, compare_states, landmarks, span_statistics
     from rope_probe.spans.states import SPAN_STATES
     from rope_probe.spans.statistics import LANDMARKS, SPAN_STATISTICS
-    from rope_probe.spans.stored import describe_checkpoint, weights_of
+    from rope_probe.spans.stored import describe_checkpoint, resolved, weights_of
     from rope_probe.spans.weights import SPANS
 
     of_states = (window, document_length, tokens, masked, device, dtype, attn)
@@ -210,15 +241,19 @@ def spans(
         raise InputError("--tokens and --document-length both say what to read; give one of them")
     inputs: list[str | Path] = [before, after, *([tokens] if tokens else [])]
     with new_run(out, "spans", config, overwrite=overwrite, inputs=inputs) as run:
-        one, other = weights_of(before), weights_of(after)
+        for name in (before, after):
+            _tell_origin(name)
+        became = resolved(after, before)
+        one, other = weights_of(before), weights_of(became)
         if states:
             kind: dict[str, Any] = {"attn": attn.value, "dtype": _torch_dtype(dtype), "device": device}
-            start, end = (load_model(name, **kind) for name in (before, after))
+            adapter = None if became is after else after
+            start, end = load_model(before, **kind), load_model(before if adapter else after, **kind, adapter=adapter)
             read = _window(start, window, None, document_length or 64, tokens, seed)
             run.record(SPAN_STATES, compare_states(start, end, read, masked=masked), model=after, seed=seed)
             run.provenance.add_tokens("window", read, masked=masked)
         with progress("weights compared", one.model.num_parameters()) as advance:
-            changed = run.record(SPANS, compare_spans(before, after, progress=advance), model=after)
+            changed = run.record(SPANS, compare_spans(before, became, progress=advance), model=after)
         short, long = (
             given or weights.model.config.max_position_embeddings for given, weights in ((short, one), (long, other))
         )
@@ -227,14 +262,18 @@ def spans(
         geometry = landmarks(one.model, other.model, short=short, long=long)
         run.record(LANDMARKS, geometry, model=after)
         kernel = attn.value if states else None
-        for name in (before, after):
-            run.provenance.models[name] = dataclasses.replace(describe_checkpoint(name), attention_kernel=kernel)
+        base, merged = (after, None) if became is after else (before, after)
+        for name, described, origin in (
+            (before, describe_checkpoint(before), origin_of(before)),
+            (after, describe_checkpoint(base, adapter=merged), origin_of(base)),
+        ):
+            run.provenance.models[name] = dataclasses.replace(described, attention_kernel=kernel, origin=origin)
     _show(out, *_spans_tables(changed, statistics, geometry))
 
 
 @app.command()
 def retrieval(
-    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id.")],
+    model: Annotated[str, typer.Argument(help=_MODEL)],
     out: Out,
     task: Annotated[
         list[_Task] | None,
@@ -254,6 +293,9 @@ def retrieval(
     device: Device = "cpu",
     dtype: Dtype = None,
     attn: Attn = _SDPA,
+    device_map: DeviceMap = None,
+    adapter: Adapter = None,
+    accept_terms: AcceptTerms = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Probe retrieval by distance: accuracy and log-probability of the answer, with 95% intervals.
@@ -270,7 +312,8 @@ def retrieval(
     from rope_probe.runs.results import new_run
 
     with new_run(out, "retrieval", config, overwrite=overwrite, inputs=[model]) as run:
-        hooked = load_model(model, attn=attn.value, dtype=_torch_dtype(dtype), device=device)
+        hooked = load_model(model, **_how(attn, dtype, device, device_map, adapter))
+        _tell_origin(model)
         tasks = _tasks(model, task, window, keys, values)
         sweeps = [one.distances() for one in tasks]
         if distance and all(sweep == [None] for sweep in sweeps):
@@ -285,7 +328,7 @@ def retrieval(
             for one, sweep in zip(tasks, sweeps, strict=True):
                 frame = retrieval_accuracy(hooked, one, sweep, trials=trials, seed=seed, progress=advance)
                 frames.append(run.record(RETRIEVAL, frame, model=model))
-        run.provenance.add_model(model, hooked)
+        _describe(run, hooked, model, adapter)
         for name, by_distance in hashes.items():
             for digest in by_distance.values():
                 run.provenance.add_read(name, Read(digest))
@@ -342,7 +385,48 @@ def report_command(
 
 def _recorded(options: dict[str, Any]) -> dict[str, Any]:
     """What a manifest says of a command's options: all that decides what is measured."""
-    return {name: value for name, value in options.items() if name not in ("out", "overwrite")}
+    return {name: value for name, value in options.items() if name not in ("out", "overwrite", "accept_terms")}
+
+
+def _how(
+    attn: _Kernel, dtype: _Dtype | None, device: str, device_map: str | None, adapter: Path | None
+) -> dict[str, Any]:
+    """How a model is loaded, as `load_model` takes it."""
+    spread = device_map not in (None, "disk")  # then it is transformers that chooses devices
+    if spread and device != "cpu":
+        raise InputError(f"--device {device} and --device-map {device_map} both say where the model is to be; give one")
+    return {
+        "attn": attn.value,
+        "dtype": _torch_dtype(dtype),
+        "device": None if spread else device,
+        "device_map": device_map,
+        "adapter": adapter,
+    }
+
+
+def _tell_origin(model: str) -> None:
+    """Say on stderr where a model given by name comes from."""
+    from rope_probe.models.pretrained import told_origin
+
+    if (origin := told_origin(model)) is not None:
+        _tell(origin)
+
+
+def _describe(run: "Run", model: "HookedCausalLM", name: str, adapter: Path | None) -> None:
+    """Put a model and where it comes from into a run's provenance; one that is not in memory by its files."""
+    from rope_probe.models.offloaded import is_offloaded
+    from rope_probe.models.pretrained import origin_of
+    from rope_probe.runs.provenance import describe_model
+    from rope_probe.spans.stored import describe_checkpoint
+
+    away = is_offloaded(model.original_model)
+    described = describe_checkpoint(name) if away else describe_model(model.original_model)
+    run.provenance.models[name] = dataclasses.replace(
+        described,
+        attention_kernel=model.attn,
+        origin=origin_of(name),
+        adapter=None if adapter is None else str(adapter),
+    )
 
 
 def _show(path: Path, *texts: str) -> None:

@@ -1,16 +1,24 @@
-"""Hugging Face checkpoints: build, load, save, and change how a model rotates. Safetensors only, never pickle."""
+"""Hugging Face checkpoints: build, load, save, and change how a model rotates. Safetensors or GGUF, never pickle.
+
+- Loaded are folders, hub ids, GGUF files (dequantised), and pretrained models by name; adapters of PEFT are merged.
+- A model can be spread over devices, memory and disk (`device_map`), or quantised (`quantization_config`).
+"""
 
 import copy
 import errno
 import logging
 import math
 import os
+import re
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import (
     CONFIG_MAPPING,
@@ -24,7 +32,7 @@ from transformers import (
 from transformers import logging as transformers_logging
 
 from rope_probe.errors import InputError, is_out_of_memory, reason
-from rope_probe.models import attention, weight_files
+from rope_probe.models import attention, gguf_files, offloaded, weight_files
 from rope_probe.models.architectures import architecture_of, backbone_of, rotary_module_of, set_rotary_module
 from rope_probe.runs.folders import whole_folder
 
@@ -100,19 +108,31 @@ def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     return model
 
 
-def read_config(model: str) -> PreTrainedConfig:
-    """The config of a checkpoint by folder or hub id.
+def read_config(model: str, revision: str | None = None) -> PreTrainedConfig:
+    """The config of a checkpoint by folder, GGUF file, name or hub id; of a multimodal one, that of its text part.
 
-    Raises InputError for a folder that is not there, for a config that transformers does not take, and for one without
-    layers, vocabulary or positions.
+    Raises InputError for what is not there, for a config that transformers does not take, and for one without layers,
+    vocabulary or positions.
     """
-    weight_files.require_place(model)
+    return _read_config(model, weight_files.place_of(model), revision)
+
+
+def _read_config(name: str, place: str, revision: str | None) -> PreTrainedConfig:
+    if gguf_files.is_gguf(place):
+        gguf_files.require_whole(name, place)
+    source, of_gguf = weight_files.as_transformers_takes(place)
     try:
-        with quiet():
-            config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+        with quiet(), gguf_files.reading(place):
+            config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False, **of_gguf)
     except Exception as error:  # a config can be wrong in as many ways as transformers has classes of errors
-        raise InputError(f"cannot read the config of {model!r}: {reason(error)}") from error
-    _require_sensible(config, f"the config of {model!r}")
+        raise InputError(f"cannot read the config of {name!r}: {reason(error)}") from error
+    text = config.get_text_config()
+    if text is not config and text.model_type in CONFIG_MAPPING:
+        quantised = getattr(config, "quantization_config", None)
+        config = text
+        if quantised is not None:
+            config.quantization_config = quantised
+    _require_sensible(config, f"the config of {name!r}")
     return config
 
 
@@ -137,32 +157,147 @@ def require_plain(config: PreTrainedConfig, model: str) -> None:
 
 
 def load(
-    model: str | os.PathLike[str], *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    model: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    device_map: str | Mapping[str, Any] | None = None,
+    quantization_config: Any = None,
+    revision: str | None = None,
+    adapter: str | os.PathLike[str] | None = None,
+    accept_terms: bool = False,
 ) -> PreTrainedModel:
-    """Load a causal LM in eval mode from a folder or by hub id, in the dtype it was saved in unless one is given.
+    """Load a causal LM in eval mode, in the dtype it was saved in unless one is given; a GGUF file in float32.
 
-    Raises InputError for a folder that does not exist, is not a checkpoint, or has a shard that is missing or corrupt,
-    for weights that are missing, unused, of the wrong shape or no floating-point numbers, and for a dtype that the
-    device cannot compute in.
+    `model` is a folder, a GGUF file (which is dequantised), a hub id, or a name of `pretrained.MODELS`; of a multimodal
+    checkpoint the text part is loaded. `accept_terms` accepts the terms of use of a model by name that has them.
+
+    `device_map` is transformers': "auto", "balanced", or from modules to devices, "cpu" and "disk"; "disk" leaves all
+    weights in their files and computes on `device`. `quantization_config` and `revision` (of a hub id) are
+    transformers' too. `adapter` is a folder of PEFT, whose change is merged into the weights.
+
+    Raises InputError for a checkpoint that does not exist, is none, or has a file that is missing, truncated or
+    corrupt; for weights that are missing, unused, of the wrong shape or no floating-point numbers; for a quantised
+    checkpoint whose kernels are not here; for an adapter as `with_adapter` does; for a dtype that the device cannot
+    compute in; and where the disk has no room for weights that have to be rewritten for it.
     """
     name = os.fspath(model)
-    device = require_device("cpu" if device is None else device, dtype or torch.float32)
-    require_plain(read_config(name), name)
-    weight_files.require_floats(name, weight_files.files_of_tensors(name))
+    place = weight_files.place_of(name, accept_terms=accept_terms)
+    if device_map is not None and device_map != offloaded.DISK and device is not None:
+        raise InputError(f"device {str(device)!r} and device_map both say where the model is to be; give one of them")
+    target = require_device("cpu" if device is None else device, dtype or torch.float32)
+    config = _read_config(name, place, revision)
+    if adapter is not None:
+        _require_adapter(adapter)
+        _require_plain_for(adapter, config, quantization_config, device_map)
+    if gguf_files.is_gguf(place):
+        loaded = _load_gguf(name, place, config, dtype, device_map, quantization_config)
+    else:
+        loaded = _load_safetensors(name, place, config, dtype, target, device_map, quantization_config, revision)
+    if not offloaded.is_dispatched(loaded) and not is_quantised(loaded) and device_map is None:
+        loaded = loaded.to(target)
+    return (loaded if adapter is None else with_adapter(loaded, adapter)).eval()
+
+
+def _load_gguf(
+    name: str,
+    place: str,
+    config: PreTrainedConfig,
+    dtype: torch.dtype | None,
+    device_map: str | Mapping[str, Any] | None,
+    quantization_config: Any,
+) -> PreTrainedModel:
+    """A GGUF file's model, dequantised, so that it is a plain model and can be saved."""
+    if quantization_config is not None:
+        raise InputError(f"{name!r} is a GGUF file, which is dequantised; leave out quantization_config")
+    options: dict[str, Any] = {"dtype": dtype or torch.float32, "device_map": device_map}
+    if hasattr(transformers, "GgufConfig"):  # before it was there, all GGUF files were dequantised
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    loaded, info = _from_pretrained(name, place, config, options)
+    _require_all_used(name, info)
+    if (quantiser := getattr(loaded, "hf_quantizer", None)) is not None:
+        quantiser.remove_quantization_config(loaded)
+    return loaded
+
+
+def _load_safetensors(
+    name: str,
+    place: str,
+    config: PreTrainedConfig,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    device_map: str | Mapping[str, Any] | None,
+    quantization_config: Any,
+    revision: str | None,
+) -> PreTrainedModel:
+    files = weight_files.files_of_tensors(place, revision)
+    if quantization_config is None and getattr(config, "quantization_config", None) is None:
+        weight_files.require_floats(name, files)
+    options: dict[str, Any] = {"dtype": dtype or "auto", "revision": revision, "use_safetensors": True}
+    if quantization_config is not None:
+        options["quantization_config"] = quantization_config
+    if device_map is not None:
+        if device_map == offloaded.DISK:
+            device_map = offloaded.map_to_disk(_rotary_name(config), device)
+        folder = TemporaryDirectory(prefix="rope_probe_offload_")  # for weights that are not in the files as they are
+        options |= {"device_map": device_map, "offload_folder": folder.name}
+    if wrapped := [key for key in files if _INSIDE_WRAPPER.match(key)]:
+        options["key_mapping"] = _TEXT_PART
+        files = dict.fromkeys(wrapped, "")
+    loaded, info = _from_pretrained(name, place, config, options)
+    if wrapped:  # what the checkpoint holds besides, for images and sound, is not loaded
+        info["unexpected_keys"] = [key for key in info["unexpected_keys"] if _INSIDE_WRAPPER.match(key)]
+    _require_all_used(name, info)
+    if device_map is not None:
+        loaded.rope_probe_offload_folder = folder  # is removed with the model
+    return loaded
+
+
+_INSIDE_WRAPPER = re.compile(r"^(model\.)?(language_model|text_model)\.")
+_TEXT_PART = {
+    r"^(model\.)?(language_model|text_model)\.lm_head\.": "lm_head.",
+    r"^(model\.)?(language_model|text_model)\.(model\.)?": "model.",
+}
+"""How multimodal checkpoints name the tensors of their text part, and how that part alone names them."""
+
+
+def _rotary_name(config: PreTrainedConfig) -> str:
+    """The name of the module that makes cos and sin."""
+    model = skeleton(config)
+    rotary = rotary_module_of(model)
+    return next(name for name, module in model.named_modules() if module is rotary)
+
+
+def _from_pretrained(
+    name: str, place: str, config: PreTrainedConfig, options: Mapping[str, Any]
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """A model, and what became of its checkpoint's weights. Raises InputError where transformers cannot load it."""
+    source, of_gguf = weight_files.as_transformers_takes(place)
     try:
-        with quiet():  # what transformers would warn of is raised below, as one clear error
+        with (
+            quiet(),
+            gguf_files.reading(place),
+        ):  # what transformers would warn of is raised afterwards
             loaded, info = AutoModelForCausalLM.from_pretrained(
-                name,
-                dtype=dtype or "auto",
-                use_safetensors=True,
+                source,
+                config=config,
                 trust_remote_code=False,
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
+                **of_gguf,
+                **options,
             )
-    except Exception as error:  # a config can be wrong in as many ways as transformers has classes of errors
+    except Exception as error:  # a checkpoint can be wrong in as many ways as transformers has classes of errors
         if is_out_of_memory(error):
             raise
-        raise InputError(f"cannot load {name!r} as a causal LM: {reason(error)}") from error
+        quantised = options.get("quantization_config") or getattr(config, "quantization_config", None)
+        remedy = "" if quantised is None else "; it is to be read quantised, which needs its own package and kernels"
+        raise InputError(f"cannot load {name!r} as a causal LM: {reason(error)}{remedy}") from error
+    return loaded, info
+
+
+def _require_all_used(name: str, info: Mapping[str, Any]) -> None:
+    """Raises InputError for weights that are missing, of the wrong shape, or unused."""
     if absent := sorted(info["missing_keys"]):
         raise InputError(f"checkpoint {name!r} lacks {len(absent)} weights of its model, the first is {absent[0]}")
     for key, stored, wanted in sorted(info["mismatched_keys"]):
@@ -171,32 +306,104 @@ def load(
         raise InputError(
             f"checkpoint {name!r} holds {len(unused)} tensors that its config does not use, the first is {unused[0]}"
         )
-    return loaded.to(device).eval()
 
 
-def load_tokenizer(model: str | os.PathLike[str]) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a checkpoint by folder or hub id; None where it has none.
+def is_quantised(model: PreTrainedModel) -> bool:
+    """Whether a model's weights are kept in a form of their own, which only its own modules can read."""
+    return bool(getattr(model, "is_quantized", False))
+
+
+def with_adapter(model: PreTrainedModel, adapter: str | os.PathLike[str]) -> PreTrainedModel:
+    """A plain model with the change of a PEFT adapter merged into its weights; `model` is changed in place.
+
+    Raises InputError for a folder that holds no adapter in safetensors, for an adapter that does not merge into
+    weights, and for one of another model: every tensor of it must find its place.
+    """
+    folder = _require_adapter(adapter)
+    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+
+    label = repr(os.fspath(adapter))
+    base = f"this {model.config.model_type} model"
+    try:
+        with quiet(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            config = PeftConfig.from_pretrained(str(folder))
+            adapted = PeftModel.from_pretrained(model, str(folder), config=config)
+            wanted = get_peft_model_state_dict(adapted).keys()
+    except Exception as error:  # an adapter can be wrong in as many ways as peft has kinds
+        if is_out_of_memory(error):
+            raise
+        raise InputError(f"adapter {label} does not fit {base}: {reason(error)}") from error
+    with weight_files.opened(os.fspath(adapter), str(folder / weight_files.ADAPTER_WEIGHTS)) as file:
+        stored = set(file.keys())
+    if apart := sorted(stored ^ set(wanted)):
+        raise InputError(f"adapter {label} is of another model: {apart[0]} of it and {base} do not match")
+    if not hasattr(adapted, "merge_and_unload"):
+        raise InputError(f"adapter {label} is a {config.peft_type}, which cannot be merged into weights; give a LoRA")
+    try:
+        with quiet():
+            return adapted.merge_and_unload(safe_merge=True).eval()
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise InputError(f"adapter {label} cannot be merged into {base}: {reason(error)}") from error
+
+
+def _require_adapter(adapter: str | os.PathLike[str]) -> Path:
+    """The folder of an adapter. Raises InputError unless it holds one, in safetensors."""
+    folder = Path(adapter)
+    for file in (weight_files.ADAPTER_CONFIG, weight_files.ADAPTER_WEIGHTS):
+        if not (folder / file).is_file():
+            raise InputError(f"no adapter at {os.fspath(adapter)!r}, it has no {file}; give the folder of a PEFT one")
+    return folder
+
+
+def _require_plain_for(
+    adapter: str | os.PathLike[str], config: PreTrainedConfig, quantization_config: Any, device_map: Any
+) -> None:
+    """Raises InputError where an adapter was to be merged into weights that are quantised or away."""
+    if quantization_config is not None or getattr(config, "quantization_config", None) is not None:
+        raise InputError(f"adapter {os.fspath(adapter)!r} is merged into plain weights, but the model is quantised")
+    if device_map is not None:
+        raise InputError(f"adapter {os.fspath(adapter)!r} is merged into weights in memory; leave out device_map")
+
+
+def load_tokenizer(model: str | os.PathLike[str], revision: str | None = None) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a checkpoint by folder, GGUF file, name or hub id; None where it has none.
 
     Raises InputError for one that cannot be loaded, or needs code of its own.
     """
     name = os.fspath(model)
-    weight_files.require_place(name)
+    place = weight_files.place_of(name)
+    if gguf_files.is_gguf(place):
+        gguf_files.require_whole(name, place)
+    source, of_gguf = weight_files.as_transformers_takes(place)
     try:
-        with quiet():
-            if all(weight_files.find(name, file) is None for file in _TOKENIZER_FILES):
+        with quiet(), gguf_files.reading(place):
+            files = [] if of_gguf else [weight_files.find(place, file, revision) for file in _TOKENIZER_FILES]
+            if not of_gguf and not any(files):
                 return None
-            return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False, **of_gguf)
     except Exception as error:  # tokenizers can be wrong in as many ways as configs
         raise InputError(f"cannot load the tokenizer of {name!r}: {reason(error)}") from error
 
 
 def cast(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """Move a model in place, as loading it in `dtype` would: its rotary frequencies keep the precision they have."""
+    """Move a model in place, as loading it in `dtype` would.
+
+    Its rotary frequencies keep the precision they have. Constants that transformers rounds to the dtype of a model
+    when it makes it, such as the scale of Gemma 3's embeddings, are rounded anew from their exact values.
+    """
     kept = {name: buffer.clone() for name, buffer in backbone_of(model).named_buffers() if "inv_freq" in name}
     model.to(device=device, dtype=dtype)
     for name, buffer in backbone_of(model).named_buffers():
         if name in kept:
             buffer.data = kept[name].to(device)
+            continue
+        owner, _, own_name = name.rpartition(".")
+        exact = getattr(backbone_of(model).get_submodule(owner), f"scalar_{own_name}", None)
+        if isinstance(exact, float):
+            buffer.data = torch.full_like(buffer, exact)
     return model
 
 
@@ -301,17 +508,19 @@ def require_device(device: torch.device | str, dtype: torch.dtype) -> torch.devi
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No warnings and no progress bars from transformers and the hub client."""
-    hub_log = logging.getLogger("huggingface_hub")
-    verbosity, hub_level = transformers_logging.get_verbosity(), hub_log.level
+    """No warnings and no progress bars from transformers, accelerate and the hub client."""
+    others = [logging.getLogger(name) for name in ("huggingface_hub", "accelerate")]
+    verbosity, levels = transformers_logging.get_verbosity(), [log.level for log in others]
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(logging.CRITICAL)
     transformers_logging.disable_progress_bar()
-    hub_log.setLevel(logging.CRITICAL)
+    for log in others:
+        log.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
         transformers_logging.set_verbosity(verbosity)
-        hub_log.setLevel(hub_level)
+        for log, level in zip(others, levels, strict=True):
+            log.setLevel(level)
         if bars:
             transformers_logging.enable_progress_bar()

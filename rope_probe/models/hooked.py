@@ -14,7 +14,7 @@ M width):
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal
@@ -28,7 +28,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from rope_probe.errors import InputError
-from rope_probe.models import attention, checkpoints
+from rope_probe.models import attention, checkpoints, offloaded
 from rope_probe.models.architectures import (
     architecture_of,
     backbone_of,
@@ -62,7 +62,8 @@ class HookedCausalLM(HookedRootModule):
 
     def __init__(self, model: PreTrainedModel, attn: str = "sdpa") -> None:
         super().__init__()
-        self.tokenizer: PreTrainedTokenizerBase | None = None
+        self._load_tokenizer: Callable[[], PreTrainedTokenizerBase | None] | None = None
+        self._own_tokenizer: PreTrainedTokenizerBase | None = None
         sequential = architecture_of(model.config).resid_mid is not None
         _require_float_weights(model)
         self.original_model = model
@@ -81,6 +82,7 @@ class HookedCausalLM(HookedRootModule):
     def _install(self) -> None:
         model, architecture = self.original_model, architecture_of(self.config)
         if self.dtype == torch.float64:
+            offloaded.keep_stored_dtype(model)
             model.set_experts_implementation("eager")  # the grouped kernels of mixtures of experts stop at float32
         attention.attach(model, self.attn, self._seams)
         on_embedding = partial(_on_output, self.hook_embed)
@@ -115,11 +117,17 @@ class HookedCausalLM(HookedRootModule):
     def double(self) -> "HookedCausalLM":
         """A float64 copy of this model, the control that tells rounding from signal; this one is left as it is.
 
-        It runs by sdpa where this model's kernel is a flash one, since those know no float64.
+        It runs by sdpa where this model's kernel is a flash one, since those know no float64. Raises InputError for a
+        model that accelerate dispatched, and for a quantised one: they have no copy in float64.
         """
-        copied = self.plain_copy().to(torch.float64)
+        no_control = "trace without the control, control=False or --no-control"
+        loaded_anew = 'or give control=load_model(..., dtype=torch.float64, device_map="disk")'
+        offloaded.require_in_memory(self.original_model, "a float64 copy", f"{no_control}, {loaded_anew}")
+        if checkpoints.is_quantised(self.original_model):
+            raise InputError(f"a quantised model has no float64 copy; {no_control}")
+        copied = checkpoints.cast(self.plain_copy(), self.device, torch.float64)
         twin = HookedCausalLM(copied, "sdpa" if self.attn.startswith("flash") else self.attn)
-        twin.tokenizer = self.tokenizer
+        twin._load_tokenizer, twin._own_tokenizer = self._load_tokenizer, self._own_tokenizer
         return twin
 
     def plain_copy(self) -> PreTrainedModel:
@@ -189,7 +197,7 @@ class HookedCausalLM(HookedRootModule):
         """Raises InputError unless all `values`, read at `where`, are finite; it says which weight is to blame."""
         if values.isfinite().all():
             return
-        weights = self.original_model.named_parameters()
+        weights = [(name, weight) for name, weight in self.original_model.named_parameters() if not weight.is_meta]
         broken = next((name for name, weight in weights if not weight.isfinite().all()), None)
         why = f"weight {broken} is not finite" if broken else f"they overflow {self.dtype}; try float32"
         raise InputError(f"activations at {where} are not finite numbers: {why}")
@@ -206,8 +214,23 @@ class HookedCausalLM(HookedRootModule):
 
     @property
     def device(self) -> torch.device:
-        """Device of the input embeddings."""
-        return embedding_of(self.original_model).weight.device
+        """Device that the input embeddings run on."""
+        embedding = embedding_of(self.original_model)
+        return offloaded.execution_device(embedding) or embedding.weight.device
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The checkpoint's tokenizer, loaded when it is first asked for; None for a model from memory, until it is set.
+
+        Raises InputError for a tokenizer that cannot be loaded.
+        """
+        if self._own_tokenizer is None and self._load_tokenizer is not None:
+            self._own_tokenizer, self._load_tokenizer = self._load_tokenizer(), None
+        return self._own_tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        self._own_tokenizer, self._load_tokenizer = tokenizer, None
 
     def to_tokens(self, text: str, *, prepend_bos: bool | None = None) -> Int[Tensor, "1 T"]:
         """Token ids of a text: with BOS as the tokenizer has it, or as `prepend_bos` says; never with EOS behind.
@@ -481,6 +504,9 @@ class _OneThread:
 
 
 def _require_float_weights(model: PreTrainedModel) -> None:
+    """Raises InputError for weights that no kernel reads; a quantised model's own modules read theirs."""
+    if checkpoints.is_quantised(model):
+        return
     for name, parameter in model.named_parameters():
         if parameter.dtype not in checkpoints.FLOATS:
             raise InputError(
@@ -542,16 +568,59 @@ def load_model(
     attn: str = "sdpa",
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    device_map: str | Mapping[str, Any] | None = None,
+    quantization_config: Any = None,
+    revision: str | None = None,
+    adapter: str | os.PathLike[str] | None = None,
+    accept_terms: bool = False,
 ) -> HookedCausalLM:
-    """A hooked causal LM from a checkpoint folder, a hub id, or a model already in memory.
+    """A hooked causal LM from a checkpoint folder, a `.gguf` file, a hub id, a name, or a model already in memory.
 
-    `attn` is the kernel: "sdpa" (default), "eager" (the only one with scores and patterns, [T, T] per head), or
-    "flash_attention_2|3|4" where installed. A model in memory is wrapped in place, in eval mode, and moved if dtype or
-    device ask.
-    Raises InputError for what cannot be loaded (see `checkpoints.load`) or probed (see `HookedCausalLM`).
+    Names are those of `pretrained.MODELS`, such as "smollm2-135m". `attn` is the kernel: "sdpa" (default), "eager" (the
+    only one with scores and patterns, [T, T] per head), or "flash_attention_2|3|4" where installed. The other arguments
+    are those of `checkpoints.load`: `device_map` spreads a model over devices, memory and disk, `adapter` is a folder
+    of PEFT whose change is merged into the weights.
+
+    A model in memory is wrapped in place, in eval mode, and moved if dtype or device ask; one that accelerate
+    dispatched, or that is quantised, stays where and as it is.
+    Raises InputError for what cannot be loaded (see `checkpoints.load`) or probed (see `HookedCausalLM`), and for
+    arguments that a model in memory cannot follow.
     """
-    if isinstance(model, PreTrainedModel):
-        _require_float_weights(model)
+    if not isinstance(model, PreTrainedModel):
+        loaded = checkpoints.load(
+            model,
+            dtype=dtype,
+            device=device,
+            device_map=device_map,
+            quantization_config=quantization_config,
+            revision=revision,
+            adapter=adapter,
+            accept_terms=accept_terms,
+        )
+        hooked = HookedCausalLM(loaded, attn)
+        hooked._load_tokenizer = partial(checkpoints.load_tokenizer, model)
+        return hooked
+    for name, value in {
+        "device_map": device_map,
+        "quantization_config": quantization_config,
+        "revision": revision,
+    }.items():
+        if value is not None:
+            raise InputError(f"{name} says how a checkpoint is loaded, but this model is in memory; leave it out")
+    _require_float_weights(model)
+    if offloaded.is_dispatched(model) or checkpoints.is_quantised(model):
+        _require_unmoved(model, dtype, device)
+    else:
         target = checkpoints.require_device(model.device if device is None else device, dtype or model.dtype)
-        return HookedCausalLM(checkpoints.cast(model, target, dtype or model.dtype).eval(), attn)
-    return HookedCausalLM(checkpoints.load(model, dtype=dtype, device=device), attn)
+        model = checkpoints.cast(model, target, dtype or model.dtype)
+    if adapter is not None:
+        model = checkpoints.with_adapter(attention.plain_copy(model), adapter)
+    return HookedCausalLM(model.eval(), attn)
+
+
+def _require_unmoved(model: PreTrainedModel, dtype: torch.dtype | None, device: torch.device | str | None) -> None:
+    """Raises InputError where a model that stays as it is was to be moved or cast."""
+    if dtype is not None and dtype != model.dtype:
+        raise InputError(f"a dispatched or quantised model stays in {model.dtype}; load it anew with dtype={dtype}")
+    if device is not None:
+        raise InputError(f"a dispatched or quantised model stays where it is; load it anew for device {str(device)!r}")

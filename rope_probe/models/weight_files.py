@@ -1,6 +1,7 @@
-"""A checkpoint's safetensors files: which tensor is in which, and that they hold numbers. Nothing is loaded.
+"""A checkpoint's files: where they are, which tensor is in which, and that they hold numbers. Nothing is loaded.
 
-A name is a path where it can only be one; only what can be nothing else than a hub id is asked of the hub.
+- A label is a folder of safetensors files, a GGUF file, the name of a pretrained model, or a hub id.
+- A label is a path where it can only be one; only what can be nothing else than a hub id is asked of the hub.
 """
 
 import json
@@ -12,10 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from rope_probe.errors import InputError
+from rope_probe.models import pretrained
+from rope_probe.models.gguf_files import ENDING, is_gguf
 
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ABSENT_IS_NONE = {
     "_raise_exceptions_for_missing_entries": False,
     "_raise_exceptions_for_connection_errors": False,
@@ -25,12 +30,50 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 _FLOATS = {"F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16"}
 
 
-def require_place(label: str) -> None:
-    """Raises InputError unless `label` is a folder, or can be a hub id."""
-    if Path(label).is_dir():
-        return
+def place_of(label: str, *, accept_terms: bool = False) -> str:
+    """Where a label's files are: a folder, a GGUF file, or a hub id. The name of a pretrained model becomes its file.
+
+    Raises InputError for a path where nothing is, for a file that is no GGUF file, for the folder of an adapter, which
+    is no model by itself, and as `pretrained.file_of` does.
+    """
+    if pretrained.is_name(label):
+        return os.fspath(pretrained.file_of(label, accept_terms=accept_terms))
+    path = Path(label)
+    if path.is_dir():
+        _require_model(label)
+        return label
+    if path.is_file():
+        if not is_gguf(label):
+            raise InputError(f"{label!r} is a file, but no GGUF file by its name; give the folder it is in, or a .gguf")
+        return label
+    if is_gguf(label):
+        raise InputError(f"no file at {label!r}; give the path of a GGUF file, or the folder of a checkpoint")
     if is_path(label) or not _HUB_ID.fullmatch(label):
         raise InputError(f"no folder at {label!r}; give the folder of a Hugging Face checkpoint, or a hub id")
+    return label
+
+
+def _require_model(folder: str) -> None:
+    """Raises InputError for a folder that has something else where a checkpoint has its config."""
+    inside = Path(folder)
+    if (inside / CONFIG_NAME).exists():
+        return
+    if is_adapter(folder):
+        raise InputError(f"{folder!r} is an adapter, not a model; load its base model with adapter={folder!r}")
+    if files := sorted(inside.glob(f"*{ENDING}")):
+        raise InputError(f"{folder!r} has no {CONFIG_NAME}, but holds GGUF files; give one of them: {str(files[0])!r}")
+
+
+def is_adapter(place: str | os.PathLike[str]) -> bool:
+    """Whether a folder holds an adapter of PEFT, and no model."""
+    return Path(place, ADAPTER_CONFIG).is_file() and not Path(place, CONFIG_NAME).exists()
+
+
+def as_transformers_takes(place: str) -> tuple[str, dict[str, str]]:
+    """A place as the two arguments of `from_pretrained`: a folder or hub id, and the GGUF file in it."""
+    if not is_gguf(place):
+        return place, {}
+    return os.path.dirname(os.path.abspath(place)), {"gguf_file": os.path.basename(place)}
 
 
 def is_path(label: str) -> bool:
@@ -39,21 +82,21 @@ def is_path(label: str) -> bool:
     return begins_like_one or (os.sep in label and Path(label).parent.exists())
 
 
-def files_of_tensors(label: str) -> dict[str, str]:
-    """The file that each tensor of a checkpoint is in; `label` is a folder or a hub id.
+def files_of_tensors(label: str, revision: str | None = None) -> dict[str, str]:
+    """The file that each tensor of a checkpoint is in; `label` is a folder or a hub id, `revision` one of the latter.
 
     Raises InputError for a checkpoint without safetensors files, for one that is corrupt or lacks what its index
     promises, and for an index that names other files than safetensors beside it.
     """
-    single = find(label, SAFE_WEIGHTS_NAME)
+    single = find(label, SAFE_WEIGHTS_NAME, revision)
     if single is not None:  # transformers looks for it first, too
         with opened(label, single) as file:
             return dict.fromkeys(file.keys(), single)
-    index = find(label, SAFE_WEIGHTS_INDEX_NAME)
+    index = find(label, SAFE_WEIGHTS_INDEX_NAME, revision)
     if index is None:
         raise InputError(f"checkpoint {label!r} has no {SAFE_WEIGHTS_NAME} and no {SAFE_WEIGHTS_INDEX_NAME}")
     shard_of = _read_index(label, index)
-    shards = {shard: find(label, shard) for shard in sorted(set(shard_of.values()))}
+    shards = {shard: find(label, shard, revision) for shard in sorted(set(shard_of.values()))}
     if lost := [shard for shard, file in shards.items() if file is None]:
         raise InputError(f"checkpoint {label!r} lacks {lost[0]!r}, one of its {len(shards)} shards; copy it again")
     for shard, path in shards.items():
@@ -94,9 +137,9 @@ def opened(label: str, path: str) -> Iterator[Any]:
         raise InputError(f"weight file {Path(path).name!r} of {label!r} is corrupt: {error}; copy it again") from error
 
 
-def find(label: str, file: str) -> str | None:
+def find(label: str, file: str, revision: str | None = None) -> str | None:
     """Where a file of a checkpoint is; None where there is none."""
-    return cached_file(label, file, **ABSENT_IS_NONE)
+    return cached_file(label, file, revision=revision, **ABSENT_IS_NONE)
 
 
 def _read_index(label: str, index: str) -> dict[str, str]:

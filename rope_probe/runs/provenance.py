@@ -28,7 +28,8 @@ class Model:
     """A model: its type, rope parameters in full, size, and what it was.
 
     One that was loaded has a dtype and a hash of its weights, and the kernel it ran by if it ran. One that was read
-    from its files has their hashes instead. `origin` says where it comes from, where its name does not.
+    from its files has their hashes instead. `origin` says where it comes from, where its name does not, and `adapter`
+    what was merged into it.
     """
 
     model_type: str
@@ -38,7 +39,8 @@ class Model:
     weights_sha256: str | None = None
     files_sha256: dict[str, str] | None = None
     attention_kernel: str | None = None
-    origin: str | None = None
+    origin: dict[str, Any] | None = None
+    adapter: str | None = None
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,9 @@ class Provenance:
     teachers: dict[str, Model] = field(default_factory=dict)
     read: dict[str, list[Read]] = field(default_factory=dict)
 
-    def add_model(self, name: str, model: Any, *, kernel: str | None = None, origin: str | None = None) -> Model:
+    def add_model(
+        self, name: str, model: Any, *, kernel: str | None = None, origin: dict[str, Any] | None = None
+    ) -> Model:
         """A model by name: a HookedCausalLM, which knows its kernel, or a plain one. Returns what is said of it."""
         plain = getattr(model, "original_model", model)
         described = describe_model(plain, kernel=kernel or getattr(model, "attn", None), origin=origin)
@@ -96,7 +100,7 @@ class Provenance:
         return asdict(self)
 
 
-def describe_model(model: PreTrainedModel, *, kernel: str | None = None, origin: str | None = None) -> Model:
+def describe_model(model: PreTrainedModel, *, kernel: str | None = None, origin: dict[str, Any] | None = None) -> Model:
     """What a manifest says of a model. The hash is over names and bytes of all tensors, in the order of their names."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):

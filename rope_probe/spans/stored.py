@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from rope_probe.errors import InputError
-from rope_probe.models import weight_files
+from rope_probe.models import attention, checkpoints, gguf_files, offloaded, weight_files
 from rope_probe.models.architectures import Rotary, architecture_of, shape_of
 from rope_probe.models.checkpoints import read_config, require_plain, skeleton
 from rope_probe.models.hooked import HookedCausalLM
@@ -34,8 +34,8 @@ class Weights(Protocol):
 
 
 class _Loaded:
-    def __init__(self, model: PreTrainedModel, role: str) -> None:
-        self.label = f"the {model.config.model_type} model {role}".rstrip()
+    def __init__(self, model: PreTrainedModel, label: str) -> None:
+        self.label = label
         self.model = model
         self._parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
         self.names = list(self._parameters)
@@ -84,34 +84,67 @@ class _Stored:
 
 
 def weights_of(model: Model, role: str = "") -> Weights:
-    """The weights of a model in memory, or of a checkpoint by folder or hub id; `role` tells two in memory apart.
+    """The weights of a model in memory, or of a checkpoint by folder, hub id, name or GGUF file.
 
-    The experts of a mixture have other names in memory than in files. Raises InputError for a checkpoint that is not
-    there, has no safetensors files, lacks one of them or has a corrupt one, lacks a weight that its config asks for or
-    has it in another shape, is quantised, or is of an architecture whose layout of rotary pairs is unknown.
+    `role` tells two models in memory apart. Safetensors files are read tensor by tensor; a GGUF file is loaded, since
+    its weights have to be dequantised. The experts of a mixture have other names in memory than in files.
+
+    Raises InputError for a model in memory that accelerate dispatched; for a checkpoint that is not there, has no
+    safetensors files, lacks one of them or has a corrupt one, lacks a weight that its config asks for or has it in
+    another shape, or is quantised; and for an architecture whose layout of rotary pairs is unknown.
     """
     if isinstance(model, HookedCausalLM):
         model = model.original_model
     if isinstance(model, PreTrainedModel):
         architecture_of(model.config)
-        return _Loaded(model, role)
-    return _Stored(os.fspath(model))
+        offloaded.require_in_memory(model, "comparing weights", "give the checkpoint by its folder")
+        return _Loaded(model, f"the {model.config.model_type} model {role}".rstrip())
+    name = os.fspath(model)
+    if gguf_files.is_gguf(weight_files.place_of(name)):
+        loaded = checkpoints.load(name)
+        architecture_of(loaded.config)
+        return _Loaded(loaded, repr(name))
+    return _Stored(name)
 
 
-def describe_checkpoint(model: str | os.PathLike[str]) -> provenance.Model:
-    """What a manifest says of a checkpoint that is read but not loaded: its rope parameters in full, and file hashes.
+def resolved(after: Model, before: Model) -> Model:
+    """`after` itself; or, where it is the folder of a PEFT adapter, `before` with the adapter merged, in memory.
+
+    Raises InputError for an adapter of another model.
+    """
+    if isinstance(after, PreTrainedModel | HookedCausalLM) or not weight_files.is_adapter(after):
+        return after
+    if isinstance(before, HookedCausalLM):
+        return checkpoints.with_adapter(before.plain_copy(), after)
+    if isinstance(before, PreTrainedModel):
+        return checkpoints.with_adapter(attention.plain_copy(before), after)
+    return checkpoints.load(before, adapter=after)
+
+
+def describe_checkpoint(
+    model: str | os.PathLike[str], adapter: str | os.PathLike[str] | None = None
+) -> provenance.Model:
+    """What a manifest says of a checkpoint's files: rope parameters in full, and hashes; an adapter's with its base's.
 
     Raises InputError as `weights_of`.
     """
-    stored = _Stored(os.fspath(model))
+    name = os.fspath(model)
+    place = weight_files.place_of(name)
+    if gguf_files.is_gguf(place):
+        described, files = skeleton(read_config(name)), [place]
+    else:
+        stored = _Stored(name)
+        described, files = stored.model, sorted(set(stored.files.values()))
+    if adapter is not None:
+        files.append(os.path.join(adapter, weight_files.ADAPTER_WEIGHTS))
     digests = {}
-    for file in sorted(set(stored.files.values())):
+    for file in files:
         with open(file, "rb") as shard:
             digests[Path(file).name] = hashlib.file_digest(shard, "sha256").hexdigest()
     return provenance.Model(
-        model_type=stored.model.config.model_type,
-        rope_parameters=dict(stored.model.config.rope_parameters),
-        parameters=stored.model.num_parameters(),
+        model_type=described.config.model_type,
+        rope_parameters=dict(described.config.rope_parameters),
+        parameters=described.num_parameters(),
         files_sha256=digests,
     )
 

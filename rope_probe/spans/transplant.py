@@ -12,11 +12,13 @@ from rope_probe.models.architectures import rotary_layers
 from rope_probe.models.hooked import HookedCausalLM
 from rope_probe.models.parameters import projections_of
 from rope_probe.spans.parts import Piece, Span, pieces
-from rope_probe.spans.stored import Model, require_alike, require_same_pairs
+from rope_probe.spans.stored import Model, require_alike, require_same_pairs, resolved
 
 
 def transplant_spans(before: Model, after: Model, spans: Iterable[Span | tuple]) -> PreTrainedModel:
     """A copy of `before` with `spans` of its weights as `after` has them; neither of the two is changed.
+
+    `after` may be the folder of a PEFT adapter for `before`.
 
     Spans are `Span`s, or (layer, head, pair) of W_Q with None for all; `whole(before)` names everything. Exchange the
     two models to ask what is necessary instead of what suffices. How the result rotates is as `before` does, unless
@@ -27,7 +29,7 @@ def transplant_spans(before: Model, after: Model, spans: Iterable[Span | tuple])
     Raises InputError for a span that is not there, and for models of different architecture or shape.
     """
     named = [Span(*span) for span in spans]
-    donor = plain_model(after)
+    donor = plain_model(resolved(after, before))
     result = _copy(before)
     matched = _matched(result, donor, [span for span in named if span.part != "rope"])
     for parameter, piece in matched:

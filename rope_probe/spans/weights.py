@@ -21,7 +21,7 @@ from rope_probe.models.architectures import architecture_of, layers_of, rotary_l
 from rope_probe.models.parameters import ATTENTION, Projection, norms_around, part_of, projections_of
 from rope_probe.runs.tables import Metric, declare
 from rope_probe.spans.parts import site_of
-from rope_probe.spans.stored import Model, Weights, require_alike, require_same_pairs, weights_of
+from rope_probe.spans.stored import Model, Weights, require_alike, require_same_pairs, resolved, weights_of
 
 _BLOCK = 2**20
 Sums = dict[str, Tensor]
@@ -61,9 +61,11 @@ SPANS = declare(
 def compare_spans(before: Model, after: Model, *, progress: Callable[[int], Any] | None = None) -> pd.DataFrame:
     """How much each part of the weights changed from one checkpoint to another of the same architecture.
 
-    A model is a folder, a hub id or a model in memory. Checkpoints are read tensor by tensor from their safetensors
-    files; neither is ever whole in memory. Rows of the tidy frame, by `site` (`blocks.{i}.attn.W_Q|W_K|W_V|W_O`,
-    `blocks.{i}.mlp`, `blocks.{i}.ln`, `ln_final`, `embed.W_E`, `unembed.W_U`):
+    A model is a folder, a hub id, a name, a GGUF file or a model in memory; `after` may be the folder of a PEFT adapter
+    for `before`. Checkpoints in safetensors files are read tensor by tensor, and are never whole in memory.
+
+    Rows of the tidy frame, by `site` (`blocks.{i}.attn.W_Q|W_K|W_V|W_O`, `blocks.{i}.mlp`, `blocks.{i}.ln`, `ln_final`,
+    `embed.W_E`, `unembed.W_U`):
 
     - of every part: `change_norm` (Frobenius norm of after - before), `rel_change` (over the norm before), `cosine`,
       `norm_change` (norm after over norm before, less 1). In W_Q, W_K, W_V, W_O by head too, and in W_Q and W_K by
@@ -84,7 +86,7 @@ def compare_spans(before: Model, after: Model, *, progress: Callable[[int], Any]
     different architecture or shape, for what `weights_of` refuses, and for weights that are not finite, naming the
     tensor.
     """
-    one, other = weights_of(before, "before"), weights_of(after, "after")
+    one, other = weights_of(before, "before"), weights_of(resolved(after, before), "after")
     require_alike(one.model.config, other.model.config)
     require_same_pairs(rotary_layers(one.model), rotary_layers(other.model))
     _require_same_tensors(one, other)

@@ -6,6 +6,8 @@
   perturbations that begin there start from the clean layer's input and its q, k and v, and at positions before the cone
   attention reads the clean pass's keys and values. So one layer's activations are held at a time, whatever the depth.
 - Perturbations with one set of positions share calls, as rows of a batch.
+- Of a model that is offloaded, each layer's weights are fetched once, before its clean pass, and stay until its last
+  perturbed pass is done; so do those of the head.
 """
 
 from collections import defaultdict
@@ -20,9 +22,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from rope_probe.models.architectures import layers_of, query_key_value_modules
+from rope_probe.models.architectures import final_norm_of, layers_of, output_projection_of, query_key_value_modules
 from rope_probe.models.attention import Tail
 from rope_probe.models.hooked import HookedCausalLM, returning
+from rope_probe.models.offloaded import weights_in_place
 from rope_probe.tracing.perturbations import Perturbation, Site, Turn
 from rope_probe.windows.packing import Window
 
@@ -85,7 +88,8 @@ def run_beside(
     both passes. Logits come in blocks of positions. `progress` is called after each layer, with the number of
     perturbations.
 
-    Hooks of the user's own hold in every pass; they see whole windows, so cones then have all positions.
+    Hooks of the user's own hold in every pass; they see whole windows, so cones then have all positions. A layer whose
+    weights are offloaded is loaded once for all passes.
     """
     with torch.no_grad(), _Passes(model, window, perturbations, sites, read, masked, progress) as passes:
         hidden = model.hidden(window, masked=masked)
@@ -127,9 +131,11 @@ class _Passes(ExitStack):
         self.at: Tensor = torch.arange(0)
         self.clean: dict[str, Tensor] = {}
         self.projected: dict[nn.Module, Tensor] = {}
+        self.weights = ExitStack()  # of the layer that runs, for all passes
 
     def __enter__(self) -> "_Passes":
         super().__enter__()
+        self.callback(self.weights.close)
         hooks: list[tuple[str, Callable]] = []
         for layer, module in enumerate(layers_of(self.model.original_model)):
             handles = (
@@ -151,6 +157,7 @@ class _Passes(ExitStack):
     def _keep_input(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if not self.running:
             self.clean["input"] = args[0] if args else kwargs["hidden_states"]
+            self.weights.enter_context(weights_in_place(module))
 
     def _turn(self, site: Site, x: Tensor, hook: Any) -> Tensor:
         for row, one in enumerate(self.running):
@@ -196,6 +203,7 @@ class _Passes(ExitStack):
                 one.state = state
         self.clean.clear()
         self.projected.clear()
+        self.weights.close()
         if self.progress is not None:
             self.progress(self.count)
 
@@ -227,14 +235,22 @@ class _Passes(ExitStack):
 
     def finish(self, hidden: Float[Tensor, "1 T M"]) -> None:
         """After the clean pass: the perturbed final states, and the logits of all."""
+        plain = self.model.original_model
+        with weights_in_place(final_norm_of(plain)):
+            self._finish_states()
+        if LOGITS in self.sites:
+            with weights_in_place(output_projection_of(plain)):
+                self._read_logits(hidden)
+
+    def _finish_states(self) -> None:
         for group in self._groups(len(self.model.blocks), CALL_TOKENS):
             self.running, self.at = group, group[0].cone.at
             states = self.model.final_norm(_stacked([one.state for one in group]))
             for one, state in zip(group, states, strict=True):
                 one.state = state
         self.running = []
-        if LOGITS not in self.sites:
-            return
+
+    def _read_logits(self, hidden: Float[Tensor, "1 T M"]) -> None:
         groups = list(self._groups(len(self.model.blocks), LOGIT_ROWS * self.length))
         size = logit_block(self.model, 1 + max(map(len, groups), default=0))
         for start in range(0, self.length, size):

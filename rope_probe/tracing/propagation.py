@@ -19,6 +19,7 @@ from torch import Tensor
 from rope_probe import rope
 from rope_probe.errors import InputError
 from rope_probe.models.hooked import HookedCausalLM
+from rope_probe.models.offloaded import is_offloaded
 from rope_probe.runs.tables import Metric, declare
 from rope_probe.tracing.cone import LOGITS, logit_block, run_beside
 from rope_probe.tracing.deltas import LOGIT_METRICS, VECTOR_METRICS, Deltas, logit_deltas, vector_deltas
@@ -85,7 +86,10 @@ def trace(
     sites = _known(model, default_sites(model) if sites is None else sites)
     if by not in get_args(By):
         raise InputError(f"by must be 'position', 'document' or 'window', but it is {by!r}")
-    rows = rows or max(1, _STATE_ELEMENTS // (len(window) * model.config.hidden_size))
+    if rows is None:
+        rows = max(1, _STATE_ELEMENTS // (len(window) * model.config.hidden_size))
+        if is_offloaded(model.original_model):  # its weights are read once for each group of perturbations
+            rows = max(1, len(perturbations))
     means = _Means(model, window, sites, by, len(perturbations))
     for first in range(0, len(perturbations), rows):
         group = perturbations[first : first + rows]
