@@ -65,12 +65,10 @@ class Provenance:
     teachers: dict[str, Model] = field(default_factory=dict)
     read: dict[str, list[Read]] = field(default_factory=dict)
 
-    def add_model(
-        self, name: str, model: Any, *, kernel: str | None = None, origin: dict[str, Any] | None = None
-    ) -> Model:
+    def add_model(self, name: str, model: Any, *, kernel: str | None = None) -> Model:
         """A model by name: a HookedCausalLM, which knows its kernel, or a plain one. Returns what is said of it."""
         plain = getattr(model, "original_model", model)
-        described = describe_model(plain, kernel=kernel or getattr(model, "attn", None), origin=origin)
+        described = describe_model(plain, kernel=kernel or getattr(model, "attn", None))
         self.models[name] = described
         return described
 
@@ -100,7 +98,7 @@ class Provenance:
         return asdict(self)
 
 
-def describe_model(model: PreTrainedModel, *, kernel: str | None = None, origin: dict[str, Any] | None = None) -> Model:
+def describe_model(model: PreTrainedModel, *, kernel: str | None = None) -> Model:
     """What a manifest says of a model. The hash is over names and bytes of all tensors, in the order of their names."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
@@ -113,7 +111,6 @@ def describe_model(model: PreTrainedModel, *, kernel: str | None = None, origin:
         dtype=str(next(model.parameters()).dtype),
         weights_sha256=digest.hexdigest(),
         attention_kernel=kernel,
-        origin=origin,
     )
 
 
