@@ -11,9 +11,11 @@ if TYPE_CHECKING:
     from rope_probe.distillation import distill
     from rope_probe.errors import InputError
     from rope_probe.models.hooked import HookedCausalLM, load_model
+    from rope_probe.retrieval.heads import retrieval_head_scores
     from rope_probe.retrieval.probe import KeyValueTask, retrieval_accuracy, retrieval_trials
     from rope_probe.retrieval.tasks import TextTask
     from rope_probe.spans import Span, compare_spans, compare_states, span_effects, transplant_spans
+    from rope_probe.tracing.heads import head_scores, pair_contributions
     from rope_probe.tracing.perturbations import (
         DocumentOffset,
         PairFreeze,
@@ -23,7 +25,9 @@ if TYPE_CHECKING:
         ThetaSwap,
     )
     from rope_probe.tracing.propagation import copy_deltas, trace
+    from rope_probe.tracing.silence import silenced
     from rope_probe.windows.corpora import KeyValueStream, TextCorpus
+    from rope_probe.windows.natural import text_window
     from rope_probe.windows.packing import Batch, Window, pack, repeated_window
 
 _MODULE_OF = {
@@ -46,12 +50,17 @@ _MODULE_OF = {
     "compare_states": "spans",
     "copy_deltas": "tracing.propagation",
     "distill": "distillation",
+    "head_scores": "tracing.heads",
     "load_model": "models.hooked",
     "pack": "windows.packing",
+    "pair_contributions": "tracing.heads",
     "repeated_window": "windows.packing",
     "retrieval_accuracy": "retrieval.probe",
+    "retrieval_head_scores": "retrieval.heads",
     "retrieval_trials": "retrieval.probe",
+    "silenced": "tracing.silence",
     "span_effects": "spans",
+    "text_window": "windows.natural",
     "trace": "tracing.propagation",
     "transplant_spans": "spans",
 }
@@ -76,8 +85,10 @@ __all__ = [
     "compare_states",
     "copy_deltas",
     "distill",
+    "head_scores",
     "load_model",
     "pack",
+    "pair_contributions",
     "repeated_window",
     "retrieval_accuracy",
     "retrieval_trials",

@@ -78,6 +78,12 @@ Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of everythin
 Device = Annotated[str, typer.Option(help="Torch device: cpu, cuda, cuda:1.")]
 Dtype = Annotated[_Dtype | None, typer.Option(help="Dtype to compute in; as the checkpoint was saved by default.")]
 Attn = Annotated[_Kernel, typer.Option(help="Attention kernel.")]
+Text = Annotated[
+    Path | None,
+    typer.Option(help="Text file to cut documents from [default: the embedded text, where there is a tokenizer]."),
+]
+Packed = Annotated[bool, typer.Option("--packed", help="Different documents of the text, instead of one repeated.")]
+Random = Annotated[bool, typer.Option("--random", help="Random token ids instead of text.")]
 _MODEL = "Checkpoint folder, .gguf file, hub id, or a name: smollm2-135m, gemma3-270m."
 DeviceMap = Annotated[
     str | None,
@@ -115,10 +121,13 @@ def trace(
         int | None,
         typer.Option(min=1, max=LONGEST_WINDOW, help="Tokens in the window [default: all of --tokens, or 512]."),
     ] = None,
+    text: Text = None,
+    packed: Packed = False,
+    random: Random = False,
     document: Annotated[
         str | None, typer.Option(help="Token ids, comma separated, repeated across the window.")
     ] = None,
-    document_length: Annotated[int, typer.Option(min=1, help="Length of the random document repeated otherwise.")] = 64,
+    document_length: Annotated[int, typer.Option(min=1, help="Tokens of a document of text or random ids.")] = 64,
     tokens: Annotated[
         Path | None, typer.Option(help="File of documents to pack: token ids, one document a line.")
     ] = None,
@@ -126,7 +135,8 @@ def trace(
     sweep: Annotated[
         list[_Sweep] | None,
         typer.Option(
-            help="What to go through [default: dose and layer; with --shift, --layer, --head or --pair none]."
+            help="What to go through, narrowed by --layer and --head [default: dose and layer; with --shift or --pair "
+            "none]."
         ),
     ] = None,
     shift: Annotated[
@@ -154,15 +164,14 @@ def trace(
     from rope_probe.models.hooked import load_model
     from rope_probe.runs.progress import progress
     from rope_probe.runs.results import new_run
-    from rope_probe.tracing.cone import LOGITS
-    from rope_probe.tracing.propagation import DELTAS, attribute
+    from rope_probe.tracing.propagation import DELTAS
     from rope_probe.tracing.propagation import trace as trace_deltas
 
-    inputs: list[str | Path] = [model, *([tokens] if tokens else [])]
-    with new_run(out, "trace", config, overwrite=overwrite, inputs=inputs) as run:
+    source = _Source(text, packed, random, document, document_length, tokens)
+    with new_run(out, "trace", config, overwrite=overwrite, inputs=[model, *source.files]) as run:
         hooked = load_model(model, **_how(attn, dtype, device, device_map, adapter))
         _tell_origin(model)
-        read = _window(hooked, window, document, document_length, tokens, seed)
+        read = _window(hooked, window, source, seed)
         arms = _perturbations(hooked, len(read), sweep, shift, side, layer, head, pair)
         passes = sum(map(len, arms.values())) * (2 if control and hooked.dtype != torch.float64 else 1)
         twin = hooked.double() if control and hooked.dtype != torch.float64 else control
@@ -175,11 +184,7 @@ def trace(
         run.record(DELTAS, frame, model=model, seed=seed)
         _describe(run, hooked, model, adapter)
         run.provenance.add_tokens("window", read, masked=masked)
-        shown = frame["metric"].isin(["rel_l2", "kl_nats"]) & ~frame["site"].str.contains("rot_")
-        shown &= (frame["arm"] == "dose") | (frame["site"] == LOGITS)
-        table = attribute(frame[shown]).drop(columns=["side", "delta_tokens"]) if control else None
-    text = [] if table is None else [table.to_string(index=False, float_format="{:.3e}".format)]
-    _show(out, *text)
+    _show(out, *_trace_tables(frame))
 
 
 @app.command()
@@ -205,8 +210,11 @@ def spans(
         int | None,
         typer.Option(min=1, max=LONGEST_WINDOW, help="Tokens in that window [default: all of --tokens, or 512]."),
     ] = None,
+    text: Text = None,
+    packed: Packed = False,
+    random: Random = False,
     document_length: Annotated[
-        int | None, typer.Option(min=1, help="Length of the random document repeated in it [default: 64].")
+        int | None, typer.Option(min=1, help="Tokens of a document of text or random ids [default: 64].")
     ] = None,
     tokens: Annotated[
         Path | None, typer.Option(help="File of documents to pack instead: token ids, one document a line.")
@@ -234,13 +242,16 @@ def spans(
     from rope_probe.spans.stored import describe_checkpoint, resolved, weights_of
     from rope_probe.spans.weights import SPANS
 
-    of_states = (window, document_length, tokens, masked, device, dtype, attn)
-    if not states and of_states != (None, None, None, False, "cpu", None, _SDPA):
-        raise InputError("--window, --document-length, --tokens, --masked, --device, --dtype and --attn need --states")
+    of_states = (window, text, packed, random, document_length, tokens, masked, device, dtype, attn)
+    if not states and of_states != (None, None, False, False, None, None, False, "cpu", None, _SDPA):
+        raise InputError(
+            "--window, --text, --packed, --random, --document-length, --tokens, --masked, --device, --dtype and --attn "
+            "need --states"
+        )
     if tokens is not None and document_length is not None:
         raise InputError("--tokens and --document-length both say what to read; give one of them")
-    inputs: list[str | Path] = [before, after, *([tokens] if tokens else [])]
-    with new_run(out, "spans", config, overwrite=overwrite, inputs=inputs) as run:
+    source = _Source(text, packed, random, None, document_length or 64, tokens)
+    with new_run(out, "spans", config, overwrite=overwrite, inputs=[before, after, *source.files]) as run:
         for name in (before, after):
             _tell_origin(name)
         became = resolved(after, before)
@@ -249,7 +260,7 @@ def spans(
             kind: dict[str, Any] = {"attn": attn.value, "dtype": _torch_dtype(dtype), "device": device}
             adapter = None if became is after else after
             start, end = load_model(before, **kind), load_model(before if adapter else after, **kind, adapter=adapter)
-            read = _window(start, window, None, document_length or 64, tokens, seed)
+            read = _window(start, window, source, seed)
             run.record(SPAN_STATES, compare_states(start, end, read, masked=masked), model=after, seed=seed)
             run.provenance.add_tokens("window", read, masked=masked)
         with progress("weights compared", one.model.num_parameters()) as advance:
@@ -269,6 +280,95 @@ def spans(
         ):
             run.provenance.models[name] = dataclasses.replace(described, attention_kernel=kernel, origin=origin)
     _show(out, *_spans_tables(changed, statistics, geometry))
+
+
+@app.command()
+def heads(
+    model: Annotated[str, typer.Argument(help=_MODEL)],
+    out: Out,
+    window: Annotated[
+        int | None,
+        typer.Option(min=1, max=LONGEST_WINDOW, help="Tokens in the window [default: all of --tokens, or 512]."),
+    ] = None,
+    text: Text = None,
+    packed: Packed = False,
+    random: Random = False,
+    document_length: Annotated[int, typer.Option(min=1, help="Tokens of a document of text or random ids.")] = 64,
+    tokens: Annotated[
+        Path | None, typer.Option(help="File of documents to pack: token ids, one document a line.")
+    ] = None,
+    masked: Annotated[bool, typer.Option("--masked/--unmasked", help="Keep attention inside documents.")] = False,
+    layer: Annotated[list[int] | None, typer.Option(help="Layers to look at [default: all].")] = None,
+    pairs: Annotated[bool, typer.Option("--pairs", help="What each rotary pair adds to scores, too.")] = False,
+    trials: Annotated[
+        int, typer.Option(min=0, help="Passkey trials for the retrieval-head score; 0 leaves it out.")
+    ] = 0,
+    distance: Annotated[int | None, typer.Option(min=1, help="Their distance [default: half the window].")] = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    attn: Attn = _SDPA,
+    device_map: DeviceMap = None,
+    adapter: Adapter = None,
+    accept_terms: AcceptTerms = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Say what each head attends to: the token before, earlier copies, the start, how far back, and by which pairs."""
+    config = _recorded(locals())
+    from rope_probe.models.hooked import load_model
+    from rope_probe.runs.progress import progress
+    from rope_probe.runs.results import new_run
+    from rope_probe.tracing.heads import HEAD_PAIRS, HEADS, head_scores, pair_contributions
+
+    if distance is not None and not trials:
+        raise InputError("--distance is that of --trials; give both, or neither")
+    source = _Source(text, packed, random, None, document_length, tokens)
+    with new_run(out, "heads", config, overwrite=overwrite, inputs=[model, *source.files]) as run:
+        hooked = load_model(model, **_how(attn, dtype, device, device_map, adapter))
+        _tell_origin(model)
+        read = _window(hooked, window, source, seed)
+        layers = len(layer or hooked.blocks)
+        with progress("layers", layers * (1 + pairs)) as advance:
+            scores = head_scores(hooked, read, masked=masked, layers=layer, progress=advance)
+            run.record(HEADS, scores, model=model, seed=seed)
+            if pairs:
+                contributions = pair_contributions(hooked, read, masked=masked, layers=layer, progress=advance)
+                run.record(HEAD_PAIRS, contributions, model=model, seed=seed)
+        if trials:
+            scores = _with_retrieval_heads(run, hooked, scores, model, layer, trials, distance, len(read), seed)
+        _describe(run, hooked, model, adapter)
+        run.provenance.add_tokens("window", read, masked=masked)
+    _show(out, *_head_tables(scores))
+
+
+def _with_retrieval_heads(
+    run: "Run",
+    model: "HookedCausalLM",
+    scores: "pd.DataFrame",
+    name: str,
+    layers: list[int] | None,
+    trials: int,
+    distance: int | None,
+    window: int,
+    seed: int,
+) -> "pd.DataFrame":
+    """The scores and, recorded too, those of retrieval heads on passkeys."""
+    import pandas as pd
+
+    from rope_probe.retrieval.heads import retrieval_head_scores
+    from rope_probe.retrieval.tasks import TextTask
+    from rope_probe.runs.progress import progress
+    from rope_probe.tracing.heads import HEADS
+
+    if model.tokenizer is None:
+        raise InputError(f"--trials are in text, but {name!r} has no tokenizer; leave them out")
+    task = TextTask("passkey", model.tokenizer, window)
+    with progress("trials", trials) as advance:
+        copied = retrieval_head_scores(
+            model, task, [distance or window // 2], trials=trials, seed=seed, layers=layers, progress=advance
+        )
+    run.record(HEADS, copied, model=name, seed=seed)
+    return pd.concat([scores, copied])
 
 
 @app.command()
@@ -442,6 +542,46 @@ def _show(path: Path, *texts: str) -> None:
             raise InputError(f"cannot print to stdout ({error.strerror}); the result is whole, at {path}") from error
 
 
+_MOST = 10
+"""How many parts a table of a sweep shows: those with the largest effect."""
+
+
+def _trace_tables(frame: "pd.DataFrame") -> list[str]:
+    """Logit KL of each sweep: by dose, or of the parts with the largest effect; with a control, what is rounding."""
+    from rope_probe.tracing.cone import LOGITS
+    from rope_probe.tracing.propagation import is_rounding
+
+    logits = frame[(frame["site"] == LOGITS) & (frame["metric"] == "kl_nats")]
+    texts = []
+    for arm, rows in logits.groupby("arm", sort=False):
+        controlled = rows["value_float64"].notna().all()
+        columns = ["value", "value_float64"] if controlled else ["value"]
+        table = rows.groupby(["perturbation", "side"], sort=False)[columns].mean().reset_index()
+        if controlled:
+            rounding = is_rounding(table.assign(metric="kl_nats"))
+            table["verdict"] = rounding.map({True: "rounding", False: "signal"})
+        title = f"{arm}: KL of the logits, nats, mean over documents"
+        if len(table) > 3 * _MOST:
+            title += f"; the {_MOST} largest of {len(table)} on each side"
+            table = table.sort_values("value", ascending=False).groupby("side", sort=False).head(_MOST)
+        named = table.drop(columns="side").rename(columns={"value": "KL", "value_float64": "in float64"})
+        texts += [title, _table(named, "{:.3g}", index=False)]
+    return texts
+
+
+def _head_tables(scores: "pd.DataFrame") -> list[str]:
+    """The heads with the largest share of each kind of attention."""
+    from rope_probe.gallery.figures.heads import PANELS
+
+    texts = []
+    for metric, what in PANELS.items():
+        rows = scores[(scores["metric"] == metric) & scores["value"].notna()]
+        if len(rows):
+            most = rows.nlargest(_MOST // 2, "value")[["layer", "head", "value"]].rename(columns={"value": "share"})
+            texts += [f"{metric}, share of attention {what}: the largest", _table(most, "{:.3f}", index=False)]
+    return texts
+
+
 def _spans_tables(changed: "pd.DataFrame", statistics: "pd.DataFrame", geometry: "pd.DataFrame") -> list[str]:
     """How much each part changed, how the queries' change is spread, and the query spans that changed most."""
     whole = changed[(changed["metric"] == "rel_change") & changed["head"].isna()]
@@ -500,38 +640,75 @@ def _tasks(model: str, asked: list[_Task] | None, window: int | None, keys: int,
     return tasks
 
 
-def _window(
-    model: "HookedCausalLM",
-    length: int | None,
-    document: str | None,
-    document_length: int,
-    file: Path | None,
-    seed: int,
-) -> "Window":
-    import torch
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """What a window is made of: text, random ids, ids given, or a file of documents.
 
-    from rope_probe.windows import packing
+    Raises InputError where two of them are asked for.
+    """
 
-    if file is not None and document is not None:
-        raise InputError("--tokens and --document both say what to read; give one of them")
-    if file is not None:
-        documents = _read_documents(file)
+    text: Path | None
+    packed: bool
+    random: bool
+    document: str | None
+    document_length: int
+    tokens: Path | None
+
+    def __post_init__(self) -> None:
+        given = {"--text": self.text, "--random": self.random or None, "--document": self.document}
+        named = [name for name, value in {**given, "--tokens": self.tokens}.items() if value is not None]
+        if len(named) > 1:
+            raise InputError(f"{' and '.join(named)} both say what to read; give one of them")
+        if self.packed and named and named != ["--text"]:
+            raise InputError(f"--packed packs text, but {named[0]} is no text; leave one of them out")
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that are read for it."""
+        return [file for file in (self.text, self.tokens) if file is not None]
+
+
+def _window(model: "HookedCausalLM", length: int | None, source: _Source, seed: int) -> "Window":
+    from rope_probe.windows import natural, packing
+
+    if source.tokens is not None:
+        documents = _read_documents(source.tokens)
         if not documents:
-            raise InputError(f"--tokens {str(file)!r} holds no token ids; it takes one document a line")
+            raise InputError(f"--tokens {str(source.tokens)!r} holds no token ids; it takes one document a line")
         return packing.pack(documents, sum(map(len, documents)) if length is None else length)
     length = 512 if length is None else length
-    if document is not None:
-        ids = _token_ids(document.replace(",", " "), "--document")
+    if source.document is not None:
+        ids = _token_ids(source.document.replace(",", " "), "--document")
         if not ids:
-            raise InputError(f"--document needs at least one token id, but it is {document!r}")
-    else:
-        if document_length > length:
-            raise InputError(f"--document-length must be at most the window, {length}, but it is {document_length}")
-        generator = torch.Generator().manual_seed(seed)
-        ids = torch.randint(model.config.vocab_size, (document_length,), generator=generator).tolist()
+            raise InputError(f"--document needs at least one token id, but it is {source.document!r}")
+        return _repeated(ids, length)
+    document_length = source.document_length
+    if document_length > length:
+        raise InputError(f"--document-length must be at most the window, {length}, but it is {document_length}")
+    text = None if source.text is None else natural.read_text(source.text)
+    if source.random or (text is None and not source.packed and model.tokenizer is None):
+        return _repeated(_random_ids(model, document_length, seed), length)
+    if model.tokenizer is None:
+        raise InputError("text needs a tokenizer, and this checkpoint has none; --random reads random token ids")
+    if length % document_length:
+        raise InputError(f"--window must hold whole documents of {document_length} tokens, but it is {length}")
+    options: dict[str, Any] = {"document_length": document_length, "packed": source.packed, "seed": seed}
+    return natural.text_window(model.tokenizer, length, text=text, **options)
+
+
+def _random_ids(model: "HookedCausalLM", count: int, seed: int) -> list[int]:
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(model.config.vocab_size, (count,), generator=generator).tolist()
+
+
+def _repeated(ids: list[int], length: int) -> "Window":
+    from rope_probe.windows.packing import repeated_window
+
     if length % len(ids):
         raise InputError(f"--window must hold whole documents of {len(ids)} tokens, but it is {length}")
-    return packing.repeated_window(ids, length // len(ids))
+    return repeated_window(ids, length // len(ids))
 
 
 def _read_documents(file: Path) -> list[list[int]]:
@@ -565,11 +742,12 @@ def _perturbations(
     from rope_probe.tracing.sweeps import sweep as sweep_of
 
     sides: list[Any] = [one.value for one in side or list(_Side)]
-    if sweeps and any(part is not None for part in (shift, layer, head, pair)):
-        raise InputError("--sweep goes through sizes and parts itself; leave out --shift, --layer, --head and --pair")
+    if sweeps and (shift is not None or pair is not None):
+        raise InputError("--sweep goes through sizes and pairs itself; leave out --shift and --pair")
     if sweeps or all(part is None for part in (shift, layer, head, pair)):
         kinds = dict.fromkeys(map(str, sweeps or ("dose", "layer")))
-        swept = {kind: sweep_of(kind, model, window, sides=sides) for kind in kinds}
+        narrowed: dict[str, Any] = {"sides": sides, "layers": layer, "heads": head}
+        swept = {kind: sweep_of(kind, model, window, **narrowed) for kind in kinds}
         if not any(swept.values()):
             raise InputError(f"--sweep {' and '.join(kinds)} moves q or k alone, so it has nothing for --side qk alone")
         return {kind: perturbations for kind, perturbations in swept.items() if perturbations}

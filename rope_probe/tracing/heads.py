@@ -30,6 +30,7 @@ from rope_probe import rope
 from rope_probe.models.architectures import heads_of
 from rope_probe.models.attention import Scoring
 from rope_probe.models.hooked import HookedCausalLM
+from rope_probe.runs.tables import Column, Metric, declare
 from rope_probe.tracing.patterns import Rows, blocks, by_key_head, chosen_layers, read_layers, row_blocks
 from rope_probe.windows.packing import Window
 
@@ -38,6 +39,34 @@ TOTALS = ("previous_token", "induction", "duplicate_token", "entropy", "sink")
 BY_DISTANCE = ("match", "attention_mass")
 PAIR_METRIC, UNROTATED_METRIC = "pair_contribution", "unrotated_contribution"
 
+HEADS = declare(
+    "heads",
+    "What each head attends to: shares of a query's attention, mean over the queries for which they have a meaning.",
+    ("layer", "head", "distance", "queries", "trials"),
+    {
+        "previous_token": Metric("attention to the token before"),
+        "induction": Metric("attention to what followed earlier copies of the query's token"),
+        "duplicate_token": Metric("attention to earlier copies of the query's token"),
+        "match": Metric("the same, of copies from `distance` up to the next bin"),
+        "attention_mass": Metric("attention to keys from `distance` up to the next bin"),
+        "entropy": Metric("entropy of the attention", "nats"),
+        "sink": Metric("attention to the first position"),
+        "retrieval_head": Metric("share of a needle's tokens that the head copies into the answer (arXiv 2404.15574)"),
+    },
+    own={
+        "queries": Column("Int64", "over how many queries a score is a mean"),
+        "trials": Column("Int64", "over how many trials"),
+    },
+)
+HEAD_PAIRS = declare(
+    "head_pairs",
+    "By which rotary pairs an attended key outdoes the others: what each adds to its score, weighted by attention.",
+    ("layer", "head", "pair", "wavelength", "distance"),
+    {
+        PAIR_METRIC: Metric("of a pair, in units of scores"),
+        UNROTATED_METRIC: Metric("of the dimensions without rotation"),
+    },
+)
 Sums = dict[str, Float[Tensor, "..."]]
 
 

@@ -11,6 +11,7 @@ from rope_probe.gallery.figures import (
     cost,
     geometry,
     grid,
+    heads,
     propagation,
     retrieval,
     sensitivity,
@@ -21,6 +22,7 @@ from rope_probe.gallery.figures import (
 from rope_probe.gallery.figures.cost import trace_cost
 from rope_probe.gallery.figures.geometry import rotations_by_pair
 from rope_probe.gallery.figures.grid import theta_grid
+from rope_probe.gallery.figures.heads import head_map
 from rope_probe.gallery.figures.propagation import copy_heatmap, dose_response
 from rope_probe.gallery.figures.retrieval import retrieval_by_distance
 from rope_probe.gallery.figures.sensitivity import injected_by_read, sensitivity_by_pair
@@ -36,6 +38,7 @@ __all__ = [
     "change_by_part",
     "copy_heatmap",
     "dose_response",
+    "head_map",
     "injected_by_read",
     "loss_curves",
     "register",
@@ -124,6 +127,7 @@ DRAWINGS = [
         dose_response,
         lambda rows: [rows["model"], rows["arm"], _masked(rows), _kind(rows), rows["restriction"]],
     ),
+    Drawing("head_map", ("heads",), heads.is_head_score, head_map, _model),
     Drawing("injected_by_read", ("deltas",), sensitivity.is_of_layer, injected_by_read, _model),
     Drawing("sensitivity_by_pair", ("deltas",), sensitivity.is_of_pair, sensitivity_by_pair, _model),
     Drawing("transplants", ("span_effects",), spans.is_transplant, transplants, _model),
