@@ -1,5 +1,6 @@
 """The command line, `rope-probe`: typed functions, one line on stderr and exit code 2 for bad input."""
 
+import dataclasses
 import os
 import re
 import sys
@@ -126,9 +127,9 @@ def trace(
 
     from rope_probe.models.hooked import load_model
     from rope_probe.runs.progress import progress
-    from rope_probe.runs.results import describe_model, hash_tokens, new_run
+    from rope_probe.runs.results import new_run
     from rope_probe.tracing.cone import LOGITS
-    from rope_probe.tracing.propagation import attribute
+    from rope_probe.tracing.propagation import DELTAS, attribute
     from rope_probe.tracing.propagation import trace as trace_deltas
 
     inputs: list[str | Path] = [model, *([tokens] if tokens else [])]
@@ -144,14 +145,9 @@ def trace(
                 for name, arm in arms.items()
             ]
         frame = pd.concat(traced)
-        run.record(frame, model=model, seed=seed)
-        run.manifest |= {
-            "models": {model: describe_model(hooked.original_model)},
-            "tokens_sha256": hash_tokens(read.tokens),
-            "attention_kernel": attn.value,
-            "mask": "documents" if masked else "none",
-            "positions": "continuous",
-        }
+        run.record(DELTAS, frame, model=model, seed=seed)
+        run.provenance.add_model(model, hooked)
+        run.provenance.add_tokens("window", read, masked=masked)
         shown = frame["metric"].isin(["rel_l2", "kl_nats"]) & ~frame["site"].str.contains("rot_")
         shown &= (frame["arm"] == "dose") | (frame["site"] == LOGITS)
         table = attribute(frame[shown]).drop(columns=["side", "delta_tokens"]) if control else None
@@ -200,9 +196,12 @@ def spans(
     config = _recorded(locals())
     from rope_probe.models.hooked import load_model
     from rope_probe.runs.progress import progress
-    from rope_probe.runs.results import hash_tokens, new_run
+    from rope_probe.runs.results import new_run
     from rope_probe.spans import compare_spans, compare_states, landmarks, span_statistics
+    from rope_probe.spans.states import SPAN_STATES
+    from rope_probe.spans.statistics import LANDMARKS, SPAN_STATISTICS
     from rope_probe.spans.stored import describe_checkpoint, weights_of
+    from rope_probe.spans.weights import SPANS
 
     of_states = (window, document_length, tokens, masked, device, dtype, attn)
     if not states and of_states != (None, None, None, False, "cpu", None, _SDPA):
@@ -216,19 +215,20 @@ def spans(
             kind: dict[str, Any] = {"attn": attn.value, "dtype": _torch_dtype(dtype), "device": device}
             start, end = (load_model(name, **kind) for name in (before, after))
             read = _window(start, window, None, document_length or 64, tokens, seed)
-            run.record(compare_states(start, end, read, masked=masked), model=after, seed=seed, arm="states")
-            run.manifest |= {"tokens_sha256": hash_tokens(read.tokens), "attention_kernel": attn.value}
-            run.manifest |= {"mask": "documents" if masked else "none", "positions": "continuous"}
+            run.record(SPAN_STATES, compare_states(start, end, read, masked=masked), model=after, seed=seed)
+            run.provenance.add_tokens("window", read, masked=masked)
         with progress("weights compared", one.model.num_parameters()) as advance:
-            changed = run.record(compare_spans(before, after, progress=advance), model=after, arm="weights")
+            changed = run.record(SPANS, compare_spans(before, after, progress=advance), model=after)
         short, long = (
             given or weights.model.config.max_position_embeddings for given, weights in ((short, one), (long, other))
         )
         statistics = span_statistics(changed, short=short, long=long, seed=seed)
-        run.record(statistics, model=after, seed=seed, arm="statistics")
+        run.record(SPAN_STATISTICS, statistics, model=after, seed=seed)
         geometry = landmarks(one.model, other.model, short=short, long=long)
-        run.record(geometry, model=after, arm="landmarks")
-        run.manifest["models"] = {name: describe_checkpoint(name) for name in (before, after)}
+        run.record(LANDMARKS, geometry, model=after)
+        kernel = attn.value if states else None
+        for name in (before, after):
+            run.provenance.models[name] = dataclasses.replace(describe_checkpoint(name), attention_kernel=kernel)
     _show(out, *_spans_tables(changed, statistics, geometry))
 
 
@@ -264,9 +264,10 @@ def retrieval(
     import pandas as pd
 
     from rope_probe.models.hooked import load_model
-    from rope_probe.retrieval.probe import retrieval_accuracy, trials_hash
+    from rope_probe.retrieval.probe import RETRIEVAL, retrieval_accuracy, trials_hash
     from rope_probe.runs.progress import progress
-    from rope_probe.runs.results import describe_model, new_run
+    from rope_probe.runs.provenance import Read
+    from rope_probe.runs.results import new_run
 
     with new_run(out, "retrieval", config, overwrite=overwrite, inputs=[model]) as run:
         hooked = load_model(model, attn=attn.value, dtype=_torch_dtype(dtype), device=device)
@@ -283,15 +284,12 @@ def retrieval(
         with progress("trials", trials * sum(map(len, sweeps))) as advance:
             for one, sweep in zip(tasks, sweeps, strict=True):
                 frame = retrieval_accuracy(hooked, one, sweep, trials=trials, seed=seed, progress=advance)
-                frames.append(run.record(frame, model=model, arm=one.name))
-        run.manifest |= {
-            "models": {model: describe_model(hooked.original_model)},
-            "tokens_sha256": hashes,
-            "attention_kernel": attn.value,
-            "mask": "none",
-            "positions": "continuous",
-        }
-    shown = pd.concat(frames)[["arm", "distance", "metric", "value", "low", "high"]].rename(columns={"arm": "task"})
+                frames.append(run.record(RETRIEVAL, frame, model=model))
+        run.provenance.add_model(model, hooked)
+        for name, by_distance in hashes.items():
+            for digest in by_distance.values():
+                run.provenance.add_read(name, Read(digest))
+    shown = pd.concat(frames)[["task", "distance", "metric", "value", "low", "high"]]
     _show(out, shown.to_string(index=False, float_format="{:.3f}".format, na_rep="-"))
 
 
@@ -312,14 +310,14 @@ def distill_command(
     from accelerate import PartialState
 
     from rope_probe.distillation import distill, read_config
-    from rope_probe.runs.results import read_run
+    from rope_probe.runs.results import read_manifest
 
     changes = {"out": out, "seed": seed, "device": device, "dtype": dtype, "attn": attn}
     given = {key: value if key == "seed" else str(value) for key, value in changes.items() if value is not None}
     settings = read_config(config, **given)
     try:
         run = distill(settings, resume=resume)
-        missed = read_run(run)[1].get("missed_gate")
+        missed = read_manifest(run).get("missed_gate")
         if PartialState().is_main_process:
             if missed:
                 print(missed, file=sys.stderr)

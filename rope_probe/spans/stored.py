@@ -16,6 +16,7 @@ from rope_probe.models.architectures import Rotary, architecture_of, shape_of
 from rope_probe.models.checkpoints import read_config, require_plain, skeleton
 from rope_probe.models.hooked import HookedCausalLM
 from rope_probe.models.parameters import is_weight, name_in_files, part_of
+from rope_probe.runs import provenance
 
 Model: TypeAlias = str | os.PathLike[str] | PreTrainedModel | HookedCausalLM
 
@@ -97,7 +98,7 @@ def weights_of(model: Model, role: str = "") -> Weights:
     return _Stored(os.fspath(model))
 
 
-def describe_checkpoint(model: str | os.PathLike[str]) -> dict[str, Any]:
+def describe_checkpoint(model: str | os.PathLike[str]) -> provenance.Model:
     """What a manifest says of a checkpoint that is read but not loaded: its rope parameters in full, and file hashes.
 
     Raises InputError as `weights_of`.
@@ -107,12 +108,12 @@ def describe_checkpoint(model: str | os.PathLike[str]) -> dict[str, Any]:
     for file in sorted(set(stored.files.values())):
         with open(file, "rb") as shard:
             digests[Path(file).name] = hashlib.file_digest(shard, "sha256").hexdigest()
-    return {
-        "model_type": stored.model.config.model_type,
-        "rope_parameters": dict(stored.model.config.rope_parameters),
-        "parameters": stored.model.num_parameters(),
-        "files_sha256": digests,
-    }
+    return provenance.Model(
+        model_type=stored.model.config.model_type,
+        rope_parameters=dict(stored.model.config.rope_parameters),
+        parameters=stored.model.num_parameters(),
+        files_sha256=digests,
+    )
 
 
 def require_alike(before: PreTrainedConfig, after: PreTrainedConfig) -> None:
