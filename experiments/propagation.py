@@ -74,6 +74,8 @@ REACH = 2 * SHORT
 FLOOR = 1e-10
 FIXED = "repeated document, same number of keys"
 DOSES_ARM = "dose"
+SWEEPS = {"layer": "layer", "head": "head", "pair": "pair-tokens", "jitter": "jitter", "theta": "theta"}
+"""By arm, the sweep that it goes through."""
 SIGNALS = [PositionShift("q", dose) for dose in (0.25, 1.0, WINDOW, DOSE)]
 
 
@@ -100,8 +102,8 @@ def measure(out: Path, checkpoints: list[Path]) -> None:
                 label = f"{name} {seed}{', masked' if masked else ''}"
                 frame = _traced(model, twin, window, shifts(), masked, f"shifts, {label}")
                 run.record(DELTAS, frame, model=name, seed=seed, arm=DOSES_ARM)
-            for kind in ("layer", "head", "pair", "jitter", "theta"):
-                perturbations = sweep(kind, model, WINDOW, size=DOSE)
+            for kind, sweep_name in SWEEPS.items():
+                perturbations = sweep(sweep_name, model, WINDOW, size=DOSE)
                 frame = _traced(model, twin, window, perturbations, False, f"{kind}, {name} {seed}")
                 run.record(DELTAS, frame, model=name, seed=seed, arm=kind)
             if "arm" in made and seed in teachers:

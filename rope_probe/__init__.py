@@ -91,9 +91,12 @@ __all__ = [
     "pair_contributions",
     "repeated_window",
     "retrieval_accuracy",
+    "retrieval_head_scores",
     "retrieval_trials",
     "rope",
+    "silenced",
     "span_effects",
+    "text_window",
     "trace",
     "transplant_spans",
 ]

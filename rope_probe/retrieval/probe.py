@@ -201,7 +201,9 @@ def retrieval_accuracy(
     count = int(table["trial"].max()) + 1
     for done in (table.iloc[first : first + count] for first in range(0, len(table), count)):
         shares, logprobs = done["accuracy"].tolist(), done["answer_logprob_nats"].tolist()
-        columns = {"task": task.name, "seq_len": task.window, "distance": done["distance"].iloc[0], "seed": seed}
+        distance = done["distance"].iloc[0]
+        columns = {"task": task.name, "seq_len": task.window, "seed": seed}
+        columns["distance"] = None if pd.isna(distance) else int(distance)
         low, high = _accuracy_interval(shares, task.answers)
         rows.append({**columns, "metric": "accuracy", "value": float(np.mean(shares)), "low": low, "high": high})
         mean = float(np.mean(logprobs))

@@ -56,9 +56,8 @@ def text_window(
     texts = _shuffled(embedded_text.documents(), rng) if text is None else [text]
     tokens = _enough(tokenizer, texts, needed)
     if tokens is None:
-        raise InputError(
-            f"the text must have {needed} tokens or more, but it has {len(plain_ids(tokenizer, texts[0]))}"
-        )
+        there = sum(len(plain_ids(tokenizer, text)) for text in texts)
+        raise InputError(f"the text must have {needed} tokens or more, but it has {there}")
     first = int(rng.integers(len(tokens) - needed + 1))
     pieces = [[*start, *tokens[begin : begin + inner]] for begin in range(first, first + needed, inner)]
     return pack(pieces, length) if packed else repeated_window(pieces[0], copies)

@@ -14,9 +14,10 @@ _READ = ("hook_resid_post", "logits")
 
 
 def is_of_pair(frame: pd.DataFrame) -> pd.Series:
-    """Rows that `sensitivity_by_pair` draws: logit KL of a shift of one pair, in all layers and heads."""
+    """Rows that `sensitivity_by_pair` draws: logit KL of a shift or turn of one pair, in all heads of its layers."""
     narrow = frame["pair"].notna() & frame["inject_layer"].isna() & frame["head"].isna()
-    return is_shift(frame) & narrow & (frame["metric"] == "kl_nats")
+    turn = (frame["kind"] == "PairTurn").fillna(False) & frame["side"].isin(SIDES)
+    return (is_shift(frame) | turn) & narrow & (frame["metric"] == "kl_nats")
 
 
 def is_of_layer(frame: pd.DataFrame) -> pd.Series:
@@ -37,8 +38,14 @@ def sensitivity_by_pair(frame: pd.DataFrame, label: str = "") -> go.Figure:
     rows = frame[is_of_pair(frame)]
     if rows.empty:
         raise InputError("these results hold no shifts of single pairs; trace some with pairs=p")
+    if (classes := rows["kind"].unique()).size > 1:
+        raise InputError(f"these results hold {' and '.join(classes)} of single pairs; draw one at a time")
     dose = rows["delta_tokens"].max()
-    rows = rows[rows["delta_tokens"] == dose]
+    if classes[0] == "PairTurn":
+        how = "every pair turned by one angle"
+    else:
+        rows = rows[rows["delta_tokens"] == dose]
+        how = f"shift of {dose:g} tokens"
     figure = go.Figure()
     for side in SIDES:
         if (part := rows[rows["side"] == side]).empty:
@@ -63,13 +70,13 @@ def sensitivity_by_pair(frame: pd.DataFrame, label: str = "") -> go.Figure:
         figure.add_vline(x=length, line={"color": "#555555", "dash": "dash"})
         anchor = {"x": np.log10(length), "y": 1, "yref": "paper", "xanchor": "left", "yanchor": "top"}
         figure.add_annotation(text=f" {what}", showarrow=False, **anchor)
-    note = f"shift of {dose:g} tokens; bars: smallest to largest document; {sample(rows)}"
+    note = f"{how}; bars: smallest to largest document; {sample(rows)}"
     floor = (rows["value"] - rows["value_float64"]).abs().groupby(rows["wavelength"]).mean()
     if floor.gt(0).any():
         grey = {"color": "#999999", "dash": "dot"}
         figure.add_trace(go.Scatter(x=floor.index, y=floor, name="noise floor: distance to float64", line=grey))
     figure.update_xaxes(type="log", title="wavelength of the pair, tokens", tickformat="~g")
-    figure.update_yaxes(type="log", title="KL(clean || shifted), nats", exponentformat="power")
+    figure.update_yaxes(type="log", title="KL(clean || perturbed), nats", exponentformat="power")
     return styled(figure, "Which rotary pairs carry position to the output", label, note, height=520)
 
 
