@@ -1,4 +1,4 @@
-"""Windows of natural text: a document repeated, or several packed, cut at whole tokens and begun as the tokenizer does."""
+"""Windows of natural text: a document repeated or several packed, cut at whole tokens, with BOS as the tokenizer has."""
 
 import os
 from collections.abc import Sequence
