@@ -65,14 +65,15 @@ PREDICTIONS = {
     4: "Over all heads, the effect goes with attention to the token before: Spearman's correlation above .3.",
     5: "With the four heads of the largest effect silenced, chosen on another document, later copies lose half or more "
     "of their gain over the first copy; with four random heads of the same layers less than a quarter.",
-    6: "With these four heads silenced, the log-probability of a passkey falls by 1 nat or more below what random heads "
-    "of the same layers leave.",
+    6: "With these four heads silenced, the log-probability of a passkey falls by 1 nat or more below what random "
+    "heads of the same layers leave.",
     7: "At one angle for all, the fastest quarter of the pairs costs more than the slowest quarter: to look one token "
     "back takes pairs that turn within a few tokens.",
     8: "In Gemma, a shift by 16 tokens of the local layers costs 5 times as much as one of the global layers, or more.",
 }
 """Written before the first run of this script. 1, 2 and 8 are what was seen on other text (docs/findings.md), to be
-confirmed or corrected here; the rest had not been looked at."""
+confirmed or corrected here. That two such heads carry copies and retrieval (5, 6) had been seen on one other text; the
+rest had not been looked at."""
 
 MODELS = ("smollm2-135m", "gemma3-270m")
 Part = Literal["layers", "heads", "silence"]
@@ -193,11 +194,11 @@ def silencing(model: HookedCausalLM, window: Window, heads: Sequence[Head], seed
         others = [_other_head(layer, heads, count, rng) for layer, _ in heads]
         sets.append(("random", draw, others))
     frames = []
-    for what, draw, chosen in sets:
+    for what, number, chosen in sets:
         with silenced(model, chosen):
             values = _abilities(model, window, seed)
         rows = [{"metric": metric, "value": value} for metric, value in values.items()]
-        frames.append(pd.DataFrame(rows).assign(silenced=what, draw=draw, seq_len=len(window)))
+        frames.append(pd.DataFrame(rows).assign(silenced=what, draw=number, seq_len=len(window)))
     return pd.concat(frames, ignore_index=True)
 
 
@@ -251,7 +252,7 @@ def config_of(part: Part, name: str, seed: int) -> dict:
 
 
 def stages(options: Options) -> dict[str, Stage]:
-    """Every part, of the models that are installed, on one document a seed and one more; the first figures come first."""
+    """Every part, of the models that are installed, on a document for each seed and one more; first figures first."""
     planned = {}
     for name in filter(is_available, MODELS):
         for seed in range(options.seeds + 1):

@@ -48,6 +48,8 @@ def wanted(error: ValidationError) -> str:
 
 def in_words(problem: dict[str, Any]) -> str:
     """The same of one of pydantic's errors."""
+    if problem["input"] != problem["input"]:  # nothing compares with what is not a number
+        return _WORDS["finite_number"]
     words = _WORDS.get(problem["type"])
     if words is None:
         return problem["msg"].removeprefix("Input should be ")

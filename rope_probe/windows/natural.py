@@ -1,4 +1,4 @@
-"""Windows of natural text: a document repeated or several packed, cut at whole tokens, with BOS as the tokenizer has."""
+"""Windows of natural text: a document repeated or several packed, cut at whole tokens, with the tokenizer's BOS."""
 
 import os
 from collections.abc import Sequence

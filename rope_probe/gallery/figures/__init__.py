@@ -75,8 +75,9 @@ class Drawing:
 
 
 def _task(frame: pd.DataFrame) -> pd.Series:
-    """The task in text that was measured, "" for key-value retrieval."""
-    return frame["task"].mask(frame["task"] == KEY_VALUE, "").fillna("")
+    """The task that was measured, "" where all is key-value retrieval."""
+    task = frame["task"].fillna("")
+    return task if set(task) - {KEY_VALUE, ""} else task.mask(task == KEY_VALUE, "")
 
 
 def _phase(frame: pd.DataFrame) -> pd.Series:
