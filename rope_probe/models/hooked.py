@@ -28,7 +28,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from rope_probe.errors import InputError
-from rope_probe.models import attention, checkpoints, offloaded
+from rope_probe.models import attention, checkpoints, offloaded, pretrained
 from rope_probe.models.architectures import (
     architecture_of,
     backbone_of,
@@ -64,6 +64,7 @@ class HookedCausalLM(HookedRootModule):
         super().__init__()
         self._load_tokenizer: Callable[[], PreTrainedTokenizerBase | None] | None = None
         self._own_tokenizer: PreTrainedTokenizerBase | None = None
+        self.origin: dict[str, Any] | None = None
         sequential = architecture_of(model.config).resid_mid is not None
         _require_float_weights(model)
         self.original_model = model
@@ -599,6 +600,7 @@ def load_model(
         )
         hooked = HookedCausalLM(loaded, attn)
         hooked._load_tokenizer = partial(checkpoints.load_tokenizer, model)
+        hooked.origin = pretrained.origin_of(os.fspath(model))
         return hooked
     for name, value in {
         "device_map": device_map,

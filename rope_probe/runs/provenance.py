@@ -1,7 +1,7 @@
 """What a run was made from: its models by their weights, and what they read by its tokens, masks and positions."""
 
 import hashlib
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -69,6 +69,7 @@ class Provenance:
         """A model by name: a HookedCausalLM, which knows its kernel, or a plain one. Returns what is said of it."""
         plain = getattr(model, "original_model", model)
         described = describe_model(plain, kernel=kernel or getattr(model, "attn", None))
+        described = replace(described, origin=getattr(model, "origin", None))
         self.models[name] = described
         return described
 
