@@ -2,8 +2,8 @@
 
     python benchmarks/same_numbers.py runs-before runs-after
 
-Rows are compared in the order in which they were recorded. Speeds are left out. Ends with exit code 1 where numbers
-differ.
+Rows are compared in the order of their places and values. Runs of either layout are read: one metrics.parquet, or a
+folder of tables. Speeds are left out. Ends with exit code 1 where numbers differ.
 """
 
 import sys
@@ -16,9 +16,19 @@ PLACES = ("metric", "site", "layer", "head", "pair", "seed")
 SPEEDS = ("tokens_per_s",)
 
 
+def rows_of(run: Path) -> pd.DataFrame:
+    """All that a run measured, in an order of its own: by place, then by value."""
+    files = sorted([*run.glob("metrics.parquet"), *run.glob("tables/*.parquet")])
+    columns = [*PLACES, *NUMBERS]
+    frames = [pd.read_parquet(file).reindex(columns=columns) for file in files]
+    frame = pd.concat([frame.astype(dict.fromkeys(NUMBERS, "float64")) for frame in frames], ignore_index=True)
+    frame = frame[~frame["metric"].isin(SPEEDS)]
+    named = frame[list(PLACES)].astype("string").fillna("-")
+    return frame.assign(**named).sort_values(columns, ignore_index=True)
+
+
 def differences(before: pd.DataFrame, after: pd.DataFrame) -> list[str]:
     """In which columns two frames of one run differ, and in how many rows."""
-    before, after = (frame[~frame["metric"].isin(SPEEDS)].reset_index(drop=True) for frame in (before, after))
     if len(before) != len(after):
         return [f"{len(before)} rows before, {len(after)} after"]
     found = []
@@ -32,16 +42,15 @@ def differences(before: pd.DataFrame, after: pd.DataFrame) -> list[str]:
 def main(before: Path, after: Path) -> int:
     """Compare every run of `before` with that of the same place in `after`; returns the exit code."""
     rows, wrong = 0, 0
-    for file in sorted(before.rglob("metrics.parquet")):
-        run = file.parent.relative_to(before)
-        other = after / run / file.name
-        if not other.exists():
+    for manifest in sorted(before.rglob("manifest.json")):
+        run = manifest.parent.relative_to(before)
+        if not (after / run / manifest.name).exists():
             print(f"{run}: not in {after}")
             wrong += 1
             continue
-        frame = pd.read_parquet(file)
-        rows += len(frame)
-        for difference in differences(frame, pd.read_parquet(other)):
+        ours, theirs = rows_of(before / run), rows_of(after / run)
+        rows += len(ours)
+        for difference in differences(ours, theirs):
             print(f"{run}: {difference}")
             wrong += 1
     print(f"{rows} rows compared, {wrong} differences")

@@ -23,6 +23,7 @@ import typer
 from scipy.optimize import nnls
 
 from rope_probe import PositionShift, load_model, pack, trace
+from rope_probe.gallery.figures.cost import TRACE_COST
 from rope_probe.runs.results import new_run
 
 WINDOWS, LAYERS, COUNTS = (512, 1024, 2048, 4096), (2, 4, 8), (1, 4, 8)
@@ -43,7 +44,7 @@ def main(out: Path, repeats: Annotated[int, typer.Option(min=1)] = 3) -> None:
         off = np.abs(fitted / seconds - 1)
         sizes = frame[["seq_len", "layers", "count"]].rename(columns={"count": "perturbations"})
         for metric, values in (("seconds", seconds), ("seconds_fitted", fitted)):
-            run.record(sizes.assign(metric=metric, value=values))
+            run.record(TRACE_COST, sizes.assign(metric=metric, value=values))
         rates = run.manifest["fit"] = dict(zip(("linear", "attention", "read", "constant"), fit / scale, strict=True))
     print({name: f"{1e-9 / rates[name]:.0f} GFLOP/s" for name in ("linear", "attention") if rates[name]})
     print(f"{rates['read'] * 1e6:.2f} us a position read, {rates['constant'] * 1e3:.1f} ms a trace")

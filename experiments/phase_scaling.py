@@ -33,11 +33,13 @@ from experiments.toy_checkpoints import (
 )
 from rope_probe import HookedCausalLM, KeyValueStream, KeyValueTask, load_model, retrieval_accuracy, rope
 from rope_probe.distillation import Divergence, Phase, Term, train_phase
+from rope_probe.distillation.log import LOSSES
 from rope_probe.errors import InputError
 from rope_probe.models import checkpoints
-from rope_probe.retrieval.probe import student_interval
+from rope_probe.retrieval.probe import RETRIEVAL, student_interval
 from rope_probe.runs.progress import progress
-from rope_probe.runs.results import describe_model, hash_tokens, new_run, read_run, tidy
+from rope_probe.runs.results import new_run, read_manifest
+from rope_probe.runs.tables import Metric, Tables, declare
 from rope_probe.runs.verdicts import Section, verdict, verdicts
 from rope_probe.seeds import derive
 
@@ -71,6 +73,16 @@ BASE_THETAS = {"base": SMALL_THETA, "base_large_theta": LARGE_THETA}
 
 ADAMW: dict[str, Any] = {"lr": 2e-3, "matrix_lr": None}
 KD = (Divergence(),)
+GEOMETRY = declare(
+    "geometry",
+    "How each phase of training uses the rotary spectrum, and on what documents.",
+    ("phase", "seq_len", "pair", "wavelength"),
+    {
+        "rotations": Metric("full turns of a pair over the phase's window"),
+        "spectrum_use": Metric("share of pairs that complete a turn there"),
+        "document_length": Metric("length of the documents", "tokens"),
+    },
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,14 +150,14 @@ def extend(
                 for metric in ("loss", "ce_nats", "kd_nats")
                 if metric in n
             ]
-            run.record(tidy(losses), model=name, seed=seed, phase="extension", seq_len=arm.window)
-            run.manifest["tokens_sha256"] = hash_tokens(phase.batch(derive(seed, "extension"), 0).tokens)
-        run.record(geometry(arm), model=name, seed=seed)
+            run.record(LOSSES, losses, model=name, seed=seed, phase="extension", seq_len=arm.window)
+            first = phase.batch(derive(seed, "extension"), 0)
+            run.provenance.add_tokens("extension", first, teacher_masked=phase.teacher_masked if taught else None)
+        run.record(GEOMETRY, geometry(arm), model=name, seed=seed)
         measured = measure(student, seed)
-        run.record(measured, model=name, seed=seed, phase="extension")
+        run.record(RETRIEVAL, measured, model=name, seed=seed, phase="extension")
+        run.provenance.add_model(name, student)
         checkpoints.save(student.release(), run.folder / "checkpoint")
-        run.manifest |= {"models": {name: describe_model(student.original_model)}, "attention_kernel": "sdpa"}
-        run.manifest |= {"mask": "teacher" if arm.teacher_masked else "none", "positions": "continuous"}
     accuracy = measured[(measured["metric"] == "accuracy") & (measured["seq_len"] == LONG)]
     print(name, seed, dict(zip(accuracy["distance"], accuracy["value"].round(2), strict=True)), file=sys.stderr)
 
@@ -178,16 +190,16 @@ def geometry(arm: Arm) -> pd.DataFrame:
     phases = {"short": (SHORT, BASE_THETAS[arm.base], SHORT)} | ({"extension": extension} if arm.objective else {})
     rows: list[dict] = []
     for phase, (window, theta, length) in phases.items():
-        at = {"phase": phase, "seq_len": window}
+        columns = {"phase": phase, "seq_len": window}
         inv_freq = rope.inv_freq({"rope_type": "default", "rope_theta": theta}, HEAD_DIM)
         turns = zip(rope.wavelengths(inv_freq).tolist(), rope.rotations(inv_freq, window).tolist(), strict=True)
         rows += [
-            {**at, "metric": "rotations", "pair": pair, "wavelength": wavelength, "value": value}
+            {**columns, "metric": "rotations", "pair": pair, "wavelength": wavelength, "value": value}
             for pair, (wavelength, value) in enumerate(turns)
         ]
-        rows.append({**at, "metric": "spectrum_use", "value": rope.spectrum_use(inv_freq, window)})
-        rows.append({**at, "metric": "document_length", "value": length})
-    return tidy(rows)
+        rows.append({**columns, "metric": "spectrum_use", "value": rope.spectrum_use(inv_freq, window)})
+        rows.append({**columns, "metric": "document_length", "value": length})
+    return GEOMETRY.frame(rows)
 
 
 def needs(name: str) -> tuple[str, ...]:
@@ -201,7 +213,7 @@ def config_of(name: str, seed: int, checkpoints_in: Path) -> dict:
     """The whole configuration of an arm, as its manifest holds it: the checkpoints by their weights."""
     arm = ARMS[name]
     sources = [checkpoints_in / f"{role}-{seed}" for role in needs(name)]
-    weights = [model["weights_sha256"] for run in sources for model in read_run(run)[1]["models"].values()]
+    weights = [model["weights_sha256"] for run in sources for model in read_manifest(run)["models"].values()]
     phase = None if arm.objective is None else dataclasses.asdict(phase_of(arm))
     probe = {"trials": TRIALS, "distances": DISTANCES, "short_distances": SHORT_DISTANCES}
     return {"arm": name, "seed": seed, "theta": arm.theta, "phase": phase, "weights_sha256": weights, "probe": probe}
@@ -250,9 +262,9 @@ def stages(options: Options) -> dict[str, Stage]:
     return planned
 
 
-def report(frames: Mapping[str, pd.DataFrame]) -> Section:
+def report(results: Mapping[str, Tables]) -> Section:
     """Retrieval by distance in both windows, and the predictions for the arms that were run."""
-    frame = frames["phase_scaling"]
+    frame = results["phase_scaling"]["retrieval"]
     accuracy = frame[frame["metric"] == "accuracy"]
     tables = {
         f"retrieval in a window of {window} tokens after the extension, accuracy by distance": by_distance(

@@ -37,13 +37,17 @@ from experiments.stages import Options, Stage
 from experiments.toy_checkpoints import LARGE_THETA, LONG, SHORT, CheckpointsIn, by_distance
 from rope_probe import HookedCausalLM, PairFreeze, copy_deltas, load_model, repeated_window, rope
 from rope_probe.distillation import train_phase
+from rope_probe.distillation.log import LOSSES
 from rope_probe.errors import InputError
 from rope_probe.models import checkpoints
 from rope_probe.names import MISSED_GATE
+from rope_probe.retrieval.probe import RETRIEVAL
 from rope_probe.runs.progress import progress
-from rope_probe.runs.results import describe_model, hash_tokens, new_run, read_run, tidy
+from rope_probe.runs.results import new_run, read_manifest
+from rope_probe.runs.tables import Tables
 from rope_probe.runs.verdicts import Section, beside, verdict, verdicts
 from rope_probe.seeds import derive
+from rope_probe.tracing.propagation import DELTAS
 from rope_probe.windows.packing import Batch
 
 QUESTION = "Is it position in the teacher's logits that distils?"
@@ -160,21 +164,18 @@ def _train_teacher(seed: int, out: Path) -> None:
                 model, phase, derive(seed, "nope_teacher", phase.name), f"nope teacher {seed}, {phase.name}"
             )
             losses = [{"tokens": n["tokens"], "metric": "ce_nats", "value": n["ce_nats"]} for n in history]
-            made.record(tidy(losses), model="nope_teacher", seed=seed, phase=phase.name, seq_len=phase.window)
-            made.record(gate.assign(metric="gate_accuracy"), model="nope_teacher", seed=seed, phase=phase.name)
+            made.record(LOSSES, losses, model="nope_teacher", seed=seed, phase=phase.name, seq_len=phase.window)
+            gate = gate.assign(metric="gate_accuracy", phase=phase.name)
+            made.record(RETRIEVAL, gate, model="nope_teacher", seed=seed)
+            made.provenance.add_tokens(phase.name, phase.batch(derive(seed, "nope_teacher", phase.name), 0))
             print(gate[["distance", "value", "low", "high"]].to_string(index=False), file=sys.stderr)
             if missed:
                 print(missed, file=sys.stderr)
                 break
-        made.record(_place_in_logits(model, seed), model="nope_teacher", seed=seed)
+        made.record(DELTAS, _place_in_logits(model, seed), model="nope_teacher", seed=seed)
+        made.provenance.add_model("nope_teacher", model)
         checkpoints.save(model.release(), made.folder / "checkpoint")
-        made.manifest |= {
-            "models": {"nope_teacher": describe_model(model.original_model)},
-            "missed_gate": missed,
-            "attention_kernel": "sdpa",
-            "mask": "none",
-            "positions": "continuous",
-        }
+        made.manifest["missed_gate"] = missed
     if missed:
         raise typer.Exit(MISSED_GATE)
 
@@ -202,7 +203,7 @@ def _distil(channel: str, seed: int, out: Path, checkpoints_in: Path) -> None:
     with new_run(out, "positional_channel", config_of(channel, seed, checkpoints_in), overwrite=True) as made:
         teacher = teacher_of(channel, seed, checkpoints_in)
         if channel != "scrubbed":
-            made.record(phase_scaling.measure(teacher, seed), model=channel, role="teacher", seed=seed)
+            made.record(RETRIEVAL, phase_scaling.measure(teacher, seed), model=channel, role="teacher", seed=seed)
         base = checkpoints.load(checkpoints_in / f"base-{seed}" / "checkpoint")
         student = load_model(checkpoints.with_rope(base, LARGE_THETA))
         phase = phase_of(channel)
@@ -215,15 +216,11 @@ def _distil(channel: str, seed: int, out: Path, checkpoints_in: Path) -> None:
                 on_step=lambda n: advance(phase.batch_tokens, f"loss {n['loss']:.2f}"),
             )
         measured = phase_scaling.measure(student, seed)
-        made.record(measured, model=channel, role="student", seed=seed, phase="extension")
+        made.record(RETRIEVAL, measured, model=channel, role="student", seed=seed, phase="extension")
+        made.provenance.add_model(channel, student)
+        first = phase.batch(derive(seed, "extension"), 0)
+        made.provenance.add_tokens("extension", first, teacher_masked=phase.teacher_masked)
         checkpoints.save(student.release(), made.folder / "checkpoint")
-        made.manifest |= {
-            "models": {channel: describe_model(student.original_model)},
-            "attention_kernel": "sdpa",
-            "mask": "teacher" if phase.teacher_masked else "none",
-            "positions": "continuous",
-            "tokens_sha256": hash_tokens(phase.batch(derive(seed, "extension"), 0).tokens),
-        }
     accuracy = measured[(measured["metric"] == "accuracy") & (measured["seq_len"] == LONG)]
     print(channel, seed, dict(zip(accuracy["distance"], accuracy["value"].round(2), strict=True)), file=sys.stderr)
 
@@ -258,7 +255,7 @@ def teacher_config(seed: int) -> dict:
 def config_of(channel: str, seed: int, checkpoints_in: Path) -> dict:
     """The whole configuration of a channel, as its manifest holds it: the checkpoints by their weights."""
     sources = [checkpoints_in / f"{role}-{seed}" for role in needs(channel)]
-    weights = [model["weights_sha256"] for run in sources for model in read_run(run)[1]["models"].values()]
+    weights = [model["weights_sha256"] for run in sources for model in read_manifest(run)["models"].values()]
     return {
         "channel": channel,
         "seed": seed,
@@ -288,12 +285,12 @@ def stages(options: Options) -> dict[str, Stage]:
     return planned
 
 
-def report(frames: Mapping[str, pd.DataFrame]) -> Section:
+def report(results: Mapping[str, Tables]) -> Section:
     """Retrieval by students of teachers whose channel is cut, beside arms of phase_scaling, and the predictions."""
-    frame = frames["positional_channel"]
+    frame = results["positional_channel"]["retrieval"]
     accuracy = frame[(frame["metric"] == "accuracy") & (frame["seq_len"] == LONG)]
     table = by_distance(accuracy, ["model", "role", "seed"])
-    beside_it = frames.get("phase_scaling", frame.iloc[:0])
+    beside_it = results["phase_scaling"]["retrieval"] if "phase_scaling" in results else frame.iloc[:0]
     return Section(judged(pd.concat([frame, beside_it])), {"retrieval, accuracy by distance": table})
 
 

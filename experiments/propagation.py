@@ -27,11 +27,13 @@ from experiments.stages import Options, Stage
 from experiments.toy_checkpoints import SHORT, SHORT_DOCUMENTS
 from rope_probe import HookedCausalLM, PositionShift, Window, copy_deltas, load_model, pack, repeated_window, trace
 from rope_probe.distillation import distillation_signal
+from rope_probe.distillation.signal import SIGNAL
 from rope_probe.runs.progress import progress
-from rope_probe.runs.results import describe_model, hash_tokens, new_run, read_run
+from rope_probe.runs.results import Run, new_run, read_manifest
+from rope_probe.runs.tables import Tables
 from rope_probe.runs.verdicts import Kind, Section, verdict, verdicts
 from rope_probe.tracing.perturbations import Perturbation, Side
-from rope_probe.tracing.propagation import COPY
+from rope_probe.tracing.propagation import COPY, DELTAS
 from rope_probe.tracing.sweeps import sweep
 
 QUESTION = "How does a perturbation of position travel to the logits, and what else explains it?"
@@ -84,42 +86,47 @@ def measure(out: Path, checkpoints: list[Path]) -> None:
     torch.set_num_threads(1)
     teachers: dict[int, HookedCausalLM] = {}
     with new_run(out, "propagation", config_of(checkpoints), overwrite=True) as run:
-        run.manifest["models"] = {}
         for checkpoint in checkpoints:
-            made = read_run(checkpoint)[1]["config"]
+            made = read_manifest(checkpoint)["config"]
             name, seed = made.get("role") or made["arm"], made["seed"]
             model = load_model(checkpoint / "checkpoint")
             twin = model.double()
             for arm in copy_arms(seed):
                 frame = copy_deltas(model, arm.window, reference=arm.reference, masked=arm.masked, control=twin)
-                run.record(frame, model=name, seed=seed, arm=arm.name)
-            run.record(_copies_of_fixed_denominator(model, seed), model=name, seed=seed, arm=FIXED)
+                run.record(DELTAS, frame, model=name, seed=seed, arm=arm.name)
+            run.record(DELTAS, _copies_of_fixed_denominator(model, seed), model=name, seed=seed, arm=FIXED)
             window = packed_documents(seed)
             for masked in (False, True):
-                told = f"{name} {seed}{', masked' if masked else ''}"
-                frame = _traced(model, twin, window, shifts(), masked, f"shifts, {told}")
-                run.record(frame, model=name, seed=seed, arm=DOSES_ARM)
+                label = f"{name} {seed}{', masked' if masked else ''}"
+                frame = _traced(model, twin, window, shifts(), masked, f"shifts, {label}")
+                run.record(DELTAS, frame, model=name, seed=seed, arm=DOSES_ARM)
             for kind in ("layer", "head", "pair", "jitter", "theta"):
                 perturbations = sweep(kind, model, WINDOW, size=DOSE)
                 frame = _traced(model, twin, window, perturbations, False, f"{kind}, {name} {seed}")
-                run.record(frame, model=name, seed=seed, arm=kind)
+                run.record(DELTAS, frame, model=name, seed=seed, arm=kind)
             if "arm" in made and seed in teachers:
-                run.record(
-                    distillation_signal(teachers[seed], model, window, SIGNALS), model=name, seed=seed, arm="signal"
-                )
+                signal = distillation_signal(teachers[seed], model, window, SIGNALS)
+                run.record(SIGNAL, signal, model=name, seed=seed)
+            run.provenance.add_model(f"{name}-{seed}", model)
+            _describe_reading(run, seed)
             plain = model.release()
-            run.manifest["models"][f"{name}-{seed}"] = describe_model(plain)
-            run.manifest["models"][f"{name}-{seed}"]["tokens_sha256"] = hash_tokens(window.tokens)
             if name == "teacher":
                 teachers[seed] = load_model(plain)
-        run.manifest |= {"attention_kernel": "sdpa", "mask": "as the arm says, else none", "positions": "continuous"}
+
+
+def _describe_reading(run: Run, seed: int) -> None:
+    """The windows that every model of a seed reads, and whether masked."""
+    for arm in copy_arms(seed):
+        run.provenance.add_tokens(f"{arm.name}, seed {seed}", arm.window, masked=arm.masked)
+    for masked in (False, True):
+        run.provenance.add_tokens(f"packed documents, seed {seed}", packed_documents(seed), masked=masked)
 
 
 def config_of(checkpoints: list[Path]) -> dict:
     """The whole configuration, as the manifest holds it: the checkpoints by their weights."""
-    weights = [model["weights_sha256"] for run in checkpoints for model in read_run(run)[1]["models"].values()]
-    told = {"window": WINDOW, "document": SHORT, "doses": DOSES, "one_dose": DOSE, "sliding_window": REACH}
-    return {**told, "signals": list(map(str, SIGNALS)), "weights_sha256": weights}
+    weights = [model["weights_sha256"] for run in checkpoints for model in read_manifest(run)["models"].values()]
+    settings = {"window": WINDOW, "document": SHORT, "doses": DOSES, "one_dose": DOSE, "sliding_window": REACH}
+    return {**settings, "signals": list(map(str, SIGNALS)), "weights_sha256": weights}
 
 
 class CopyArm(NamedTuple):
@@ -200,18 +207,18 @@ def stages(options: Options) -> dict[str, Stage]:
     return planned
 
 
-def report(frames: Mapping[str, pd.DataFrame]) -> Section:
+def report(results: Mapping[str, Tables]) -> Section:
     """Logit KL by tokens shifted, and the predictions for each model and seed."""
-    frame = frames["propagation"]
+    frame, signal = (results["propagation"][name] for name in ("deltas", "signal"))
     logits = frame[(frame["site"] == "logits") & (frame["metric"] == "kl_nats") & (frame["arm"] == DOSES_ARM)]
     keys = ["model", "seed", "masked", "side", "delta_tokens"]
     table = logits.groupby(keys)[["value", "value_float64"]].mean().unstack("side")
     title = "logit KL in nats by tokens shifted, in float32 and in float64, mean over documents"
-    return Section(judged(frame), {title: table})
+    return Section(judged(frame, signal), {title: table})
 
 
-def judged(frame: pd.DataFrame) -> pd.DataFrame:
-    """Each prediction with its figures and whether it held, per model and seed."""
+def judged(frame: pd.DataFrame, signal: pd.DataFrame) -> pd.DataFrame:
+    """Each prediction with its figures and whether it held, per model and seed, from deltas and signals."""
     logits = frame[frame["site"] == "logits"]
     rel = logits[logits["metric"] == "rel_l2"].groupby(["arm", "masked", "model", "seed"])["value_float64"].max()
     kl = logits[logits["metric"] == "kl_nats"]
@@ -281,7 +288,7 @@ def judged(frame: pd.DataFrame) -> pd.DataFrame:
                 by_length.idxmax(),
                 by_length.idxmax() <= SHORT,
             )
-        taught = frame[(frame["arm"] == "signal") & (frame["model"] == model) & (frame["seed"] == seed)]
+        taught = signal[(signal["model"] == model) & (signal["seed"] == seed)]
         if model == "theta_swapped" and len(taught):
             rows += _signal_verdicts(taught, model, seed)
     for seed in sorted(frame["seed"].unique()):

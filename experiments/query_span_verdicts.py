@@ -24,6 +24,7 @@ from experiments.query_spans import (
 )
 from experiments.toy_checkpoints import LONG, SHORT
 from rope_probe.retrieval.probe import student_interval
+from rope_probe.runs.tables import Tables
 from rope_probe.runs.verdicts import verdict, verdicts
 from rope_probe.spans import contrast, enrichment, fraction_to_reach, stability
 
@@ -32,73 +33,73 @@ _PARTS = {"W_Q": "W_Q", "W_K": "W_K", "W_V": "W_V", "W_O": "W_O", "mlp": "MLP", 
 _EMBEDDINGS = {"W_E": "W_E", "W_U": "W_U"}
 
 
-def part_changes(frame: pd.DataFrame, metric: str = "rel_change") -> pd.DataFrame:
+def part_changes(spans: pd.DataFrame, metric: str = "rel_change") -> pd.DataFrame:
     """Change of each part, the mean over layers: a row for each arm and seed."""
-    rows = frame[(frame["arm"] == "weights") & (frame["metric"] == metric) & frame["head"].isna()]
+    rows = spans[(spans["metric"] == metric) & spans["head"].isna()]
     rows = rows.assign(part=rows["site"].str.rpartition(".")[2].map({**_PARTS, **_EMBEDDINGS}))
     return rows.pivot_table(index=["model", "seed"], columns="part", values="value")
 
 
-def accuracies(frame: pd.DataFrame, into: str, seq_len: int = LONG) -> pd.DataFrame:
+def accuracies(effects: pd.DataFrame, into: str, seq_len: int = LONG) -> pd.DataFrame:
     """Accuracy, the mean over distances, after transplanting each group: by arm of training and seed."""
-    rows = frame[(frame["arm"] == GROUPS) & (frame["into"] == into)]
+    rows = effects[(effects["arm"] == GROUPS) & (effects["into"] == into)]
     rows = rows[(rows["metric"] == "accuracy") & (rows["seq_len"] == seq_len)]
     return rows.pivot_table(index=["model", "seed"], columns="group", values="value", sort=False)
 
 
-def gains(frame: pd.DataFrame, into: str) -> pd.DataFrame:
+def gains(effects: pd.DataFrame, into: str) -> pd.DataFrame:
     """Share of the gain that is there after transplanting each group: 0 as at the start, 1 as at the end."""
-    table = accuracies(frame, into)
+    table = accuracies(effects, into)
     start, end = ("nothing", "everything") if into == START else ("everything", "nothing")
     return table.sub(table[start], axis=0).div(table[end] - table[start], axis=0)
 
 
-def curves(frame: pd.DataFrame, span_set: str) -> pd.DataFrame:
+def curves(effects: pd.DataFrame, span_set: str) -> pd.DataFrame:
     """Accuracy against the fraction of query spans transplanted: a row for each arm of training, seed, order, draw.
 
     The draw of an order that is not random is -1.
     """
-    rows = frame[(frame["arm"] == CURVE) & (frame["span_set"] == span_set)]
+    rows = effects[(effects["arm"] == CURVE) & (effects["span_set"] == span_set)]
     rows = rows[(rows["metric"] == "accuracy") & (rows["seq_len"] == LONG)]
     fraction = (rows["moved"] / rows["movable"]).astype(float)
     rows = rows.assign(fraction=fraction, draw=rows["draw"].fillna(-1))
     return rows.pivot_table(index=["model", "seed", "order", "draw"], columns="fraction", values="value")
 
 
-def reached(frame: pd.DataFrame, span_set: str, share: float) -> pd.DataFrame:
+def reached(effects: pd.DataFrame, span_set: str, share: float) -> pd.DataFrame:
     """The fraction of query spans at which each order has `share` of the gain; by arm and seed, random orders' mean.
 
     inf where no size reaches it.
     """
-    ends = accuracies(frame, START)
-    found = []
-    for (model, seed, order, _), values in curves(frame, span_set).iterrows():
+    ends = accuracies(effects, START)
+    fractions = []
+    for (model, seed, order, _), values in curves(effects, span_set).iterrows():
         start, end = (ends.loc[(model, seed), name] for name in ("nothing", "everything"))
         level = start + share * (end - start)
         fraction = fraction_to_reach(values.index.to_list(), values.to_list(), level)
-        found.append({"model": model, "seed": seed, "order": order, "fraction": fraction})
-    table = pd.DataFrame(found).groupby(["model", "seed", "order"])["fraction"].mean()
+        fractions.append({"model": model, "seed": seed, "order": order, "fraction": fraction})
+    table = pd.DataFrame(fractions).groupby(["model", "seed", "order"])["fraction"].mean()
     return table.unstack("order")
 
 
-def carrying(frame: pd.DataFrame) -> pd.DataFrame:
+def carrying(effects: pd.DataFrame) -> pd.DataFrame:
     """The fraction of the query spans that brings half, and 90%, of the gain; the mean over seeds and its interval.
 
     `most` is the share of the gain that the best size reaches.
     """
     rows = []
-    ends = accuracies(frame, START)
+    ends = accuracies(effects, START)
     for span_set in (WITH_KEYS, TOGETHER, KEPT):
-        if curves(frame, span_set).empty:
+        if curves(effects, span_set).empty:
             continue
-        shares = {name: reached(frame, span_set, share) for name, share in (("half", 0.5), ("90%", 0.9))}
-        best = curves(frame, span_set).max(axis=1).groupby(["model", "seed", "order"]).mean().unstack("order")
+        shares = {name: reached(effects, span_set, share) for name, share in (("half", 0.5), ("90%", 0.9))}
+        best = curves(effects, span_set).max(axis=1).groupby(["model", "seed", "order"]).mean().unstack("order")
         most = best.sub(ends["nothing"], axis=0).div(ends["everything"] - ends["nothing"], axis=0)
         for model in most.index.unique("model"):
             for order in most.columns[most.loc[model].notna().any()]:
-                told = {name: _told(table.loc[model][order].to_list()) for name, table in shares.items()}
-                told["most"] = _told(most.loc[model][order].to_list())
-                rows.append({"what": f"{span_set}, {order}", "model": model, "seeds": len(most.loc[model]), **told})
+                columns = {name: _told(table.loc[model][order].to_list()) for name, table in shares.items()}
+                columns["most"] = _told(most.loc[model][order].to_list())
+                rows.append({"what": f"{span_set}, {order}", "model": model, "seeds": len(most.loc[model]), **columns})
     return pd.DataFrame(rows)
 
 
@@ -109,17 +110,17 @@ def _told(values: list[float]) -> str:
     return f"{np.mean(values):.2f}" + (f" [{low:.2f}, {high:.2f}]" if len(values) > 1 else "")
 
 
-def single_effects(frame: pd.DataFrame) -> pd.DataFrame:
+def single_effects(effects: pd.DataFrame, predictors: pd.DataFrame) -> pd.DataFrame:
     """Nats that the answer loses when one query span is reverted in the end, and what was to foresee it; by span."""
     keys = ["model", "seed", "layer", "head", "pair"]
-    rows = frame[(frame["arm"] == ALONE) & (frame["metric"] == "answer_logprob_nats")]
-    foreseen = frame[frame["arm"] == "predictor"].pivot_table(index=keys, columns="metric", values="value")
+    rows = effects[(effects["arm"] == ALONE) & (effects["metric"] == "answer_logprob_nats")]
+    foreseen = predictors.pivot_table(index=keys, columns="metric", values="value")
     return foreseen.assign(effect=-rows.groupby(keys)["value"].mean())
 
 
-def foresight(frame: pd.DataFrame) -> pd.DataFrame:
+def foresight(effects: pd.DataFrame, predictors: pd.DataFrame) -> pd.DataFrame:
     """Spearman's correlation of each predictor with the single effects, and with the greedy order of causes."""
-    table = single_effects(frame)
+    table = single_effects(effects, predictors)
     targets = {"effect": 1, "greedy_rank": -1, "greedy_rank_together": -1}
     rows = []
     for (model, seed), part in table.groupby(level=["model", "seed"]):
@@ -131,9 +132,8 @@ def foresight(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def contrasts(frame: pd.DataFrame) -> pd.DataFrame:
+def contrasts(spans: pd.DataFrame) -> pd.DataFrame:
     """How many times as much the query spans changed in one arm as in another, the geometric mean; and agreement."""
-    weights = frame[frame["arm"] == "weights"]
     rows = []
     for arm, other in (
         (MAIN, "ce_adamw"),
@@ -144,8 +144,8 @@ def contrasts(frame: pd.DataFrame) -> pd.DataFrame:
         ("kd_phase_wise", "kd_small_theta"),
     ):
         by_seed = {}
-        for seed in sorted(set(_seeds(weights, arm)) & set(_seeds(weights, other))):
-            one, two = (weights[(weights["model"] == name) & (weights["seed"] == seed)] for name in (arm, other))
+        for seed in sorted(set(_seeds(spans, arm)) & set(_seeds(spans, other))):
+            one, two = (spans[(spans["model"] == name) & (spans["seed"] == seed)] for name in (arm, other))
             ratio = contrast(one, two)
             queries = ratio[ratio["site"].str.endswith("W_Q") & ratio["pair"].notna()]
             by_seed[seed] = 2 ** queries["value"].mean()
@@ -155,35 +155,41 @@ def contrasts(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["query spans changed, times", "seeds", "mean", "low", "high"])
 
 
-def agreement(frame: pd.DataFrame) -> pd.DataFrame:
+def agreement(spans: pd.DataFrame) -> pd.DataFrame:
     """Whether seeds agree on which pairs of W_Q and W_K change: Spearman's correlation between their profiles."""
-    weights = frame[frame["arm"] == "weights"]
-    found = {arm: stability(part) for arm, part in weights.groupby("model") if part["seed"].nunique() > 1}
-    return pd.DataFrame({arm: table.set_index("site")["value"] for arm, table in found.items()}).T
+    by_arm = {arm: stability(part) for arm, part in spans.groupby("model") if part["seed"].nunique() > 1}
+    return pd.DataFrame({arm: table.set_index("site")["value"] for arm, table in by_arm.items()}).T
 
 
-def _seeds(frame: pd.DataFrame, arm: str) -> Iterable[int]:
-    return frame.loc[frame["model"] == arm, "seed"].unique()
+def _seeds(spans: pd.DataFrame, arm: str) -> Iterable[int]:
+    return spans.loc[spans["model"] == arm, "seed"].unique()
 
 
-def tables(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
+def _of(results: Tables) -> tuple[pd.DataFrame, ...]:
+    """Changes of spans, effects of transplants, and what was to foresee them."""
+    return tuple(results[name] for name in ("spans", "span_effects", "span_predictors"))
+
+
+def shown(results: Tables) -> dict[str, pd.DataFrame]:
     """What changed, what transplants bring and leave, how many spans carry the gain, and what foresees it."""
-    shown = {
-        "relative change of each part, mean over layers": part_changes(frame),
-        "how many times as much the query spans changed in one arm as in another": contrasts(frame),
-        "share of the gain that transplants from the end bring": gains(frame, START).T,
-        "share of the gain that is left after transplants from the start": gains(frame, END).T,
-        "fraction of the query spans that brings half and 90% of the gain": carrying(frame),
+    spans, effects, predictors = _of(results)
+    tables = {
+        "relative change of each part, mean over layers": part_changes(spans),
+        "how many times as much the query spans changed in one arm as in another": contrasts(spans),
+        "share of the gain that transplants from the end bring": gains(effects, START).T,
+        "share of the gain that is left after transplants from the start": gains(effects, END).T,
+        "fraction of the query spans that brings half and 90% of the gain": carrying(effects),
     }
-    if frame["seed"].nunique() > 1:
-        shown["agreement of seeds on which pairs change"] = agreement(frame)
-    foreseen = foresight(frame).groupby(["model", "foreseen", "predictor"])["rho"].mean()
+    if spans["seed"].nunique() > 1:
+        tables["agreement of seeds on which pairs change"] = agreement(spans)
+    foreseen = foresight(effects, predictors).groupby(["model", "foreseen", "predictor"])["rho"].mean()
     title = "rank correlation of what is cheap to know with which spans matter, mean over seeds"
-    return {**shown, title: foreseen.unstack("predictor")}
+    return {**tables, title: foreseen.unstack("predictor")}
 
 
-def judged(frame: pd.DataFrame) -> pd.DataFrame:
+def judged(results: Tables) -> pd.DataFrame:
     """The predictions that these runs can judge: mean over seeds, Student's interval, whether it held by the mean."""
+    spans, effects, predictors = _of(results)
     rows: list[dict] = []
 
     def judge(number: int, what: str, by_seed: Iterable[float], holds: Callable[[float], bool]) -> None:
@@ -193,7 +199,7 @@ def judged(frame: pd.DataFrame) -> pd.DataFrame:
             mean = values.mean()
             rows.append(verdict(number, what, mean, holds(mean), n=len(values), low=low, high=high))
 
-    changes = part_changes(frame)
+    changes = part_changes(spans)
     for number, arm in ((1, MAIN), (2, "kd_phase_wise")):
         if arm not in changes.index:
             continue
@@ -204,14 +210,14 @@ def judged(frame: pd.DataFrame) -> pd.DataFrame:
             holds = _within(0.8, 1.25) if even else _above(1, strictly=True)
             judge(number, f"{arm}: change of W_Q over {other} {wanted}", mine["W_Q"] / mine[other], holds)
     if MAIN in changes.index:
-        _judge_spectrum(frame, judge)
+        _judge_spectrum(spans, judge)
         for number, other, low, high in ((5, "ce_more_short_adamw", 2, math.inf), (6, "ce_adamw", 1 / 1.5, 1.5)):
             if other in changes.index:
                 ratio = (changes.loc[MAIN]["W_Q"] / changes.loc[other]["W_Q"]).dropna()
                 wanted = "2 or more" if number == 5 else "within 1/1.5 to 1.5"
                 judge(number, f"change of W_Q, {MAIN} over {other} {wanted}", ratio, _within(low, high))
-    into_start, into_end, short = gains(frame, START), gains(frame, END), accuracies(frame, END, SHORT)
-    seen = foresight(frame)
+    into_start, into_end, short = gains(effects, START), gains(effects, END), accuracies(effects, END, SHORT)
+    seen = foresight(effects, predictors)
     for arm in CAUSAL:
         if arm not in into_start.index:
             continue
@@ -220,7 +226,7 @@ def judged(frame: pd.DataFrame) -> pd.DataFrame:
         judge(7, f"{arm}: gain that W_Q, W_K, W_V, W_O bring .5 or more", brought["W_Q, W_K, W_V, W_O"], _above(0.5))
         judge(8, f"{arm}: gain left with W_Q reverted below .1", left["W_Q"], _below(0.1))
         judge(8, f"{arm}: gain left with the MLP reverted above .5", left["mlp"], _above(0.5, strictly=True))
-        _judge_curves(curves(frame, KEPT).loc[arm], arm, judge)
+        _judge_curves(curves(effects, KEPT).loc[arm], arm, judge)
         cost = left["W_Q, slow pairs"] - left["W_Q, fast pairs"]
         judge(
             10,
@@ -236,13 +242,13 @@ def judged(frame: pd.DataFrame) -> pd.DataFrame:
         rivals = of_effect[["by change of weights", "by change of states"]].max(axis=1)
         judge(11, f"{arm}: less the better of weights and states, above 0", gradient - rivals, _above(0, strictly=True))
         judge(12, f"{arm}: short-window accuracy with W_Q reverted below .5", short.loc[arm]["W_Q"], _below(0.5))
-        _judge_path(frame, arm, judge)
+        _judge_path(effects, arm, judge)
     return verdicts(rows)
 
 
-def _judge_spectrum(frame: pd.DataFrame, judge: Callable) -> None:
+def _judge_spectrum(spans: pd.DataFrame, judge: Callable) -> None:
     """Predictions 3 and 4."""
-    weights = frame[(frame["arm"] == "weights") & (frame["model"] == MAIN) & frame["pair"].notna()]
+    weights = spans[(spans["model"] == MAIN) & spans["pair"].notna()]
     for layer in sorted(weights["layer"].unique()):
         queries = weights[(weights["site"] == f"blocks.{layer}.attn.W_Q")]
         changed = queries[queries["metric"] == "rel_change"]
@@ -262,15 +268,18 @@ def _judge_spectrum(frame: pd.DataFrame, judge: Callable) -> None:
 
 def _judge_curves(kept: pd.DataFrame, arm: str, judge: Callable) -> None:
     """Prediction 9: of what the query spans add to the end without them, between none and all; seeds where they do."""
-    found: dict[tuple[str, float], dict[int, list[float]]] = {}
+    fractions: dict[tuple[str, float], dict[int, list[float]]] = {}
     for (seed, order, _), values in kept.iterrows():
         first, last = values.iloc[0], values.iloc[-1]
         if last <= first:
             continue
         for share in (0.5, 0.9):
             fraction = fraction_to_reach(values.index.to_list(), values.to_list(), first + share * (last - first))
-            found.setdefault((order, share), {}).setdefault(seed, []).append(fraction)
-    means = {at: pd.Series({seed: np.mean(values) for seed, values in of.items()}) for at, of in found.items()}
+            fractions.setdefault((order, share), {}).setdefault(seed, []).append(fraction)
+    means = {
+        order_and_share: pd.Series({seed: np.mean(values) for seed, values in of.items()})
+        for order_and_share, of in fractions.items()
+    }
     half = means[BY_EFFECT, 0.5]
     judge(9, f"{arm}: fraction of query spans by single effect for half .25 or less", half, _at_most(0.25))
     judge(9, f"{arm}: the same for 90% .5 or less", means[BY_EFFECT, 0.9], _at_most(0.5))
@@ -279,9 +288,9 @@ def _judge_curves(kept: pd.DataFrame, arm: str, judge: Callable) -> None:
     )
 
 
-def _judge_path(frame: pd.DataFrame, arm: str, judge: Callable) -> None:
+def _judge_path(effects: pd.DataFrame, arm: str, judge: Callable) -> None:
     """Prediction 13: the mean over seeds, inf where a predictor does not get to half of the gain on one of them."""
-    half = reached(frame, WITH_KEYS, 0.5).loc[arm]
+    half = reached(effects, WITH_KEYS, 0.5).loc[arm]
     best = half[[name for name in PREDICTORS if name != PATH]].mean().min()
     what = f"{arm}: fraction for half by gradients along the path below {best:.2f}, the best other predictor's"
     judge(13, what, half[PATH], _below(best))

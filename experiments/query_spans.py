@@ -32,7 +32,8 @@ from rope_probe.errors import InputError
 from rope_probe.models import checkpoints
 from rope_probe.models.architectures import heads_of
 from rope_probe.runs.progress import progress
-from rope_probe.runs.results import describe_model, hash_tokens, new_run, read_run, tidy
+from rope_probe.runs.results import new_run, read_manifest
+from rope_probe.runs.tables import Metric, Tables, declare
 from rope_probe.runs.verdicts import Section
 from rope_probe.seeds import derive
 from rope_probe.spans import (
@@ -46,7 +47,10 @@ from rope_probe.spans import (
     span_statistics,
     transplanted,
 )
-from rope_probe.spans.statistics import BANDS, bands
+from rope_probe.spans.causal import SPAN_EFFECTS
+from rope_probe.spans.states import SPAN_STATES
+from rope_probe.spans.statistics import BANDS, LANDMARKS, SPAN_STATISTICS, bands
+from rope_probe.spans.weights import SPANS
 
 QUESTION = "Which query spans does extension change, and which of these changes cause the new retrieval?"
 PREDICTIONS = {
@@ -98,6 +102,19 @@ PREDICTORS = {
     "by gradient times change": "gradient_times_change",
     PATH: "path_gradients",
 }
+SPAN_PREDICTORS = declare(
+    "span_predictors",
+    "What might foresee which query spans cause the skill, for far less than a transplant each.",
+    ("layer", "head", "pair"),
+    {
+        "change_norm": Metric("norm of the change of the span's weights"),
+        "state_change": Metric("root mean square of the change of its query states"),
+        "gradient_times_change": Metric("what reverting it costs to first order", "nats"),
+        "path_gradients": Metric("what it brings by gradients along the path", "nats"),
+        "greedy_rank": Metric("its place in the greedy order, after W_K"),
+        "greedy_rank_together": Metric("its place in the greedy order, with the key span that it is matched with"),
+    },
+)
 Measure = Callable[[HookedCausalLM], pd.DataFrame]
 
 
@@ -136,12 +153,12 @@ def stages(options: Options) -> dict[str, Stage]:
     return planned
 
 
-def report(frames: Mapping[str, pd.DataFrame]) -> Section:
+def report(results: Mapping[str, Tables]) -> Section:
     """Tables and verdicts; see experiments/query_span_verdicts.py."""
-    from experiments.query_span_verdicts import judged, tables
+    from experiments.query_span_verdicts import judged, shown
 
-    frame = frames["query_spans"]
-    return Section(judged(frame), tables(frame))
+    mine = results["query_spans"]
+    return Section(judged(mine), shown(mine))
 
 
 def measure(
@@ -159,22 +176,23 @@ def measure(
     after = checkpoints_in / "phase_scaling" / f"{name}-{seed}" / "checkpoint"
     budget = QUICK if quick else THOROUGH
     with new_run(out, "query_spans", config_of(name, seed, checkpoints_in, quick=quick), overwrite=True) as run:
-        weights = run.record(compare_spans(base, after), model=name, seed=seed, arm="weights")
-        run.record(span_statistics(weights, short=SHORT, long=LONG), model=name, seed=seed, arm="statistics")
+        weights = run.record(SPANS, compare_spans(base, after), model=name, seed=seed)
+        run.record(SPAN_STATISTICS, span_statistics(weights, short=SHORT, long=LONG), model=name, seed=seed)
         end = load_model(after)
         plain = checkpoints.load(base)
         start = load_model(checkpoints.with_rope(plain, phase_scaling.ARMS[name].theta))
         geometry = landmarks(plain, end.original_model, short=SHORT, long=LONG)
-        run.record(geometry, model=name, seed=seed, arm="landmarks")
+        run.record(LANDMARKS, geometry, model=name, seed=seed)
         windows = [packed_documents(derive(seed, f"states {i}")) for i in range(4)]
-        states = run.record(compare_states(start, end, windows), model=name, seed=seed, arm="states")
-        run.manifest["tokens_sha256"] = [hash_tokens(window.tokens) for window in windows]
-        run.manifest |= {"attention_kernel": "sdpa", "mask": "none", "positions": "continuous"}
+        states = run.record(SPAN_STATES, compare_states(start, end, windows), model=name, seed=seed)
+        for window in windows:
+            run.provenance.add_tokens("states", window)
         if name in CAUSAL:
-            run.record(_causes(start, end, weights, states, seed, budget, f"{name} {seed}"), model=name, seed=seed)
-        run.manifest["models"] = {
-            told: describe_model(model.release()) for told, model in (("start", start), ("end", end))
-        }
+            effects, predictors = _causes(start, end, weights, states, seed, budget, f"{name} {seed}")
+            run.record(SPAN_EFFECTS, effects, model=name, seed=seed)
+            run.record(SPAN_PREDICTORS, predictors, model=name, seed=seed)
+        for model_name, model in ((START, start), (END, end)):
+            run.provenance.add_model(model_name, model)
 
 
 def config_of(name: str, seed: int, checkpoints_in: Path, *, quick: bool) -> dict:
@@ -184,7 +202,7 @@ def config_of(name: str, seed: int, checkpoints_in: Path, *, quick: bool) -> dic
         checkpoints_in / f"{phase_scaling.ARMS[name].base}-{seed}",
         checkpoints_in / f"phase_scaling/{name}-{seed}",
     ]
-    weights = [model["weights_sha256"] for run in sources for model in read_run(run)[1]["models"].values()]
+    weights = [model["weights_sha256"] for run in sources for model in read_manifest(run)["models"].values()]
     return {"arm": name, "seed": seed, "budget": budget, "distances": DISTANCES, "weights_sha256": weights}
 
 
@@ -196,8 +214,8 @@ def _causes(
     seed: int,
     budget: Budget,
     what: str,
-) -> pd.DataFrame:
-    """Everything that is found by transplanting spans."""
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Everything that is found by transplanting spans, and what might have foreseen it."""
     judge = partial(_retrieval, trials=budget.trials, seed=derive(seed, "transplants"))
     rank = partial(_retrieval, trials=budget.ranking_trials, seed=derive(seed, "ranking"), short=False)
     spans = query_spans(end.original_model)
@@ -227,9 +245,11 @@ def _causes(
             orders_together[GREEDY] = pick([], _with_key)
             for metric, order in (("greedy_rank", orders[GREEDY]), ("greedy_rank_together", orders_together[GREEDY])):
                 predictors[metric] = [order.index(span) for span in spans]
-        for metric, values in predictors.items():
-            named_values = pd.DataFrame({"group": list(alone), "metric": metric, "value": values})
-            frames.append(_placed(named_values, alone).assign(arm="predictor"))
+        foreseen = [
+            {"layer": span.layer, "head": span.head, "pair": span.pair, "metric": metric, "value": value}
+            for metric, values in predictors.items()
+            for span, value in zip(spans, values, strict=True)
+        ]
         shuffled = np.random.default_rng(derive(seed, "random orders"))
         random: dict[tuple[str, int | None], list[Span]] = {}
         for number in range(budget.orders):
@@ -241,8 +261,8 @@ def _causes(
             """What is found after transplanting each of the sets, the first of which moves `sizes[0]` query spans."""
             moved = {str(n): n for n in budget.sizes}
             by_size = dict(zip(moved, sets, strict=True))
-            found = effects(host, donor.original_model, by_size, judge)
-            return found.assign(arm=CURVE, moved=found["group"].map(moved), movable=len(spans), **columns)
+            frame = effects(host, donor.original_model, by_size, judge)
+            return frame.assign(arm=CURVE, moved=frame["group"].map(moved), movable=len(spans), **columns)
 
         def drawn(named: Mapping[str, list[Span]]) -> dict[tuple[str, int | None], list[Span]]:
             return {**{(by, None): order for by, order in named.items()}, **random}
@@ -256,7 +276,7 @@ def _causes(
         for (by, draw), order in drawn(orders_together).items():
             sets = [[one for span in order[:n] for one in _with_key(span)] for n in budget.sizes]
             frames.append(measured(start, end, sets, into=START, span_set=TOGETHER, order=by, draw=draw))
-    return tidy(pd.concat(frames, ignore_index=True))
+    return SPAN_EFFECTS.frame(pd.concat(frames, ignore_index=True)), SPAN_PREDICTORS.frame(foreseen)
 
 
 def _groups(model: HookedCausalLM) -> dict[str, list[Span]]:

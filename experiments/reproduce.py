@@ -16,7 +16,7 @@ import typer
 from experiments.stages import Options, Stage, discover, plan, run_all
 from rope_probe.errors import InputError
 from rope_probe.gallery.report import gallery
-from rope_probe.runs.results import read_frames
+from rope_probe.runs.results import read_tables
 from rope_probe.runs.verdicts import Section
 
 
@@ -53,12 +53,12 @@ def runs_of(stages: dict[str, Stage], without: dict[str, str]) -> dict[str, list
 
 def report_all(modules: Sequence[ModuleType], runs: Mapping[str, Sequence[Path]]) -> dict[str, Section]:
     """What each experiment that has runs says of them, by its name."""
-    frames = {experiment: read_frames(folders) for experiment, folders in runs.items()}
+    results = {experiment: read_tables(folders) for experiment, folders in runs.items()}
     named = {module.__name__.rpartition(".")[2]: module for module in modules}
     return {
-        name: dataclasses.replace(module.report(frames), question=module.QUESTION)
+        name: dataclasses.replace(module.report(results), question=module.QUESTION)
         for name, module in named.items()
-        if name in frames
+        if name in results
     }
 
 

@@ -5,7 +5,7 @@ An experiment is a module of this folder with
     QUESTION                 what it asks
     PREDICTIONS              by number, written before the run
     stages(options)          its stages by name
-    report(frame)            a Section: tables and verdicts from the rows of all its runs
+    report(results)          a Section: what it shows and its verdicts, from the tables of all runs, by experiment
 
 A stage is a script in a process of its own. It starts when what it needs is there; two run at a time, on one thread
 each. It is reused if its run is complete, its configuration the same, and the sources it was made by unchanged: the
@@ -34,7 +34,7 @@ from rich.table import Table
 import experiments
 from rope_probe.errors import InputError
 from rope_probe.names import MISSED_GATE
-from rope_probe.runs.results import is_complete, read_run, source_hash
+from rope_probe.runs.results import is_complete, read_manifest, source_hash
 
 WORKERS = 2
 
@@ -166,7 +166,7 @@ def _run(name: str, stage: Stage, reuse_anyway: bool) -> str:
         if code not in (0, MISSED_GATE):
             last = (log.read_text().splitlines() or ["nothing was said"])[-1]
             return f"exit code {code}: {last} (all of it in {log})"
-    return read_run(stage.run)[1].get("missed_gate") or ""
+    return read_manifest(stage.run).get("missed_gate") or ""
 
 
 class _Progress:

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-import pandas as pd
 import torch
 import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -20,8 +19,12 @@ from experiments.stages import Options, Stage
 from experiments.toy_checkpoints import by_distance
 from rope_probe import TextTask, load_model, retrieval_accuracy
 from rope_probe.distillation import DistillConfig, distill, read_config
+from rope_probe.distillation.log import LOSSES
 from rope_probe.errors import InputError
-from rope_probe.runs.results import describe_model, new_run, read_run
+from rope_probe.retrieval.probe import RETRIEVAL
+from rope_probe.runs.provenance import Read
+from rope_probe.runs.results import new_run, read_run
+from rope_probe.runs.tables import Tables
 from rope_probe.runs.verdicts import Section, verdict, verdicts
 
 QUESTION = "Is the path from text to a checkpoint, and on to a task in text, whole?"
@@ -44,12 +47,13 @@ def train_and_probe(out: Path) -> None:
         folder = run.folder / "training" / "checkpoints" / config.phases[-1].name
         model = load_model(AutoModelForCausalLM.from_pretrained(folder))
         task = TextTask("passkey", AutoTokenizer.from_pretrained(folder), WINDOW)
-        found = retrieval_accuracy(model, task, DISTANCES, trials=TRIALS, seed=config.seed)
-        run.record(training.drop(columns=["run_id", "experiment"]))
-        run.record(found, model="student", arm=task.name, phase=config.phases[-1].name)
-        kept = ("tokens_sha256", "attention_kernel", "mask", "positions")
-        run.manifest |= {key: manifest[key] for key in kept}
-        run.manifest["models"] = {"student": describe_model(model.original_model)}
+        retrieval = retrieval_accuracy(model, task, DISTANCES, trials=TRIALS, seed=config.seed)
+        run.record(LOSSES, training["losses"].drop(columns=["run_id", "experiment"]))
+        run.record(RETRIEVAL, retrieval, model="student", phase=config.phases[-1].name)
+        run.provenance.add_model("student", model)
+        for name, entries in manifest["read"].items():
+            for entry in entries:
+                run.provenance.add_read(name, Read(**entry))
 
 
 def training_config() -> DistillConfig:
@@ -69,10 +73,10 @@ def stages(options: Options) -> dict[str, Stage]:
     return {"text": Stage(("text", str(run)), run, config_of, seconds=60.0)}
 
 
-def report(frames: Mapping[str, pd.DataFrame]) -> Section:
+def report(results: Mapping[str, Tables]) -> Section:
     """The task on its checkpoint, and the prediction; losses are means over the last three measured steps."""
-    frame = frames["text"]
-    losses = frame[frame["metric"] == "ce_nats"]
+    losses, retrieval = (results["text"][name] for name in ("losses", "retrieval"))
+    losses = losses[losses["metric"] == "ce_nats"]
     short, long = (losses[losses["phase"] == phase]["value"] for phase in ("short", "long"))
     end, further = short.tail(3).mean(), long.tail(3).mean()
     fall = short.iloc[0] - end
@@ -81,7 +85,7 @@ def report(frames: Mapping[str, pd.DataFrame]) -> Section:
         verdict(1, "cross-entropy falls by more than 1 nat a byte in the short phase", fall, fall > 1),
         verdict(1, claim, further - end, further < end),
     ]
-    table = by_distance(frame[frame["metric"] == "accuracy"], ["model", "arm"])
+    table = by_distance(retrieval[retrieval["metric"] == "accuracy"], ["model", "task"])
     return Section(verdicts(rows), {"passkey on its checkpoint, accuracy by distance": table})
 
 

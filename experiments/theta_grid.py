@@ -31,8 +31,10 @@ from rope_probe.distillation import Phase, train_phase
 from rope_probe.errors import InputError
 from rope_probe.gallery.figures.grid import read_cells
 from rope_probe.models import checkpoints
+from rope_probe.retrieval.probe import RETRIEVAL
 from rope_probe.runs.progress import progress
-from rope_probe.runs.results import describe_model, hash_tokens, new_run, read_run
+from rope_probe.runs.results import new_run, read_manifest
+from rope_probe.runs.tables import Column, Tables, declare
 from rope_probe.runs.verdicts import Section, verdict, verdicts
 from rope_probe.seeds import derive
 
@@ -51,6 +53,22 @@ PREDICTIONS = {
 """Written before the first run."""
 
 HEAD_DIMS = (16, 32)
+THETA_GRID = declare(
+    "theta_grid",
+    "Retrieval in the cells of the grid, and what the gates of their bases measured.",
+    (
+        "phase", "head_dim", "short_theta", "long_theta", "steps", "task", "seq_len", "tokens", "distance", "low",
+        "high",
+    ),
+    dict(RETRIEVAL.metrics),
+    own={
+        "head_dim": Column("Int64", "dimensions of a head"),
+        "short_theta": Column("float64", "theta of the short phase"),
+        "long_theta": Column("float64", "theta of the extension"),
+        "steps": Column("Int64", "steps of the extension"),
+        "task": RETRIEVAL.columns["task"],
+    },
+)  # fmt: skip
 THETAS = (300.0, 2_000.0, 20_000.0, 100_000.0, 1_000_000.0)
 BUDGETS = (60, 120)
 DISTANCES = (128, 512)
@@ -77,9 +95,9 @@ def make_row(
         )
         plain = base.release()
         columns = {"seed": seed, "head_dim": head_dim, "short_theta": short_theta}
-        run.record(gate.assign(metric="gate_accuracy"), **columns, model="base", phase="short")
+        run.record(THETA_GRID, gate.assign(metric="gate_accuracy"), **columns, model="base", phase="short")
         run.manifest |= {"base_missed_gate": missed, "base_tokens": history[-1]["tokens"]}
-        run.manifest["models"] = {"base": describe_model(plain)}
+        run.provenance.add_model("base", plain)
         for steps in BUDGETS:
             for long_theta in THETAS:
                 student = load_model(checkpoints.with_rope(plain, long_theta))
@@ -96,9 +114,8 @@ def make_row(
                 probe = derive(seed, "probe")
                 measured = retrieval_accuracy(student, task, DISTANCES, trials=phase_scaling.TRIALS, seed=probe)
                 cell = {**columns, "long_theta": long_theta, "steps": steps}
-                run.record(measured, **cell, model="student", phase="extension")
-        run.manifest |= {"attention_kernel": "sdpa", "mask": "none", "positions": "continuous"}
-        run.manifest["tokens_sha256"] = hash_tokens(phase.batch(derive(seed, "extension"), 0).tokens)
+                run.record(THETA_GRID, measured, **cell, model="student", phase="extension")
+        run.provenance.add_tokens("extension", phase.batch(derive(seed, "extension"), 0))
 
 
 def extension(long_theta: float, steps: int) -> Phase:
@@ -109,7 +126,7 @@ def extension(long_theta: float, steps: int) -> Phase:
 
 def config_of(head_dim: int, short_theta: float, seed: int, checkpoints_in: Path) -> dict:
     """The whole configuration of a row, as its manifest holds it: the teacher by its weights."""
-    teacher = read_run(checkpoints_in / f"teacher-{seed}")[1]["models"]["teacher"]["weights_sha256"]
+    teacher = read_manifest(checkpoints_in / f"teacher-{seed}")["models"]["teacher"]["weights_sha256"]
     return {
         "head_dim": head_dim,
         "seed": seed,
@@ -132,8 +149,8 @@ def cells(frame: pd.DataFrame) -> pd.DataFrame:
         rope.spectrum_use(rope.inv_freq({"rope_type": "default", "rope_theta": theta}, int(dim)), LONG)
         for theta, dim in zip(table["long_theta"], table["head_dim"], strict=True)
     ]
-    told = table[["head_dim", "steps", "short_theta", "long_theta", "seed", "accuracy"]]
-    return told.assign(reaches=table["long_theta"] >= table["head_dim"].map(bounds), use_long=use)
+    shown = table[["head_dim", "steps", "short_theta", "long_theta", "seed", "accuracy"]]
+    return shown.assign(reaches=table["long_theta"] >= table["head_dim"].map(bounds), use_long=use)
 
 
 def stages(options: Options) -> dict[str, Stage]:
@@ -147,9 +164,9 @@ def stages(options: Options) -> dict[str, Stage]:
     return planned
 
 
-def report(frames: Mapping[str, pd.DataFrame]) -> Section:
+def report(results: Mapping[str, Tables]) -> Section:
     """What each base retrieves, the accuracy of each cell, and the predictions."""
-    frame = frames["theta_grid"]
+    frame = results["theta_grid"]["theta_grid"]
     gates = frame[frame["metric"] == "gate_accuracy"].groupby(["head_dim", "short_theta"])["value"]
     tables = {"what each base retrieves in its own window, the worst distance": gates.min().unstack("head_dim")}
     for (head_dim, steps), part in cells(frame).groupby(["head_dim", "steps"]):

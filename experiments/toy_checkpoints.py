@@ -23,11 +23,14 @@ from transformers import LlamaConfig, PreTrainedModel
 from experiments.stages import Options, Stage
 from rope_probe import HookedCausalLM, KeyValueStream, load_model
 from rope_probe.distillation import CrossEntropy, Gate, GateError, Phase, train_phase
+from rope_probe.distillation.log import LOSSES
 from rope_probe.distillation.loop import Record
 from rope_probe.models import checkpoints
 from rope_probe.names import MISSED_GATE
+from rope_probe.retrieval.probe import RETRIEVAL
 from rope_probe.runs.progress import progress
-from rope_probe.runs.results import Run, describe_model, hash_tokens, new_run, tidy
+from rope_probe.runs.results import Run, new_run
+from rope_probe.runs.tables import Tables
 from rope_probe.runs.verdicts import Section, verdict, verdicts
 from rope_probe.seeds import derive
 
@@ -93,9 +96,9 @@ def stages(options: Options) -> dict[str, Stage]:
     return planned
 
 
-def report(frames: Mapping[str, pd.DataFrame]) -> Section:
+def report(results: Mapping[str, Tables]) -> Section:
     """Retrieval at the end of each phase, by distance, and whether every gate passed."""
-    frame = frames["toy_checkpoints"]
+    frame = results["toy_checkpoints"]["retrieval"]
     gates = frame[frame["metric"] == "gate_accuracy"]
     worst = gates.groupby(["model", "seed", "phase"])["value"].min()
     rows = [
@@ -141,14 +144,8 @@ def make(role: Role, seed: int, out: Path) -> None:
                 print(missed, file=sys.stderr)
                 break
         checkpoints.save(model, run.folder / "checkpoint")
-        run.manifest |= {
-            "models": {role: describe_model(model)},
-            "missed_gate": missed,
-            "attention_kernel": "sdpa",
-            "mask": "none",
-            "positions": "continuous",
-            "tokens_sha256": {p.name: hash_tokens(p.batch(derive(seed, role, p.name), 0).tokens) for p in PHASES[role]},
-        }
+        run.provenance.add_model(role, model, kernel="sdpa")
+        run.manifest["missed_gate"] = missed
     if missed:
         raise typer.Exit(MISSED_GATE)
 
@@ -199,8 +196,9 @@ def _train(run: Run, model: PreTrainedModel, phase: Phase, role: Role, seed: int
     history, gate, missed = train_to_gate(hooked, phase, derive(seed, role, phase.name), f"{phase.name} phase")
     hooked.release()
     losses = [{"tokens": n["tokens"], "metric": "ce_nats", "value": n["ce_nats"]} for n in history]
-    run.record(tidy(losses), model=role, seed=seed, phase=phase.name, seq_len=phase.window)
-    run.record(gate.assign(metric="gate_accuracy"), model=role, seed=seed, phase=phase.name)
+    run.record(LOSSES, losses, model=role, seed=seed, phase=phase.name, seq_len=phase.window)
+    run.record(RETRIEVAL, gate.assign(metric="gate_accuracy"), model=role, seed=seed, phase=phase.name)
+    run.provenance.add_tokens(phase.name, phase.batch(derive(seed, role, phase.name), 0))
     print(gate[["distance", "value", "low", "high"]].to_string(index=False), file=sys.stderr)
     return missed
 

@@ -9,12 +9,12 @@ import typer
 
 from rope_probe.gallery import figures as plots
 from rope_probe.gallery.report import write_figure
-from rope_probe.runs.results import read_run
+from rope_probe.runs.results import read_tables
 
 
 def draw(run: Path, out: Path, model: str = "teacher", arm: str = "packed documents") -> None:
     """Draw one model and arm of a propagation run into the page `out`."""
-    frame, _ = read_run(run)
+    frame = read_tables([run])["deltas"]
     chosen = frame[(frame["model"] == model) & (frame["arm"] == arm)]
     print(write_figure(plots.dose_response(chosen, f"{model}, {arm}"), out))
 

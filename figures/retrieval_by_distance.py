@@ -9,12 +9,12 @@ import typer
 
 from rope_probe.gallery import figures as plots
 from rope_probe.gallery.report import write_figure
-from rope_probe.runs.results import read_frames
+from rope_probe.runs.results import read_tables
 
 
 def draw(out: Path, runs: list[Path], window: int = 1024) -> None:
     """Draw the runs together into the page `out`, as probed in windows of `window` tokens."""
-    frame = read_frames(runs)
+    frame = read_tables(runs).joined(("retrieval", "geometry"))
     chosen = frame[(frame["seq_len"] == window) | (frame["metric"] == "document_length")]
     print(write_figure(plots.retrieval_by_distance(chosen, f"window {window}"), out))
 

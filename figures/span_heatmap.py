@@ -9,12 +9,12 @@ import typer
 
 from rope_probe.gallery import figures as plots
 from rope_probe.gallery.report import write_figure
-from rope_probe.runs.results import read_frames
+from rope_probe.runs.results import read_tables
 
 
 def draw(out: Path, runs: list[Path]) -> None:
     """Draw one model, all seeds of it together, into the page `out`."""
-    frame = read_frames(runs)
+    frame = read_tables(runs).joined(("spans", "landmarks"))
     print(write_figure(plots.span_heatmap(frame, ", ".join(frame["model"].dropna().unique())), out))
 
 

@@ -9,12 +9,12 @@ import typer
 
 from rope_probe.gallery import figures as plots
 from rope_probe.gallery.report import write_figure
-from rope_probe.runs.results import read_run
+from rope_probe.runs.results import read_tables
 
 
 def draw(run: Path, out: Path) -> None:
     """Draw a run of benchmarks/trace_cost.py into the page `out`."""
-    print(write_figure(plots.trace_cost(read_run(run)[0]), out))
+    print(write_figure(plots.trace_cost(read_tables([run])["trace_cost"]), out))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The command line, `rope-probe`: typed functions, one line on stderr and exit code 2 for bad input."""
 
+import dataclasses
 import os
 import re
 import sys
@@ -31,6 +32,7 @@ if TYPE_CHECKING:  # what takes seconds to import is imported by the commands th
 
     from rope_probe.models.hooked import HookedCausalLM
     from rope_probe.retrieval.probe import RetrievalTask
+    from rope_probe.runs.provenance import Model
     from rope_probe.tracing.perturbations import Perturbation
     from rope_probe.windows.packing import Window
 
@@ -151,9 +153,9 @@ def trace(
 
     from rope_probe.models.hooked import load_model
     from rope_probe.runs.progress import progress
-    from rope_probe.runs.results import hash_tokens, new_run
+    from rope_probe.runs.results import new_run
     from rope_probe.tracing.cone import LOGITS
-    from rope_probe.tracing.propagation import attribute
+    from rope_probe.tracing.propagation import DELTAS, attribute
     from rope_probe.tracing.propagation import trace as trace_deltas
 
     inputs: list[str | Path] = [model, *([tokens] if tokens else [])]
@@ -170,14 +172,9 @@ def trace(
                 for name, arm in arms.items()
             ]
         frame = pd.concat(traced)
-        run.record(frame, model=model, seed=seed)
-        run.manifest |= {
-            "models": {model: _described(hooked, model, adapter)},
-            "tokens_sha256": hash_tokens(read.tokens),
-            "attention_kernel": attn.value,
-            "mask": "documents" if masked else "none",
-            "positions": "continuous",
-        }
+        run.record(DELTAS, frame, model=model, seed=seed)
+        run.provenance.models[model] = _described(hooked, model, adapter)
+        run.provenance.add_tokens("window", read, masked=masked)
         shown = frame["metric"].isin(["rel_l2", "kl_nats"]) & ~frame["site"].str.contains("rot_")
         shown &= (frame["arm"] == "dose") | (frame["site"] == LOGITS)
         table = attribute(frame[shown]).drop(columns=["side", "delta_tokens"]) if control else None
@@ -228,11 +225,13 @@ def spans(
     """
     config = _recorded(locals())
     from rope_probe.models.hooked import load_model
-    from rope_probe.models.pretrained import origin_of
     from rope_probe.runs.progress import progress
-    from rope_probe.runs.results import hash_tokens, new_run
+    from rope_probe.runs.results import new_run
     from rope_probe.spans import compare_spans, compare_states, landmarks, span_statistics
+    from rope_probe.spans.states import SPAN_STATES
+    from rope_probe.spans.statistics import LANDMARKS, SPAN_STATISTICS
     from rope_probe.spans.stored import describe_checkpoint, resolved, weights_of
+    from rope_probe.spans.weights import SPANS
 
     of_states = (window, document_length, tokens, masked, device, dtype, attn)
     if not states and of_states != (None, None, None, False, "cpu", None, _SDPA):
@@ -250,21 +249,21 @@ def spans(
             adapter = None if became is after else after
             start, end = load_model(before, **kind), load_model(before if adapter else after, **kind, adapter=adapter)
             read = _window(start, window, None, document_length or 64, tokens, seed)
-            run.record(compare_states(start, end, read, masked=masked), model=after, seed=seed, arm="states")
-            run.manifest |= {"tokens_sha256": hash_tokens(read.tokens), "attention_kernel": attn.value}
-            run.manifest |= {"mask": "documents" if masked else "none", "positions": "continuous"}
+            run.record(SPAN_STATES, compare_states(start, end, read, masked=masked), model=after, seed=seed)
+            run.provenance.add_tokens("window", read, masked=masked)
         with progress("weights compared", one.model.num_parameters()) as advance:
-            changed = run.record(compare_spans(before, became, progress=advance), model=after, arm="weights")
+            changed = run.record(SPANS, compare_spans(before, became, progress=advance), model=after)
         short, long = (
             given or weights.model.config.max_position_embeddings for given, weights in ((short, one), (long, other))
         )
         statistics = span_statistics(changed, short=short, long=long, seed=seed)
-        run.record(statistics, model=after, seed=seed, arm="statistics")
+        run.record(SPAN_STATISTICS, statistics, model=after, seed=seed)
         geometry = landmarks(one.model, other.model, short=short, long=long)
-        run.record(geometry, model=after, arm="landmarks")
+        run.record(LANDMARKS, geometry, model=after)
+        kernel = attn.value if states else None
         described = describe_checkpoint(after) if became is after else describe_checkpoint(before, adapter=after)
-        run.manifest["models"] = {before: describe_checkpoint(before) | origin_of(before), after: described}
-        run.manifest["models"][after] |= origin_of(after if became is after else before)
+        for name, model in ((before, describe_checkpoint(before)), (after, described)):
+            run.provenance.models[name] = dataclasses.replace(model, attention_kernel=kernel)
     _show(out, *_spans_tables(changed, statistics, geometry))
 
 
@@ -303,8 +302,9 @@ def retrieval(
     import pandas as pd
 
     from rope_probe.models.hooked import load_model
-    from rope_probe.retrieval.probe import retrieval_accuracy, trials_hash
+    from rope_probe.retrieval.probe import RETRIEVAL, retrieval_accuracy, trials_hash
     from rope_probe.runs.progress import progress
+    from rope_probe.runs.provenance import Read
     from rope_probe.runs.results import new_run
 
     with new_run(out, "retrieval", config, overwrite=overwrite, inputs=[model]) as run:
@@ -323,15 +323,12 @@ def retrieval(
         with progress("trials", trials * sum(map(len, sweeps))) as advance:
             for one, sweep in zip(tasks, sweeps, strict=True):
                 frame = retrieval_accuracy(hooked, one, sweep, trials=trials, seed=seed, progress=advance)
-                frames.append(run.record(frame, model=model, arm=one.name))
-        run.manifest |= {
-            "models": {model: _described(hooked, model, adapter)},
-            "tokens_sha256": hashes,
-            "attention_kernel": attn.value,
-            "mask": "none",
-            "positions": "continuous",
-        }
-    shown = pd.concat(frames)[["arm", "distance", "metric", "value", "low", "high"]].rename(columns={"arm": "task"})
+                frames.append(run.record(RETRIEVAL, frame, model=model))
+        run.provenance.models[model] = _described(hooked, model, adapter)
+        for name, by_distance in hashes.items():
+            for digest in by_distance.values():
+                run.provenance.add_read(name, Read(digest))
+    shown = pd.concat(frames)[["task", "distance", "metric", "value", "low", "high"]]
     _show(out, shown.to_string(index=False, float_format="{:.3f}".format, na_rep="-"))
 
 
@@ -352,14 +349,14 @@ def distill_command(
     from accelerate import PartialState
 
     from rope_probe.distillation import distill, read_config
-    from rope_probe.runs.results import read_run
+    from rope_probe.runs.results import read_manifest
 
     changes = {"out": out, "seed": seed, "device": device, "dtype": dtype, "attn": attn}
     given = {key: value if key == "seed" else str(value) for key, value in changes.items() if value is not None}
     settings = read_config(config, **given)
     try:
         run = distill(settings, resume=resume)
-        missed = read_run(run)[1].get("missed_gate")
+        missed = read_manifest(run).get("missed_gate")
         if PartialState().is_main_process:
             if missed:
                 print(missed, file=sys.stderr)
@@ -411,16 +408,18 @@ def _tell_origin(model: str) -> None:
         _tell(origin)
 
 
-def _described(model: "HookedCausalLM", name: str, adapter: Path | None) -> dict[str, Any]:
+def _described(model: "HookedCausalLM", name: str, adapter: Path | None) -> "Model":
     """What a manifest says of a model and of where it comes from; of one that is not in memory by its files."""
     from rope_probe.models.offloaded import is_offloaded
-    from rope_probe.models.pretrained import origin_of
-    from rope_probe.runs.results import describe_model
+    from rope_probe.models.pretrained import told_origin
+    from rope_probe.runs.provenance import describe_model
     from rope_probe.spans.stored import describe_checkpoint
 
-    away = is_offloaded(model.original_model)
-    described = describe_checkpoint(name) if away else describe_model(model.original_model)
-    return described | origin_of(name) | ({} if adapter is None else {"adapter": str(adapter)})
+    if is_offloaded(model.original_model):
+        return dataclasses.replace(describe_checkpoint(name), attention_kernel=model.attn)
+    merged = None if adapter is None else f"adapter {adapter} merged into {name}"
+    origin = "; ".join(filter(None, [merged, told_origin(name)])) or None
+    return describe_model(model.original_model, kernel=model.attn, origin=origin)
 
 
 def _show(path: Path, *texts: str) -> None:

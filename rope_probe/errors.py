@@ -30,5 +30,5 @@ def is_out_of_memory(error: BaseException) -> bool:
 def reason(error: BaseException) -> str:
     """What somebody else's exception says, on one line of bearable length."""
     text = " ".join(str(error).split())
-    told = text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]} ..."
-    return f"{type(error).__name__}: {told}" if told else type(error).__name__
+    text_shown = text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]} ..."
+    return f"{type(error).__name__}: {text_shown}" if text_shown else type(error).__name__

@@ -257,11 +257,16 @@ def edit_weights(file: str, change: Callable[[dict[str, Any]], dict[str, Any] | 
     return step
 
 
+TABLE_OF = {run: f"{run}/tables/{table}.parquet" for run, table in
+            (("found", "retrieval"), ("traced", "deltas"), ("compared", "spans"), ("trained", "losses"))}  # fmt: skip
+"""The table that is changed, of each run."""
+
+
 def edit_frame(run: str, change: Callable[[pd.DataFrame], pd.DataFrame]) -> Step:
-    """The metrics of a run, changed."""
+    """A table of a run, changed."""
 
     def step(work: Path) -> None:
-        file = work / run / "metrics.parquet"
+        file = work / TABLE_OF[run]
         change(pd.read_parquet(file)).to_parquet(file, index=False)
 
     return step
@@ -1517,8 +1522,8 @@ def odd_manifests(rng: random.Random) -> Iterator[Case]:
 
 
 def odd_metrics(rng: random.Random) -> Iterator[Case]:
-    """metrics.parquet cut, of other types, with other columns, or with strange values."""
-    file = "found/metrics.parquet"
+    """A table cut, of other types, with other columns, or with strange values."""
+    file = TABLE_OF["found"]
 
     def changed(run: str, expectation: Expect, told: str, change: Callable[[pd.DataFrame], pd.DataFrame]) -> Case:
         return case(
@@ -1564,12 +1569,17 @@ def odd_metrics(rng: random.Random) -> Iterator[Case]:
         yield changed(run, ANY, "one row", lambda frame: frame.iloc[:1])
         yield changed(run, ANY, "rows in another order", lambda frame: frame.iloc[::-1])
         for column in ("low", "high", "model", "seed", "site", "layer"):
-            yield changed(run, ANY, f"no column {column}", lambda frame, c=column: frame.drop(columns=c))
+            yield changed(
+                run, ANY, f"no column {column}", lambda frame, c=column: frame.drop(columns=c, errors="ignore")
+            )
         yield changed(run, ANY, "a model of odd name", lambda frame: frame.assign(model="<b>é/\n" * 60))
     yield changed("traced", ANY, "blocks.x in `site`", lambda frame: frame.assign(site="blocks.x.hook_resid_post"))
     yield changed("traced", ANY, "a negative layer", lambda frame: frame.assign(layer=-1))
     yield changed("compared", ANY, "one row of a part", lambda frame: frame.iloc[::50])
-    yield changed("compared", ANY, "no statistics", lambda frame: frame[frame["arm"] == "weights"])
+    gone = remove("compared/tables/span_statistics.parquet")
+    yield case("report", MUST_REFUSE, "no statistics", gone, positional=["compared"], needs=["compared"])
+    for told, tables in (("are a list", []), ("are elsewhere", {"../../traced/tables/deltas": 1}), ("are null", None)):
+        yield case("report", MUST_REFUSE, f"manifest tables {told}", set_keys("found/manifest.json", tables=tables))
     yield changed("compared", ANY, "pairs of no wavelength", lambda frame: frame.assign(wavelength=None))
     yield changed("trained", ANY, "no positions", lambda frame: frame.assign(position=None))
 
@@ -2101,15 +2111,15 @@ def resumed_manifests(rng: random.Random) -> Iterator[Case]:
     yield resume(ANY, "mark .rope_probe gone", remove("stopped/.rope_probe"))
     for told, mark in ODD_MARKS.items():
         yield resume(ANY, f"mark .rope_probe is {told}", put("stopped/.rope_probe", mark))
-    yield resume(ANY, "metrics of nothing beside it", put("stopped/metrics.parquet", b""))
-    yield resume(ANY, "metrics are a folder", folder("stopped/metrics.parquet"))
+    yield resume(ANY, "metrics of nothing beside it", put("stopped/tables/losses.parquet", b""))
+    yield resume(ANY, "metrics are a folder", folder("stopped/tables/losses.parquet"))
 
 
 def resumed_complete_runs() -> Iterator[Case]:
     for told, expectation, step in (
         ("as it is", SAME, remove("nothing")),
-        ("metrics cut", ANY, cut("trained/metrics.parquet", 0.5)),
-        ("metrics gone", ANY, remove("trained/metrics.parquet")),
+        ("metrics cut", ANY, cut(TABLE_OF["trained"], 0.5)),
+        ("metrics gone", ANY, remove(TABLE_OF["trained"])),
         ("log gone", ANY, remove("trained/log.jsonl")),
         ("checkpoint gone", ANY, remove("trained/checkpoints/long")),
         ("manifest packages = []", ANY, set_keys("trained/manifest.json", packages=[])),

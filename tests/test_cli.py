@@ -60,20 +60,22 @@ def test_trace_writes_a_run_and_ends_with_its_path(checkpoint, tmp_path, capsys)
     assert stdout.splitlines()[-1] == str(out)
     assert "rounding" in stdout
     assert "signal" in stdout
-    frame, manifest = read_run(out)
+    tables, manifest = read_run(out)
+    frame = tables["deltas"]
     assert set(frame["side"]) == {"q", "qk"}
     assert set(frame["delta_tokens"]) == {0.5, 4.0}
     assert frame["value_float64"].notna().all()
-    assert manifest["mask"] == "documents"
     assert manifest["config"]["window"] == 40
-    assert len(manifest["tokens_sha256"]) == 64
+    (read,) = manifest["read"]["window"]
+    assert (read["masked"], read["positions"], len(read["tokens_sha256"])) == (True, "continuous", 64)
+    assert manifest["models"][str(checkpoint)]["attention_kernel"] == "sdpa"
 
 
 def test_the_default_sweep_goes_from_a_quarter_token_to_the_window(checkpoint, tmp_path, capsys):
     code, _, _ = rope_probe(capsys, "trace", checkpoint, "--out", tmp_path / "run", "--window", "64",
                             "--document-length", "16", "--no-control")  # fmt: skip
     assert code == 0
-    frame, _ = read_run(tmp_path / "run")
+    frame = read_run(tmp_path / "run")[0]["deltas"]
     dose, layer = (frame[frame["arm"] == arm] for arm in ("dose", "layer"))
     assert sorted(dose["delta_tokens"].unique()) == [0.25, 1, 4, 16, 64]
     assert set(dose["side"]) == {"q", "k", "qk"}
@@ -87,14 +89,14 @@ def test_every_sweep_can_be_asked_for(checkpoint, tmp_path, capsys):
     code, _, _ = rope_probe(capsys, "trace", checkpoint, "--out", tmp_path / "run", "--window", "20",
                             "--document-length", "10", "--no-control", *sweeps)  # fmt: skip
     assert code == 0
-    assert list(read_run(tmp_path / "run")[0]["arm"].unique()) == list(SWEEPS)
+    assert list(read_run(tmp_path / "run")[0]["deltas"]["arm"].unique()) == list(SWEEPS)
 
 
 def test_restrictions_reach_the_frame(checkpoint, tmp_path, capsys):
     options = "--window 20 --document-length 10 --shift 2 --layer 1 --head 0 --pair 2 --side k"
     code, _, _ = rope_probe(capsys, "trace", checkpoint, "--out", tmp_path / "run", *options.split())
     assert code == 0
-    row = read_run(tmp_path / "run")[0].iloc[0]
+    row = read_run(tmp_path / "run")[0]["deltas"].iloc[0]
     assert (row["inject_layer"], row["head"], row["pair"]) == (1, 0, 2)
     assert row["wavelength"] > 0
 
@@ -104,7 +106,7 @@ def test_trace_reads_documents_from_a_file(checkpoint, tmp_path, capsys):
     code, _, _ = rope_probe(capsys, "trace", checkpoint, "--out", tmp_path / "run", "--shift", "1",
                             "--tokens", tmp_path / "documents.txt")  # fmt: skip
     assert code == 0
-    frame, _ = read_run(tmp_path / "run")
+    frame = read_run(tmp_path / "run")[0]["deltas"]
     assert set(frame["document"]) == {0, 1}
     assert set(frame["seq_len"]) == {7}
 
@@ -113,7 +115,7 @@ def test_traces_are_the_same_for_the_same_seed(checkpoint, tmp_path, capsys):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         rope_probe(capsys, "trace", checkpoint, "--out", tmp_path / name, "--seed", seed, "--window", "20",
                    "--document-length", "10", "--shift", "2", "--no-control")  # fmt: skip
-    a, b, c = (read_run(tmp_path / name)[0]["value"] for name in "abc")
+    a, b, c = (read_run(tmp_path / name)[0]["deltas"]["value"] for name in "abc")
     assert a.equals(b)
     assert not a.equals(c)
 
@@ -123,7 +125,7 @@ def test_retrieval_measures_by_distance(checkpoint, tmp_path, capsys):
     code, stdout, _ = rope_probe(capsys, "retrieval", checkpoint, "--out", tmp_path / "run", *options.split())
     assert code == 0
     assert stdout.splitlines()[-1] == str(tmp_path / "run")
-    frame, _ = read_run(tmp_path / "run")
+    frame = read_run(tmp_path / "run")[0]["retrieval"]
     assert set(frame["distance"]) == {4, 16}
     assert set(frame["metric"]) == {"accuracy", "answer_logprob_nats"}
     assert frame[["low", "high"]].notna().all(axis=None)
@@ -160,13 +162,11 @@ def test_retrieval_measures_text_tasks_by_the_models_own_tokenizer(reader, tmp_p
     assert code == 0
     assert stdout.splitlines()[-1] == str(tmp_path / "run")
     assert "passkey" in stdout
-    frame, manifest = read_run(tmp_path / "run")
-    rows = frame[frame["metric"] == "accuracy"]
-    assert rows["arm"].tolist() == ["passkey", "passkey", "fwe", "key_value", "key_value"]
+    tables, manifest = read_run(tmp_path / "run")
+    rows = tables["retrieval"].query("metric == 'accuracy'")
+    assert rows["task"].tolist() == ["passkey", "passkey", "fwe", "key_value", "key_value"]
     assert rows["distance"].fillna(0).tolist() == [150, 200, 0, 150, 200]
-    assert {name: list(by) for name, by in manifest["tokens_sha256"].items()} == {
-        "passkey": ["150", "200"], "fwe": ["null"], "key_value": ["150", "200"]
-    }  # fmt: skip
+    assert {name: len(read) for name, read in manifest["read"].items()} == {"passkey": 2, "fwe": 1, "key_value": 2}
     code, _, _ = rope_probe(capsys, "report", tmp_path / "run", "--out", tmp_path / "gallery")
     assert code == 0
     drawn = [page.name for page in (tmp_path / "gallery").glob("*retrieval-by-distance*")]
@@ -178,7 +178,7 @@ def test_the_tasks_by_default_are_all_in_text_where_there_is_a_tokenizer(reader,
     code, _, _ = rope_probe(capsys, "retrieval", reader, "--out", tmp_path / "run", "--window", 1600, "--trials", 1,
                             "--distance", 600)  # fmt: skip
     assert code == 0
-    assert tuple(read_run(tmp_path / "run")[0]["arm"].unique()) == TEXT_TASKS
+    assert tuple(read_run(tmp_path / "run")[0]["retrieval"]["task"].unique()) == TEXT_TASKS
     assert cli._tasks(str(checkpoint), None, 32, 20, 30)[0].name == "key_value"
 
 
@@ -220,14 +220,15 @@ def test_spans_writes_a_run_with_statistics_and_landmarks(checkpoint, extended, 
     assert code == 0, stderr
     assert stdout.splitlines()[-1] == str(tmp_path / "run")
     assert "The query spans that changed most" in stdout
-    frame, manifest = read_run(tmp_path / "run")
-    assert set(frame["arm"]) == {"weights", "statistics", "landmarks"}
+    tables, manifest = read_run(tmp_path / "run")
+    assert set(tables) == {"spans", "span_statistics", "landmarks"}
+    frame = tables["spans"]
     pairs = frame[(frame["site"] == "blocks.0.attn.W_Q") & (frame["metric"] == "rel_change") & frame["pair"].notna()]
     assert len(pairs) == 16
     assert (pairs["wavelength_after"] >= pairs["wavelength"]).all()
-    geometry = frame[frame["arm"] == "landmarks"].set_index(["phase", "metric"])["value"]
+    geometry = tables["landmarks"].set_index(["phase", "metric"])["value"]
     assert geometry["after", "rope_theta"] == 1e5
-    assert frame[frame["arm"] == "landmarks"].groupby("phase")["seq_len"].first().to_dict() == {
+    assert tables["landmarks"].groupby("phase")["seq_len"].first().to_dict() == {
         "before": 16,
         "after": 512,
     }
@@ -240,11 +241,11 @@ def test_spans_compares_states_if_asked(checkpoint, extended, tmp_path, capsys):
     code, _, _ = rope_probe(capsys, "spans", checkpoint, extended, "--out", tmp_path / "run", "--states", "--masked",
                             "--window", "32", "--document-length", "8")  # fmt: skip
     assert code == 0
-    frame, manifest = read_run(tmp_path / "run")
-    states = frame[frame["arm"] == "states"]
+    tables, manifest = read_run(tmp_path / "run")
+    states = tables["span_states"]
     assert set(states["document"]) == {0, 1, 2, 3}
     assert (states["seq_len"] == 32).all()
-    assert manifest["mask"] == "documents"
+    assert [read["masked"] for read in manifest["read"]["window"]] == [True]
 
 
 def other(tmp_path, **changes):

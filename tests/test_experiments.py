@@ -6,8 +6,11 @@ import pytest
 
 from experiments import phase_scaling, propagation, query_span_verdicts, query_spans, stages, toy_checkpoints
 from rope_probe import InputError, Span, load_model
-from rope_probe.runs.results import is_complete, new_run, source_hash, tidy
+from rope_probe.retrieval.probe import RETRIEVAL
+from rope_probe.runs.results import is_complete, new_run, source_hash
 from rope_probe.seeds import derive
+from rope_probe.spans.causal import SPAN_EFFECTS
+from rope_probe.spans.weights import SPANS
 from tests import zoo
 
 
@@ -118,27 +121,28 @@ def test_verdicts_of_phase_scaling_are_arithmetic():
         for arm, values in far.items()
         for seed, value in enumerate(values)
     ]
-    table = phase_scaling.judged(tidy(rows)).set_index("prediction")
+    table = phase_scaling.judged(RETRIEVAL.frame(rows)).set_index("prediction")
     assert table.loc[1, "measured"] == pytest.approx(0.95)
     assert table.loc[1, "held"] == "held"
     assert table.loc[2, "held"] == "held"
     assert table.loc[4, "measured"] == pytest.approx(0.5)
     assert table.loc[4, "held"] == "not held"
-    few = phase_scaling.judged(tidy([row for row in rows if row["seed"] == 0])).set_index("prediction")
+    few = phase_scaling.judged(RETRIEVAL.frame([row for row in rows if row["seed"] == 0])).set_index("prediction")
     assert few.loc[4, "held"] == "undecided"
-    one = phase_scaling.judged(tidy(rows[:1])).iloc[0]
+    one = phase_scaling.judged(RETRIEVAL.frame(rows[:1])).iloc[0]
     assert (one["n"], one["low"], one["high"]) == (1, 0.0, 1.0)
 
 
-def spans_frame(seeds=(0, 1)):
-    """Rows of query_spans for one arm whose W_Q changed twice as much as its W_K, and whose curves are known."""
-    rows = []
+def spans_and_effects(seeds=(0, 1)):
+    """Tables of query_spans for one arm whose W_Q changed twice as much as its W_K, and whose curves are known."""
+    spans, rows = [], []
     for seed in seeds:
-        at = {"model": "kd_adamw", "seed": seed, "seq_len": 1024}
+        model = {"model": "kd_adamw", "seed": seed}
+        at = {**model, "seq_len": 1024}
         for layer in (0, 1):
             for part, value in (("W_Q", 0.4), ("W_K", 0.2 + 0.1 * seed), ("W_V", 0.8)):
-                place = {"arm": "weights", "layer": layer, "site": f"blocks.{layer}.attn.{part}"}
-                rows.append({**at, **place, "metric": "rel_change", "value": value})
+                place = {"layer": layer, "site": f"blocks.{layer}.attn.{part}"}
+                spans.append({**model, **place, "metric": "rel_change", "value": value})
         accuracy = {**at, "metric": "accuracy", "distance": 128}
         for what, into_start, into_end in (("nothing", 0.1, 0.9), ("W_Q", 0.5, 0.3), ("everything", 0.9, 0.1)):
             group = {**accuracy, "arm": query_spans.GROUPS, "group": what}
@@ -152,20 +156,20 @@ def spans_frame(seeds=(0, 1)):
             curve = {**accuracy, "arm": query_spans.CURVE, "span_set": query_spans.WITH_KEYS, "movable": 64}
             curve |= {"order": order, "draw": draw}
             rows += [{**curve, "moved": n, "value": value} for n, value in zip((0, 32, 64), values, strict=True)]
-    return tidy(rows)
+    return SPANS.frame(spans), SPAN_EFFECTS.frame(rows)
 
 
 def test_what_is_said_of_query_spans_is_arithmetic():
-    frame = spans_frame()
-    changes = query_span_verdicts.part_changes(frame)
+    spans, effects = spans_and_effects()
+    changes = query_span_verdicts.part_changes(spans)
     np.testing.assert_allclose(changes["W_Q"], 0.4)
     np.testing.assert_allclose(changes["W_K"], [0.2, 0.3])
-    brought, left = (query_span_verdicts.gains(frame, arm) for arm in (query_spans.START, query_spans.END))
+    brought, left = (query_span_verdicts.gains(effects, arm) for arm in (query_spans.START, query_spans.END))
     np.testing.assert_allclose(brought["W_Q"], 0.5)
     np.testing.assert_allclose(left["W_Q"], 0.25)
-    curves = query_span_verdicts.curves(frame, query_spans.WITH_KEYS)
+    curves = query_span_verdicts.curves(effects, query_spans.WITH_KEYS)
     np.testing.assert_allclose(curves.loc["kd_adamw", 0, "random", 0], [0.1, 0.1, 0.7])
-    table = query_span_verdicts.carrying(frame).set_index("what")
+    table = query_span_verdicts.carrying(effects).set_index("what")
     greedy, random = (table.loc[f"{query_spans.WITH_KEYS}, {order}"] for order in ("greedy", "random"))
     assert greedy["half"] == "0.50 [0.50, 0.50]"
     assert greedy["90%"] == "0.90 [0.90, 0.90]"

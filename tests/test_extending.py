@@ -15,7 +15,8 @@ from rope_probe.distillation import LogitTerm, distill
 from rope_probe.gallery import figures
 from rope_probe.gallery.report import gallery
 from rope_probe.models import architectures
-from rope_probe.runs.results import new_run, read_run, tidy
+from rope_probe.runs.results import new_run, read_run
+from rope_probe.runs.tables import TABLES, Column, Metric, declare
 from rope_probe.runs.verdicts import Section, verdict, verdicts
 from rope_probe.tracing.perturbations import Perturbation
 from tests import zoo
@@ -73,10 +74,22 @@ def test_a_loss_term(tmp_path):
     phase = {"name": "sure", "window": 16, "steps": 12, "batch_tokens": 128, "lr": 1e-2, "warmup": 1, "data": data}
     phase["terms"] = [{"kind": "test_confidence"}]
     student = {"model_type": "llama", **zoo.SIZES}
-    frame, _ = read_run(distill({"student": student, "phases": [phase], "out": str(tmp_path / "run"), "log_every": 1}))
-    entropy = frame[frame["metric"] == "test_confidence"]["value"]
+    run = distill({"student": student, "phases": [phase], "out": str(tmp_path / "run"), "log_every": 1})
+    losses = read_run(run)[0]["losses"]
+    entropy = losses[losses["metric"] == "test_confidence"]["value"]
     assert len(entropy) == 12
     assert entropy.iloc[-1] < entropy.iloc[0]
+
+
+def declared():
+    """A table of the largest deltas, which nothing in the package makes."""
+    return declare(
+        "test_largest",
+        "The largest delta at each site, of one kind of perturbation.",
+        ("site", "test_tries"),
+        {"test_rel_l2": Metric("largest relative L2")},
+        own={"test_tries": Column("Int64", "how many perturbations there were")},
+    )
 
 
 def largest_delta(frame, label=""):
@@ -89,24 +102,29 @@ def is_largest(frame):
     return frame["metric"] == "test_rel_l2"
 
 
-def test_a_figure(tmp_path):
-    figures.register(figures.Drawing("test_largest_delta", is_largest, largest_delta))
+def test_a_table_with_its_figure(tmp_path):
+    table = declared()
+    figures.register(figures.Drawing("test_largest_delta", (table.name,), is_largest, largest_delta))
     try:
         with new_run(tmp_path / "run", "test", {}) as run:
-            run.record(tidy([{"metric": "test_rel_l2", "site": "logits", "value": 0.5, "model": "tiny"}]))
+            rows = [{"metric": "test_rel_l2", "site": "logits", "test_tries": 3, "value": 0.5}]
+            run.record(table, rows, model="tiny")
         page = gallery([tmp_path / "run"], tmp_path / "gallery")
+        assert read_run(tmp_path / "run")[0][table.name]["test_tries"].tolist() == [3]
     finally:
         figures.DRAWINGS.pop()
+        del TABLES[table.name]
     assert "test-largest-delta" in page.read_text()
     assert list((tmp_path / "gallery").glob("*test-largest-delta.html"))
 
 
 SCRIPT = """
 import sys
-from rope_probe.runs.results import new_run, tidy
+from rope_probe.retrieval.probe import RETRIEVAL
+from rope_probe.runs.results import new_run
 with new_run(sys.argv[1], "outside", {"answer": 42}) as run:
     rows = [{"metric": "accuracy", "value": 0.42, "distance": distance, "seq_len": 64} for distance in (8, 16)]
-    run.record(tidy(rows), model="tiny")
+    run.record(RETRIEVAL, rows, model="tiny")
 """
 
 
@@ -118,8 +136,8 @@ def test_an_experiment(tmp_path):
         run = options.out / "outside"
         return {"outside": stages.Stage((str(script), str(run)), run, lambda: {"answer": 42})}
 
-    def report(frames):
-        measured = frames["outside"]["value"].mean()
+    def report(results):
+        measured = results["outside"]["retrieval"]["value"].mean()
         return Section(verdicts([verdict(1, "the answer is below one half", measured, measured < 0.5)]))
 
     experiment = SimpleNamespace(

@@ -354,7 +354,7 @@ def judge_accepted(result: Result, work: Path) -> None:
             result.wrong.append(("silently wrong", f"{len(pages)} pages, which are no gallery"))
         return
     try:
-        frame, _ = read_run(work / case.out)
+        frame = measured_in(work / case.out)
     except Exception as error:
         result.wrong.append(("silently wrong", f"accepted, but the run cannot be read: {error}"[:200]))
         return
@@ -372,11 +372,19 @@ def judge_accepted(result: Result, work: Path) -> None:
         result.wrong.append(("silently wrong", f"other numbers than {case.like!r}: {apart}"))
 
 
+def measured_in(run: Path) -> pd.DataFrame:
+    """Everything that a run measured, its tables one under the other."""
+    tables = read_run(run)[0]
+    columns = ["arm", "task", "site", "layer", "head", "pair", "phase", "metric", "value"]
+    frames = [frame.reindex(columns=columns).astype({"value": "float64"}) for frame in tables.values() if len(frame)]
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=columns)
+
+
 def numbers(frame: pd.DataFrame) -> list[tuple[str, float]]:
     """What was measured, but for time: the values by name, whatever the order of the rows."""
     rows = frame[frame["metric"] != "tokens_per_s"]
     names = (
-        rows[["arm", "site", "layer", "head", "pair", "phase", "metric"]]
+        rows[["arm", "task", "site", "layer", "head", "pair", "phase", "metric"]]
         .astype("string")
         .fillna("-")
         .agg(" ".join, axis=1)
@@ -402,7 +410,7 @@ def reference(name: str) -> list[tuple[str, float]]:
     prepare(case, work)
     code, _, stderr, escaped = run_command(case.command, case.arguments, work)
     assert code == 0, (name, stderr, escaped)
-    found = numbers(read_run(work / case.out)[0])
+    found = numbers(measured_in(work / case.out))
     shutil.rmtree(work)
     return found
 
@@ -453,7 +461,7 @@ def lost(result: Result, work: Path, before: Tree, after: Tree) -> list[str]:
 
 def may_change(path: str) -> bool:
     """Whether a resumption may write this path of its run: no finished checkpoints and no files of the user's."""
-    made = r"manifest\.json|log\.jsonl|metrics\.parquet|\.writer"
+    made = r"manifest\.json|log\.jsonl|\w+\.parquet|tables|\.writer"
     made += r"|snapshots/(short|long)-\d{6}(/[\w.]+)?|checkpoints/long(/.*)?"
     return re.fullmatch(made, path) is not None
 

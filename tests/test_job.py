@@ -286,7 +286,8 @@ def test_a_resumed_run_that_is_complete_is_left_as_it_is(whole):
 
 
 def test_a_run_holds_what_the_next_stage_needs(whole):
-    frame, manifest = read_run(whole)
+    tables, manifest = read_run(whole)
+    frame = tables["losses"]
     assert manifest["status"] == "complete"
     assert manifest["models"]["short"]["rope_parameters"]["rope_theta"] == 300.0
     assert manifest["models"]["long"]["rope_parameters"]["rope_theta"] == 10_000.0
@@ -347,11 +348,11 @@ def test_two_processes_have_the_losses_of_one(tmp_path, whole):
 def test_a_missed_gate_ends_the_run_and_is_told(tmp_path):
     table = config(tmp_path)
     table["phases"][0]["gate"] = {"window": 16, "distances": [2, 8], "accuracy": 1.0, "every": 8, "trials": 16}
-    frame, manifest = read_run(distill(table))
+    tables, manifest = read_run(distill(table))
     assert "missed its gate" in manifest["missed_gate"]
     assert set(manifest["models"]) == {"short"}
     assert set(manifest["teachers"]) == {"teacher"}
-    gates = frame[frame["metric"] == "gate_accuracy"]
+    gates = tables["retrieval"]
     assert gates["tokens"].tolist() == [8 * 128] * 2 + [16 * 128] * 2
     assert gates["distance"].tolist() == [2, 8, 2, 8]
 
@@ -444,12 +445,12 @@ def change(table, path, value):
 @pytest.mark.parametrize(
     ("path", "value", "named"),
     [
-        (("keep",), 0, "keep must be 1"),
+        (("keep",), 0, "keep: it must be 1 or more, but it is 0"),
         (("steps",), 3, "steps: there is no such key"),
         (("phases", 0, "learning_rate"), 3, r"phases.0.learning_rate: there is no such key"),
         (("phases", 0, "data", "length"), 3, "length: there is no such key"),
-        (("phases", 0, "theta"), 0, "theta of phase 'short' must be positive"),
-        (("phases", 0, "theta"), float("nan"), "theta of phase 'short' must be positive"),
+        (("phases", 0, "theta"), 0, r"phases.0.theta: it must be above 0, but it is 0"),
+        (("phases", 0, "theta"), float("nan"), r"phases.0.theta: it must be .* but it is nan"),
         (("phases", 0, "lr"), "fast", r"phases.0.lr: .* valid number"),
         (("phases", 0, "window"), 8, "window of 8 tokens does not hold whole documents of 16"),
         (("phases", 0, "name"), "a/b", "a/b"),
@@ -467,10 +468,10 @@ def change(table, path, value):
         (("seed",), -1, "-1"),
         (("seed",), 2**63, "9223372036854775808"),
         (("device",), "nonsense", "nonsense"),
-        (("phases", 0, "weight_decay"), -1.0, "weight_decay of phase 'short' must be 0 or more"),
-        (("phases", 0, "matrix_lr"), 0.0, "matrix_lr of phase 'short' must be above 0"),
+        (("phases", 0, "weight_decay"), -1.0, r"phases.0.weight_decay: it must be 0 or more"),
+        (("phases", 0, "matrix_lr"), 0.0, r"phases.0.matrix_lr: it must be above 0"),
         (("phases", 1, "terms", 0, "weight"), float("nan"), r"phases.1.terms.0.cross_entropy: .* but it is nan"),
-        (("phases", 1, "terms", 0, "weight"), -1, "the weight of cross_entropy must be 0 or more"),
+        (("phases", 1, "terms", 0, "weight"), -1, "weight: it must be 0 or more, but it is -1"),
         (("phases", 1, "terms", 0, "teacher"), "teacher", r"phases.1.terms.0.cross_entropy.teacher"),
         (("phases", 1, "terms", 1, "temp"), 2.0, r"phases.1.terms.1.kd.temp: there is no such key"),
         (("phases", 1, "terms"), [{"kind": "kd", "weight": 0}], "one of a weight above 0"),

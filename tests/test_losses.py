@@ -260,7 +260,7 @@ def define(kind, metric=None):
         (lambda: Divergence(temperature=0.0), "temperature"),
         (lambda: Divergence(temperature=math.nan), "nan"),
         (lambda: Divergence(top_k=0), "top_k"),
-        (lambda: Divergence(-1.0), "the weight of kd must be 0 or more, but it is -1.0"),
+        (lambda: Divergence(-1.0), "weight of kd must be 0 or more, but it is -1.0"),
         (lambda: CrossEntropy(math.inf), "inf"),
         (lambda: HiddenStates(distance="angle"), "angle"),
         (lambda: HiddenStates(sites=()), "a site"),

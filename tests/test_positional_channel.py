@@ -7,7 +7,7 @@ from experiments.positional_channel import Scrubbed, kept_pairs, temperature_hoo
 from experiments.toy_checkpoints import LONG, SHORT, SHORT_DOCUMENTS
 from rope_probe import copy_deltas, load_model, repeated_window, rope
 from rope_probe.models import checkpoints
-from rope_probe.runs.results import tidy
+from rope_probe.retrieval.probe import RETRIEVAL
 from tests import zoo
 
 
@@ -72,7 +72,7 @@ def test_verdicts_are_arithmetic():
         rows("kd_phase_wise", [1, 1]) + rows("scrubbed", [0.9, 1.0]) + rows("nope", [0.5, 0.6])
         + rows("slow_pairs", [0.0, 0.2], role="teacher") + rows("slow_pairs", [0.3, 0.3])
     )  # fmt: skip
-    table = positional_channel.judged(tidy(frame)).set_index("claim")
+    table = positional_channel.judged(RETRIEVAL.frame(frame)).set_index("claim")
     assert table.loc["student of scrubbed >= 0.90", ["measured", "held"]].tolist() == [pytest.approx(0.95), "held"]
     assert table.loc["student of nope >= 0.90", "held"] == "not held"
     assert table.loc["teacher with slow_pairs alone <= 0.50", "held"] == "held"

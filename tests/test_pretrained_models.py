@@ -65,9 +65,9 @@ def test_a_name_is_one_set_of_weights_and_says_where_it_is_from(name):
     file = pretrained.file_of(name)
     with file.open("rb") as opened:
         assert hashlib.file_digest(opened, "sha256").hexdigest() == pretrained.MODELS[name].sha256
-    origin = pretrained.origin_of(name)["origin"]
-    assert origin["version"] == metadata.version(origin["package"])
-    assert origin["license"] in pretrained.told_origin(name)
+    entry, told = pretrained.MODELS[name], pretrained.told_origin(name)
+    assert entry.version == metadata.version(entry.package)
+    assert all(part in told for part in (entry.package, entry.version, entry.license, entry.sha256))
 
 
 def test_the_tokenizer_is_the_models_own(hooked, tokenizer):

@@ -18,8 +18,8 @@ from rope_probe import (
     repeated_window,
     trace,
 )
-from rope_probe.runs.results import SCHEMA
 from rope_probe.tracing import cone, propagation
+from rope_probe.tracing.propagation import DELTAS
 from tests import zoo
 
 PERTURBATIONS = [PositionShift("q", 3.0), PositionShift("k", -0.25, layers=1), PositionJitter("qk", 4.0, positions=[5]),
@@ -161,7 +161,7 @@ def test_no_more_logits_than_a_block_are_ever_held(monkeypatch):
 def test_frames_are_tidy():
     model = load_model(zoo.llama())
     frame = trace(model, packed(), [PositionShift("k", 2.0, layers=1, heads=0, pairs=3)], masked=True)
-    assert list(frame.columns) == list(SCHEMA)
+    assert list(frame.columns) == list(DELTAS.columns)
     row = frame.iloc[0]
     assert (row["side"], row["delta_tokens"], row["inject_layer"], row["head"], row["pair"]) == ("k", 2.0, 1, 0, 3)
     assert row["wavelength"] == pytest.approx(2 * np.pi * 1e4 ** (6 / 8), rel=1e-6)

@@ -13,13 +13,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from experiments import phase_scaling
-from experiments.theta_grid import cells
+from experiments.theta_grid import THETA_GRID, cells
 from rope_probe import InputError, PositionShift, copy_deltas, load_model, repeated_window, rope, trace
 from rope_probe.distillation import distillation_signal
+from rope_probe.distillation.log import LOSSES
 from rope_probe.gallery import figures as plots
 from rope_probe.gallery.report import _slug, gallery, write_figure
-from rope_probe.runs.results import new_run, read_run, tidy
+from rope_probe.retrieval.probe import RETRIEVAL
+from rope_probe.runs.results import new_run, read_run
+from rope_probe.runs.tables import TABLES
+from rope_probe.tracing.propagation import DELTAS
 from tests import zoo
+from tests.frames import rows_for, rows_of
 
 
 @pytest.fixture(scope="module")
@@ -29,13 +34,13 @@ def run(tmp_path_factory):
     window = repeated_window(zoo.tokens(1, 10)[0], 4)
     shifts = [PositionShift(side, dose) for side in ("q", "k", "qk") for dose in (0.25, 1.0, 4.0)]
     with new_run(folder, "propagation", {"note": "<script>alert(1)</script>"}) as made:
-        made.record(copy_deltas(model, window), model="tiny", seed=0, arm="repeated document")
-        made.record(trace(model, window, shifts, control=True), model="tiny", seed=0, arm="repeated document")
+        made.record(DELTAS, copy_deltas(model, window), model="tiny", seed=0, arm="repeated document")
+        made.record(DELTAS, trace(model, window, shifts, control=True), model="tiny", seed=0, arm="repeated document")
     return folder
 
 
 def test_the_heatmap_shows_the_numbers_of_the_frame(run):
-    frame, _ = read_run(run)
+    frame = read_run(run)[0]["deltas"]
     figure = plots.copy_heatmap(frame)
     titles = [note.text for note in figure.layout.annotations]
     panel = titles.index("residual stream")
@@ -49,7 +54,7 @@ def test_the_heatmap_shows_the_numbers_of_the_frame(run):
 
 
 def test_dose_response_shows_the_numbers_of_the_frame(run):
-    frame, _ = read_run(run)
+    frame = read_run(run)[0]["deltas"]
     figure = plots.dose_response(frame)
     lines = {line.name: line for line in figure.data if line.name}
     exact = next(name for name in lines if name.startswith("both, in float64"))
@@ -62,7 +67,7 @@ def test_dose_response_shows_the_numbers_of_the_frame(run):
 
 
 def test_captions_say_what_was_drawn(run):
-    frame, _ = read_run(run)
+    frame = read_run(run)[0]["deltas"]
     for draw in (plots.copy_heatmap, plots.dose_response):
         caption = draw(frame).layout.annotations[-1].text.replace("<br>", " ")
         assert "seeds 0" in caption
@@ -76,8 +81,8 @@ def test_shifts_that_are_restricted_differently_are_not_pooled(tmp_path):
     with pytest.raises(InputError, match="2 ways, layers=0, layers=1"):
         plots.dose_response(frame)
     with new_run(tmp_path / "run", "trace", {}) as made:
-        made.record(frame, model="a b")
-        made.record(frame, model="a-b")
+        made.record(DELTAS, frame, model="a b")
+        made.record(DELTAS, frame, model="a-b")
     page = gallery([tmp_path / "run"], tmp_path / "gallery").read_text()
     pages = re.findall(r'<iframe src="([^"]+)"', page)
     assert len({name for name in pages if "dose-response" in name}) == 4
@@ -92,7 +97,7 @@ def test_shifts_back_and_by_nothing_are_drawn():
 
 @pytest.mark.parametrize("drawing", plots.DRAWINGS, ids=lambda drawing: drawing.name)
 def test_frames_without_the_rows_are_refused(drawing):
-    frame = tidy([{"metric": "accuracy", "value": 1.0}, {"metric": "ce_nats", "value": 1.0}])
+    frame = rows_for(drawing.name, [{"metric": "accuracy", "value": 1.0}, {"metric": "ce_nats", "value": 1.0}])
     assert not drawing.rows(frame).any()
     with pytest.raises(InputError, match="hold no"):
         drawing.draw(frame, "")
@@ -123,7 +128,7 @@ def test_odd_names_of_experiments_make_pages_that_can_be_opened(tmp_path, experi
     rows = [{"metric": "accuracy", "value": 0.5, "distance": d, "seq_len": 64, "model": "m" * 3000} for d in (8, 16)]
     for i, experiment in enumerate(experiments):
         with new_run(tmp_path / str(i), experiment, {}) as made:
-            made.record(tidy(rows))
+            made.record(RETRIEVAL, rows)
     page = gallery([tmp_path / "0", tmp_path / "1", tmp_path / "1"], tmp_path / "gallery").read_text()
     pages = re.findall(r'<iframe src="([^"]+)"', page)
     assert len(set(pages)) == len(pages) == 2
@@ -170,22 +175,27 @@ def test_an_older_gallery_is_replaced_and_nothing_else(run, tmp_path):
 
 def test_runs_with_nothing_to_draw_are_refused(tmp_path):
     with new_run(tmp_path / "run", "test", {}) as made:
-        made.record(tidy([{"metric": "ce_nats", "value": 1.0}]))
+        made.record(LOSSES, [{"metric": "ce_nats", "value": 1.0}])
     with pytest.raises(InputError, match="nothing"):
         gallery([tmp_path / "run"], tmp_path / "gallery")
     assert not (tmp_path / "gallery").exists()
 
 
 def test_figures_are_written_where_asked(run, tmp_path):
-    page = write_figure(plots.dose_response(read_run(run)[0]), tmp_path / "deep" / "figure.html")
+    page = write_figure(plots.dose_response(read_run(run)[0]["deltas"]), tmp_path / "deep" / "figure.html")
     assert page.is_file()
-    assert isinstance(read_run(run)[0], pd.DataFrame)
+    assert isinstance(read_run(run)[0]["deltas"], pd.DataFrame)
+
+
+def only(table, frame):
+    """The columns of a table."""
+    return frame[[column for column in frame.columns if column in TABLES[table].columns]]
 
 
 def accuracy(model, seed, values):
     rows = [{"seq_len": 64, "distance": d, "metric": "accuracy", "value": v, "low": v - 0.1, "high": v + 0.1}
             for d, v in zip((8, 16, 32), values, strict=True)]  # fmt: skip
-    return tidy(rows).assign(model=model, seed=seed)
+    return rows_of("retrieval", "geometry", rows=rows).assign(model=model, seed=seed)
 
 
 def test_retrieval_shows_means_and_seeds(tmp_path):
@@ -206,7 +216,7 @@ def test_retrieval_shows_means_and_seeds(tmp_path):
 def test_runs_of_one_experiment_are_drawn_together(tmp_path):
     for model in ("kd", "ce"):
         with new_run(tmp_path / model, "phase_scaling", {}) as made:
-            made.record(accuracy(model, 0, (1, 0.8, 0.6)))
+            made.record(RETRIEVAL, only("retrieval", accuracy(model, 0, (1, 0.8, 0.6))))
     page = gallery([tmp_path / "kd", tmp_path / "ce"], tmp_path / "gallery").read_text()
     (name,) = re.findall(r'<iframe src="([^"]+)"', page)
     drawn = (tmp_path / "gallery" / name).read_text()
@@ -268,13 +278,13 @@ def test_wavelengths_of_no_theta_are_named_by_the_slowest_pair():
     lengths = rope.wavelengths(rope.inv_freq({"rope_type": "linear", "rope_theta": 300.0, "factor": 4.0}, 8)).tolist()
     at = {"phase": "long", "seq_len": 64, "metric": "rotations"}
     rows = [{**at, "pair": i, "wavelength": length, "value": 64 / length} for i, length in enumerate(lengths)]
-    (line,) = plots.rotations_by_pair(tidy(rows)).data
+    (line,) = plots.rotations_by_pair(rows_of("geometry", rows=rows)).data
     assert line.name == f"long phase, window 64, slowest pair {lengths[-1]:,.4g} tokens"
 
 
 def losses(model, seed, values, *, metric="ce_nats", phase="short", run_id="a"):
     rows = [{"tokens": 8 * (i + 1), "value": value} for i, value in enumerate(values)]
-    return tidy(rows).assign(model=model, seed=seed, phase=phase, metric=metric, run_id=run_id)
+    return rows_of("losses", rows=rows).assign(model=model, seed=seed, phase=phase, metric=metric, run_id=run_id)
 
 
 def test_losses_have_a_panel_for_each_phase_and_kind_and_means_where_all_seeds_are():
@@ -314,7 +324,7 @@ def grid_rows(missed=()):
                     for seed in (0, 1)
                     for distance, value in ((256, 1.0), (512, (head_dim + 10 * i + steps / 50 + seed) / 100))
                 ]
-    return tidy(rows)
+    return rows_of("theta_grid", rows=rows)
 
 
 def test_the_theta_grid_shows_the_means_that_the_verdicts_speak_of():
@@ -356,14 +366,14 @@ def test_a_theta_grid_without_the_distance_is_refused():
 def test_the_gallery_draws_every_figure_of_its_experiment(tmp_path):
     for arm in ("kd_phase_wise", "kd_small_theta"):
         with new_run(tmp_path / arm, "phase_scaling", {}) as made:
-            made.record(accuracy(arm, 0, (1, 0.8, 0.6)))
-            made.record(accuracy(arm, 0, (1, 0.8, 0.6)).assign(seq_len=128))
-            made.record(geometry(arm))
-            made.record(losses(arm, 0, (2, 1), metric="kd_nats", phase="extension"))
+            made.record(RETRIEVAL, only("retrieval", accuracy(arm, 0, (1, 0.8, 0.6))))
+            made.record(RETRIEVAL, only("retrieval", accuracy(arm, 0, (1, 0.8, 0.6)).assign(seq_len=128)))
+            made.record(phase_scaling.GEOMETRY, geometry(arm))
+            made.record(LOSSES, losses(arm, 0, (2, 1), metric="kd_nats", phase="extension"))
     with new_run(tmp_path / "grid", "theta_grid", {}) as made:
-        made.record(grid_rows())
+        made.record(THETA_GRID, grid_rows())
     with new_run(tmp_path / "other", "other", {"note": "no figure"}) as made:
-        made.record(tidy([{"metric": "loss", "value": 1.0}]))
+        made.record(LOSSES, [{"metric": "loss", "value": 1.0}])
     page = gallery(map(tmp_path.joinpath, ("kd_phase_wise", "kd_small_theta", "grid", "other")), tmp_path / "out")
     found = re.findall(r'<iframe src="([^"]+)\.html"', page.read_text())
     assert found == [
@@ -380,8 +390,8 @@ def test_the_gallery_draws_every_figure_of_its_experiment(tmp_path):
 def test_accuracy_after_several_phases_is_drawn_phase_by_phase(tmp_path):
     with new_run(tmp_path / "run", "distill", {}) as made:
         for phase in ("short", "long"):
-            made.record(accuracy("student", 0, (1, 0.8, 0.6)).assign(phase=phase))
-            made.record(losses("student", 0, (2, 1), phase=phase))
+            made.record(RETRIEVAL, only("retrieval", accuracy("student", 0, (1, 0.8, 0.6)).assign(phase=phase)))
+            made.record(LOSSES, losses("student", 0, (2, 1), phase=phase))
     page = gallery([tmp_path / "run"], tmp_path / "gallery").read_text()
     found = re.findall(r'<iframe src="\d+-distill-([^"]+)\.html"', page)
     assert found == [
@@ -467,11 +477,11 @@ def texts_of(value, key=""):
 @pytest.mark.parametrize("field", ["model", "arm", "phase"])
 def test_names_are_text_in_plotly_too(run, field):
     rows = [{"metric": "accuracy", "value": 0.5, "distance": d, "seq_len": 64, "seed": 0} for d in (8, 16)]
-    frame = tidy(rows).assign(**{field: HOSTILE}, low=0.4, high=0.6)
+    frame = rows_of("retrieval", "geometry", rows=rows).assign(**{field: HOSTILE}, low=0.4, high=0.6)
     figures = [plots.retrieval_by_distance(frame, HOSTILE)]
     losses_of = losses("student", 0, (2, 1)).assign(**{field: HOSTILE})
     figures.append(plots.loss_curves(losses_of, HOSTILE))
-    traced = read_run(run)[0].assign(**{field: HOSTILE})
+    traced = read_run(run)[0]["deltas"].assign(**{field: HOSTILE})
     figures += [plots.copy_heatmap(traced, HOSTILE), plots.dose_response(traced, HOSTILE)]
     for figure in figures:
         texts = list(texts_of(json.loads(figure.to_json())))
@@ -560,14 +570,14 @@ NAMELESS = {"theta_grid", "copy_heatmap", "dose_response", "injected_by_read", "
 
 @pytest.mark.parametrize("drawing", plots.DRAWINGS, ids=lambda drawing: drawing.name)
 def test_names_are_shown_as_text(drawing):
-    figure = drawing.draw(tidy(what_each_drawing_draws(ODD_NAME)[drawing.name]), ODD_NAME)
+    figure = drawing.draw(rows_for(drawing.name, what_each_drawing_draws(ODD_NAME)[drawing.name]), ODD_NAME)
     texts = [text.replace("<br>", " ") for text in contents(json.loads(figure.to_json()), str)]
     named = [text for text in texts if "odd" in text]
     assert all("odd" not in text.replace(ODD_NAME_AS_TEXT, "") for text in named)
     assert figure.layout.title.text.endswith(ODD_NAME_AS_TEXT)
     assert len(named) == 1 if drawing.name in NAMELESS else len(named) > 1
     assert html.unescape(ODD_NAME_AS_TEXT) == ODD_NAME
-    plain = drawing.draw(tidy(what_each_drawing_draws("plain")[drawing.name]), "plain")
+    plain = drawing.draw(rows_for(drawing.name, what_each_drawing_draws("plain")[drawing.name]), "plain")
     assert numbers(figure) == numbers(plain)
 
 
@@ -587,7 +597,9 @@ def test_long_names_are_cut_and_still_told_apart():
     assert all(name.startswith("<&<&") for name in shown)
     assert len(html.unescape(figure.layout.title.text)) < 130
     curves = what_each_drawing_draws(names[0])["causal_curves"] + what_each_drawing_draws(names[1])["causal_curves"]
-    shown = {html.unescape(line.name) for line in plots.causal_curves(tidy(curves)).data if line.name}
+    shown = {
+        html.unescape(line.name) for line in plots.causal_curves(rows_of("span_effects", rows=curves)).data if line.name
+    }
     assert max(map(len, shown)) == 60
     assert len(shown) == 4  # two long ones, greedy and random
 
@@ -601,7 +613,7 @@ ODD_VALUES = {
 
 def odd_frames(name):
     """A drawing's frame with each column that it uses emptied, and with odd values in every second row of it."""
-    frame = tidy(what_each_drawing_draws("tiny")[name])
+    frame = rows_for(name, what_each_drawing_draws("tiny")[name])
     for column in frame.columns[frame.notna().any()].drop(["run_id", "experiment"]):
         yield frame.assign(**{column: pd.Series(None, frame.index, frame[column].dtype)})
         odd = frame.copy()
@@ -622,16 +634,16 @@ def test_odd_rows_are_drawn_or_refused(drawing):
     ("long_theta", -1.0), ("distance", 2**40), ("distance", 0), ("steps", None), ("seq_len", None),
 ])  # fmt: skip
 def test_rows_that_no_formula_tells_a_bound_for_are_no_cells_of_the_theta_grid(column, value):
-    frame = tidy(what_each_drawing_draws("tiny")["theta_grid"])
+    frame = rows_for("theta_grid", what_each_drawing_draws("tiny")["theta_grid"])
     assert plots.grid.is_cell(frame).any()
-    assert not plots.grid.is_cell(tidy(frame.assign(**{column: value}))).any()
+    assert not plots.grid.is_cell(rows_of("theta_grid", rows=frame.assign(**{column: value}))).any()
 
 
 def test_rows_that_measure_nothing_are_left_out_and_told(tmp_path):
     frame = pd.concat([losses("tiny", 0, (2, 1, np.nan)), losses("tiny", 0, (np.inf,), phase="long")])
     nameless = losses("tiny", 0, (1,)).assign(metric=None)
     with new_run(tmp_path / "run", "test", {}) as made:
-        made.record(tidy(pd.concat([frame, nameless])))
+        made.record(LOSSES, pd.concat([frame, nameless]))
     page = gallery([tmp_path / "run"], tmp_path / "gallery").read_text()
     assert "without 3 rows that have no metric or no finite value" in page
     (line,) = plots.loss_curves(frame).data
@@ -641,11 +653,11 @@ def test_rows_that_measure_nothing_are_left_out_and_told(tmp_path):
 def test_what_cannot_be_drawn_is_told_with_its_run(tmp_path):
     cells = grid_rows()
     with new_run(tmp_path / "run", "theta_grid", {}) as made:
-        made.record(cells[cells["metric"] == "accuracy"])
+        made.record(THETA_GRID, cells[cells["metric"] == "accuracy"])
     with pytest.raises(InputError, match=f"theta grid cannot be drawn from {made.manifest['run_id']}: these results"):
         gallery([tmp_path / "run"], tmp_path / "gallery")
     with new_run(tmp_path / "other", "other", {}) as other:
-        other.record(losses("tiny", 0, (2, 1)))
+        other.record(LOSSES, losses("tiny", 0, (2, 1)))
     page = gallery([tmp_path / "run", tmp_path / "other"], tmp_path / "gallery").read_text()
     assert f"theta grid cannot be drawn from {made.manifest['run_id']}: these results" in page
     assert len(re.findall("<iframe", page)) == 1
@@ -662,7 +674,7 @@ def pages_of(index):
 def small_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("small") / "run"
     with new_run(folder, "training", {}) as made:
-        made.record(losses("tiny", 0, (2, 1)))
+        made.record(LOSSES, losses("tiny", 0, (2, 1)))
     return folder
 
 
@@ -678,9 +690,10 @@ def test_a_run_given_twice_is_there_once(small_run, tmp_path):
 def test_a_browser_makes_no_link_of_a_name(tmp_path):
     name = """<a href="http://127.0.0.1/">x</a><img src=x onerror=document.title='pwned'>"""
     with new_run(tmp_path / "run", "training", {}) as made:
-        made.record(pd.concat([accuracy(name, 0, (1, 0.8, 0.6)), accuracy("other", 0, (1, 0, 0))]).assign(phase=name))
-        made.record(losses(name, 0, (2, 1), phase=name))
-        made.record(losses("other", 0, (2, 1), phase="long"))
+        both = pd.concat([accuracy(name, 0, (1, 0.8, 0.6)), accuracy("other", 0, (1, 0, 0))])
+        made.record(RETRIEVAL, only("retrieval", both).assign(phase=name))
+        made.record(LOSSES, losses(name, 0, (2, 1), phase=name))
+        made.record(LOSSES, losses("other", 0, (2, 1), phase="long"))
     index = gallery([tmp_path / "run"], tmp_path / "gallery")
     options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/browser"]
     for page in [*pages_of(index), index.name]:

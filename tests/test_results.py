@@ -10,30 +10,78 @@ import pandas as pd
 import pytest
 import torch
 
-from rope_probe import InputError
+from rope_probe import InputError, Window, load_model, pack, repeated_window
 from rope_probe.models import checkpoints
 from rope_probe.runs import folders as atomic
-from rope_probe.runs import results
-from rope_probe.runs.results import is_complete, new_run, open_run, read_run, tidy
+from rope_probe.runs import provenance, results, tables
+from rope_probe.runs.results import is_complete, new_run, open_run, read_run, read_tables
+from rope_probe.runs.tables import Column, Metric
+from rope_probe.tracing.propagation import DELTAS
 from tests import zoo
 
 ROWS = [{"site": "logits", "metric": "kl_nats", "value": 0.5}]
 
 
 def test_frames_get_every_column_in_order():
-    frame = tidy(ROWS)
-    assert list(frame.columns) == list(results.SCHEMA)
+    frame = DELTAS.frame(ROWS)
+    assert list(frame.columns) == list(DELTAS.columns)
+    assert dict(frame.dtypes.astype("string")) == dict(DELTAS.types)
     assert frame["layer"].isna().all()
-    with pytest.raises(InputError, match="'colour'"):
-        tidy([{"colour": "red"}])
+    with pytest.raises(InputError, match="no column 'colour'"):
+        DELTAS.frame([{"colour": "red"}])
+    with pytest.raises(InputError, match="no metric 'loudness'"):
+        DELTAS.frame([{"metric": "loudness", "value": 1.0}])
+
+
+def test_a_table_is_declared_once():
+    metrics = {"test_metric": Metric("a metric")}
+    own = {"colour": Column("string", "a colour")}
+    first = tables.declare("test_table", "a table", ("layer", "colour"), metrics, own=own)
+    try:
+        assert list(first.columns) == ["run_id", "experiment", "model", "seed", "layer", "colour", "metric", "value"]
+        assert tables.declare("test_table", "a table", ("layer", "colour"), metrics, own=own) is first
+        with pytest.raises(InputError, match="another table 'test_table'"):
+            tables.declare("test_table", "another", (), metrics)
+        with pytest.raises(InputError, match="'smell'"):
+            tables.declare("other_table", "a table", ("smell",), metrics)
+        with pytest.raises(InputError, match="a table's name"):
+            tables.declare("../table", "a table", (), metrics)
+    finally:
+        del tables.TABLES["test_table"]
+
+
+def test_tables_that_are_not_there_are_empty_where_they_are_declared(tmp_path):
+    with new_run(tmp_path / "run", "test", {}) as run:
+        run.record(DELTAS, ROWS)
+    found = read_tables([tmp_path / "run", tmp_path / "run"])
+    assert list(found) == ["deltas"]
+    assert len(found["deltas"]) == 2
+    assert list(found["retrieval"].columns) == list(tables.TABLES["retrieval"].columns)
+    assert found["retrieval"].empty
+    with pytest.raises(InputError, match="no table 'nothing' here; there are deltas"):
+        found["nothing"]
+    both = found.joined(["deltas", "retrieval"])
+    assert len(both) == 2
+    assert {"site", "distance"} <= set(both.columns)
+
+
+def test_a_table_that_nobody_declares_is_as_stored(tmp_path):
+    stranger = tables.declare("test_stranger", "a table", ("layer",), {"test_metric": Metric("a metric")})
+    with new_run(tmp_path / "run", "test", {}) as run:
+        run.record(stranger, [{"metric": "test_metric", "value": 1.0, "layer": 3}])
+    del tables.TABLES["test_stranger"]
+    frame = read_run(tmp_path / "run")[0]["test_stranger"]
+    assert frame["layer"].tolist() == [3]
+    assert frame.dtypes["layer"] == "Int64"
 
 
 def test_a_run_comes_back_as_it_was_recorded(tmp_path):
     with new_run(tmp_path / "run", "test", {"steps": 3}) as run:
-        run.record(tidy(ROWS), model="tiny", seed=4)
+        run.record(DELTAS, ROWS, model="tiny", seed=4)
         (run.folder / "note.txt").write_text("beside")
         assert not (tmp_path / "run").exists()
-    frame, manifest = read_run(tmp_path / "run")
+    found, manifest = read_run(tmp_path / "run")
+    frame = found["deltas"]
     assert frame["value"].tolist() == [0.5]
     assert (frame.loc[0, "model"], frame.loc[0, "seed"], frame.loc[0, "experiment"]) == ("tiny", 4, "test")
     assert frame.loc[0, "run_id"] == manifest["run_id"]
@@ -46,7 +94,7 @@ def test_a_run_comes_back_as_it_was_recorded(tmp_path):
 def test_empty_runs_can_be_read(tmp_path):
     with new_run(tmp_path / "run", "test", {}):
         pass
-    assert read_run(tmp_path / "run")[0].empty
+    assert read_run(tmp_path / "run")[0] == {}
 
 
 def test_a_run_that_fails_leaves_nothing_and_keeps_the_old_one(tmp_path):
@@ -55,7 +103,7 @@ def test_a_run_that_fails_leaves_nothing_and_keeps_the_old_one(tmp_path):
 
     def fail_midway():
         with new_run(tmp_path / "run", "first", {}, overwrite=True) as run:
-            run.record(tidy(ROWS))
+            run.record(DELTAS, ROWS)
             raise RuntimeError("midway")
 
     with pytest.raises(RuntimeError, match="midway"):
@@ -124,10 +172,20 @@ def test_manifests_that_are_none_are_refused(tmp_path, manifest):
     assert not is_complete(tmp_path / "run", {})
 
 
-def test_metrics_of_another_schema_are_refused(tmp_path):
+def test_tables_of_other_columns_are_refused(tmp_path):
+    with new_run(tmp_path / "run", "test", {}) as run:
+        run.record(DELTAS, ROWS)
+    pd.DataFrame({"colour": ["red"]}).to_parquet(tmp_path / "run" / "tables" / "deltas.parquet")
+    with pytest.raises(InputError, match=r"table 'deltas' of .*'colour'"):
+        read_run(tmp_path / "run")
+
+
+def test_runs_of_older_versions_are_refused(tmp_path):
     with new_run(tmp_path / "run", "test", {}):
         pass
-    pd.DataFrame({"colour": ["red"]}).to_parquet(tmp_path / "run" / "metrics.parquet")
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    del manifest["tables"]
+    (tmp_path / "run" / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(InputError, match="run it again"):
         read_run(tmp_path / "run")
 
@@ -154,26 +212,48 @@ def test_a_run_is_reused_for_the_same_config_alone(tmp_path):
 
 def test_models_and_tokens_are_told_apart_by_their_hashes():
     model = zoo.llama()
-    told = results.describe_model(model)
-    assert told["rope_parameters"]["rope_theta"] == 1e4
-    assert told == results.describe_model(zoo.llama())
+    described = provenance.describe_model(model)
+    assert described.rope_parameters["rope_theta"] == 1e4
+    assert described == provenance.describe_model(zoo.llama())
     model.lm_head.weight.data[0, 0] += 1e-6
-    assert told["weights_sha256"] != results.describe_model(model)["weights_sha256"]
-    assert results.describe_model(model.to(torch.bfloat16))["dtype"] == "torch.bfloat16"
-    assert results.hash_tokens(torch.tensor([1, 2])) == results.hash_tokens(torch.tensor([1, 2], dtype=torch.int32))
-    assert results.hash_tokens(torch.tensor([1, 2])) != results.hash_tokens(torch.tensor([2, 1]))
+    assert described.weights_sha256 != provenance.describe_model(model).weights_sha256
+    assert provenance.describe_model(model.to(torch.bfloat16)).dtype == "torch.bfloat16"
+    hash_tokens = provenance.hash_tokens
+    assert hash_tokens(torch.tensor([1, 2])) == hash_tokens(torch.tensor([1, 2], dtype=torch.int32))
+    assert hash_tokens(torch.tensor([1, 2])) != hash_tokens(torch.tensor([2, 1]))
+
+
+def test_what_a_run_was_made_from_is_in_its_manifest(tmp_path):
+    model = load_model(zoo.llama(), attn="eager")
+    repeated = repeated_window([5, 6, 7], 2)
+    with new_run(tmp_path / "run", "test", {}) as run:
+        run.provenance.add_model("tiny", model)
+        run.provenance.add_tokens("window", repeated)
+        run.provenance.add_tokens("window", repeated, masked=True)
+        run.provenance.add_tokens("window", repeated, masked=True)
+        run.provenance.add_tokens("reset", pack([[5, 6], [7, 8]], 4, positions="reset"), teacher_masked=True)
+    manifest = read_run(tmp_path / "run")[1]
+    assert manifest["models"]["tiny"]["attention_kernel"] == "eager"
+    assert manifest["models"]["tiny"]["weights_sha256"] == provenance.describe_model(zoo.llama()).weights_sha256
+    assert [entry["masked"] for entry in manifest["read"]["window"]] == [False, True]
+    assert manifest["read"]["window"][0]["tokens_sha256"] == provenance.hash_tokens(repeated.tokens)
+    (reset,) = manifest["read"]["reset"]
+    assert (reset["positions"], reset["teacher_masked"]) == ("reset", True)
+    skipped = Window(repeated.tokens, repeated.cu_seqlens, repeated.position_ids * 2)
+    assert provenance.positions_of(skipped) == "skipped"
+    assert provenance.positions_of(repeated) == "continuous"
 
 
 def test_nothing_is_pickled(tmp_path):
     with new_run(tmp_path / "run", "test", {}) as run:
-        run.record(tidy(ROWS))
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {".rope_probe", "metrics.parquet", "manifest.json"}
-    assert isinstance(pd.read_parquet(tmp_path / "run" / "metrics.parquet"), pd.DataFrame)
+        run.record(DELTAS, ROWS)
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {".rope_probe", "tables", "manifest.json"}
+    assert isinstance(pd.read_parquet(tmp_path / "run" / "tables" / "deltas.parquet"), pd.DataFrame)
 
 
 def make_run(out, experiment="test", **options):
     with new_run(out, experiment, {}, **options) as run:
-        run.record(tidy(ROWS))
+        run.record(DELTAS, ROWS)
 
 
 def tree(folder):
@@ -229,7 +309,7 @@ def test_a_folder_that_appears_meanwhile_is_left_alone_and_the_work_is_kept(tmp_
 
     def someone_else_writes(**options):
         with new_run(out, "test", {}, **options) as run:
-            run.record(tidy(ROWS))
+            run.record(DELTAS, ROWS)
             out.mkdir(exist_ok=True)
             (out / "thesis.txt").write_text("years")
 
@@ -238,7 +318,7 @@ def test_a_folder_that_appears_meanwhile_is_left_alone_and_the_work_is_kept(tmp_
     assert (out / "thesis.txt").read_text() == "years"
     (kept,) = (path for path in tmp_path.iterdir() if path != out)
     assert str(kept) in str(refusal.value)
-    assert read_run(kept)[0]["value"].tolist() == [0.5]
+    assert read_run(kept)[0]["deltas"]["value"].tolist() == [0.5]
     make_run(tmp_path / "second")
     out = tmp_path / "second"
     with pytest.raises(InputError, match=r"holds 'thesis\.txt'.* is kept at"):
@@ -284,11 +364,11 @@ def test_two_that_write_to_one_place_lose_neither(tmp_path):
     def one_in_the_other():
         with new_run(tmp_path / "run", "test", {}) as first:
             make_run(tmp_path / "run")
-            first.record(tidy(ROWS + ROWS))
+            first.record(DELTAS, ROWS + ROWS)
 
     with pytest.raises(InputError, match=r"already; .* is kept at"):
         one_in_the_other()
-    found = sorted(len(read_run(path)[0]) for path in tmp_path.iterdir())
+    found = sorted(len(read_run(path)[0]["deltas"]) for path in tmp_path.iterdir())
     assert found == [1, 2]
 
 
@@ -376,7 +456,7 @@ def test_the_commit_is_the_projects_own_or_none(tmp_path, monkeypatch):
 @pytest.mark.parametrize("columns", [{"value": ["a"]}, {"value": [[1.0]]}, {"seed": ["x"]}, {"seed": [1.5]}])
 def test_columns_of_other_types_are_refused(tmp_path, columns):
     make_run(tmp_path / "run")
-    frame = pd.read_parquet(tmp_path / "run" / "metrics.parquet").assign(**columns)
-    frame.to_parquet(tmp_path / "run" / "metrics.parquet")
+    frame = pd.read_parquet(tmp_path / "run" / "tables" / "deltas.parquet").assign(**columns)
+    frame.to_parquet(tmp_path / "run" / "tables" / "deltas.parquet")
     with pytest.raises(InputError, match="columns of other types"):
         read_run(tmp_path / "run")

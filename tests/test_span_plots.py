@@ -3,15 +3,18 @@
 import copy
 
 import numpy as np
-import pandas as pd
 import pytest
 
 from rope_probe import InputError, compare_spans
 from rope_probe.gallery import figures as plots
 from rope_probe.gallery.report import gallery
-from rope_probe.runs.results import new_run, read_run, tidy
+from rope_probe.runs.results import new_run, read_tables
 from rope_probe.spans import landmarks
+from rope_probe.spans.causal import SPAN_EFFECTS
+from rope_probe.spans.statistics import LANDMARKS
+from rope_probe.spans.weights import SPANS
 from tests import zoo
+from tests.frames import rows_of
 
 
 def checkpoints(seed):
@@ -49,17 +52,17 @@ def run(tmp_path_factory):
     with new_run(folder, "query_spans", {}) as made:
         for seed in (0, 1):
             models = checkpoints(seed)
-            made.record(compare_spans(*models), model="tiny", seed=seed, arm="weights")
-            made.record(landmarks(*models, short=16, long=128), model="tiny", seed=seed, arm="landmarks")
-        made.record(tidy(TRANSPLANTS))
-        made.record(tidy(curve("by single effect", {0: 0.0, 2: 0.5, 4: 0.8})))
-        made.record(tidy(curve("random", {0: 0.0, 2: 0.1, 4: 0.8}, draw=0)))
-        made.record(tidy(curve("random", {0: 0.0, 2: 0.3, 4: 0.8}, draw=1)))
+            made.record(SPANS, compare_spans(*models), model="tiny", seed=seed)
+            made.record(LANDMARKS, landmarks(*models, short=16, long=128), model="tiny", seed=seed)
+        made.record(SPAN_EFFECTS, TRANSPLANTS)
+        made.record(SPAN_EFFECTS, curve("by single effect", {0: 0.0, 2: 0.5, 4: 0.8}))
+        made.record(SPAN_EFFECTS, curve("random", {0: 0.0, 2: 0.1, 4: 0.8}, draw=0))
+        made.record(SPAN_EFFECTS, curve("random", {0: 0.0, 2: 0.3, 4: 0.8}, draw=1))
     return folder
 
 
 def test_the_heatmap_of_pairs_shows_the_mean_over_heads_and_where_windows_end(run):
-    frame, _ = read_run(run)
+    frame = read_tables([run]).joined(["spans", "landmarks"])
     figure = plots.span_heatmap(frame, "tiny")
     queries, keys = figure.data
     np.testing.assert_allclose(queries.z, 0.5, rtol=1e-6)
@@ -76,7 +79,7 @@ def test_the_heatmap_of_pairs_shows_the_mean_over_heads_and_where_windows_end(ru
 
 
 def test_the_panel_of_heads_is_of_one_seed(run):
-    frame, _ = read_run(run)
+    frame = read_tables([run]).joined(["spans", "landmarks"])
     queries, keys = plots.span_heads(frame).data
     assert queries.z.shape == (8, 4)
     assert keys.z.shape == (4, 4)
@@ -84,7 +87,7 @@ def test_the_panel_of_heads_is_of_one_seed(run):
 
 
 def test_parts_are_drawn_by_layer(run):
-    frame, _ = read_run(run)
+    frame = read_tables([run])["spans"]
     figure = plots.change_by_part(frame)
     lines = {line.name: line for line in figure.data if line.mode == "lines+markers"}
     assert list(lines) == ["W_Q", "W_K", "W_V", "W_O", "MLP"]
@@ -93,7 +96,7 @@ def test_parts_are_drawn_by_layer(run):
 
 
 def test_curves_are_means_and_random_orders_a_band(run):
-    frame, _ = read_run(run)
+    frame = read_tables([run])["span_effects"]
     figure = plots.causal_curves(frame)
     lines = {line.name: line for line in figure.data if line.name}
     np.testing.assert_allclose(lines["by single effect"].x, [0, 0.5, 1])
@@ -104,7 +107,7 @@ def test_curves_are_means_and_random_orders_a_band(run):
 
 
 def test_transplants_are_bars_with_the_range_of_seeds(run):
-    frame, _ = read_run(run)
+    frame = read_tables([run])["span_effects"]
     figure = plots.transplants(frame)
     assert [note.text for note in figure.layout.annotations][:2] == ["window of 64 tokens", "window of 16 tokens"]
     bars = figure.data[0]
@@ -117,7 +120,7 @@ def test_transplants_are_bars_with_the_range_of_seeds(run):
                                   plots.transplants])  # fmt: skip
 def test_frames_without_the_rows_are_refused(draw):
     with pytest.raises(InputError, match="these results hold no"):
-        draw(tidy(pd.DataFrame({"metric": ["loss"], "value": [1.0]})))
+        draw(rows_of("spans", "landmarks", "span_effects", rows=[{"metric": "loss", "value": 1.0}]))
 
 
 def test_the_gallery_has_these_figures_and_no_retrieval_of_perturbed_models(run, tmp_path):

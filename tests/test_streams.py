@@ -317,7 +317,8 @@ def test_terms_defined_by_a_user_train_a_run_and_are_logged(tmp_path):
     config = read_config(toml)
     assert config.phases[0].terms == (EntropyGap(1.0, "long", 1.0), StateSize(0.5, sites=SITES))
     run = distill(toml)
-    frame, manifest = read_run(run)
+    tables, manifest = read_run(run)
+    frame = tables["losses"]
     losses = {
         metric: frame[frame["metric"] == metric]["value"] for metric in ("test_entropy_gap", "state_size", "loss")
     }
@@ -366,7 +367,8 @@ def test_a_resumed_run_has_the_original_that_it_began_with(tmp_path, original, m
 @pytest.mark.parametrize("original", ["run", "phase"])
 def test_a_run_with_streams_logs_every_term_and_its_original_is_that_of_the_run_or_phase(tmp_path, original):
     run = distill(with_streams(tmp_path, original))
-    frame, manifest = read_run(run)
+    tables, manifest = read_run(run)
+    frame = tables["losses"]
     told = frame[frame["phase"] == "mixed"]
     for metric in ("loss", "new/kd_nats", "1/kd_nats", "new/ce_nats", "1/ce_nats"):
         assert len(told[told["metric"] == metric]) == 3
@@ -376,7 +378,7 @@ def test_a_run_with_streams_logs_every_term_and_its_original_is_that_of_the_run_
     apart = told[told["metric"] == "1/kd_nats"]["value"].iloc[0]
     assert abs(apart) < 1e-6 if original == "phase" else apart > 1e-4
     assert manifest["teacher_positions"] == dict.fromkeys(("own", "mixed/new", "mixed/1"), "continuous")
-    assert set(manifest["tokens_sha256"]) == {"own", "mixed/new", "mixed/1"}
+    assert set(manifest["read"]) == {"own", "mixed/new", "mixed/1"}
     saved, start = (
         load_file(place / "model.safetensors") for place in (run / "checkpoints/mixed", tmp_path / "student")
     )
@@ -401,8 +403,8 @@ def test_phases_of_streams_that_make_no_sense_are_refused(changes, named):
     [
         ({"share": 0}, "share of a stream must be above 0"),
         ({"tokens": -1.0}, "tokens of a stream must be above 0"),
-        ({"window": 0}, "window must be in 1"),
-        ({"chunk": 0}, "chunk must be 1"),
+        ({"window": 0}, "window of a stream must be 1 or more"),
+        ({"chunk": 0}, "chunk of a stream must be 1 or more"),
         ({"name": "a/b"}, "a/b"),
         ({"terms": ()}, "one of a weight above 0"),
     ],

@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -70,3 +72,10 @@ def test_imports_go_one_way():
             if not same_folder and place(other, order) > place(name, order):
                 wrong.append(f"{name} imports {other}")
     assert wrong == []
+
+
+def test_the_page_of_tables_is_what_the_code_declares():
+    script = "import runpy, sys; sys.stdout.write(runpy.run_path('docs/generate_tables.py')['page']())"
+    made = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert made == (ROOT / "docs" / "tables.md").read_text(), "run python docs/generate_tables.py"
+    assert made.count("\n## ") >= 12

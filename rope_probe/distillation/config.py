@@ -12,6 +12,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 from rope_probe.distillation.loop import ORIGINAL
 from rope_probe.distillation.phase import Phase
 from rope_probe.errors import InputError
+from rope_probe.ranges import Count, Positive, Seed, in_words, require_ranges
 
 _INSTEAD = {
     "objective": 'an objective is now a list of terms: terms = [{ kind = "cross_entropy", weight = 1.0 }, '
@@ -42,23 +43,17 @@ class DistillConfig:
     out: str
     teachers: dict[str, str] = field(default_factory=dict)
     original: Literal["run", "phase"] = "run"
-    seed: int = 0
+    seed: Seed = 0
     device: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     attn: str = "sdpa"
-    log_every: int = 10
-    save_every: int = 500
-    save_minutes: float = 5.0
-    keep: int = 2
+    log_every: Count = 10
+    save_every: Count = 500
+    save_minutes: Positive = 5.0
+    keep: Count = 2
 
     def __post_init__(self) -> None:
-        for name in ("log_every", "save_every", "keep"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be 1 or more, but it is {getattr(self, name)}")
-        if not self.save_minutes > 0:
-            raise InputError(f"save_minutes must be above 0, but it is {self.save_minutes}")
-        if not 0 <= self.seed < 2**63:
-            raise InputError(f"seed must be in 0..2^63-1, but it is {self.seed}")
+        require_ranges(self, "a run")
         if not self.phases:
             raise InputError("a run needs one phase or more")
         names = [phase.name for phase in self.phases]
@@ -116,6 +111,8 @@ def read_config(source: str | os.PathLike[str] | Mapping[str, Any], **changes: A
             reason = f"kind {first['ctx']['tag']!r} is unknown; known are {first['ctx']['expected_tags']}"
         elif first["type"] == "union_tag_not_found":
             reason = "it has no kind, which says what it is"
-        else:
+        elif first["type"] == "value_error":
             reason = first["msg"].removeprefix("Value error, ")
+        else:
+            reason = f"it must be {in_words(dict(first))}, but it is {first['input']!r}"
         raise InputError(f"{where}: {key + ': ' if key else ''}{reason}") from error

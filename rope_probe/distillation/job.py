@@ -3,7 +3,7 @@
 RUN/log.jsonl              every measured step, a line each
 RUN/snapshots/PHASE-STEP   the last few, to resume from
 RUN/checkpoints/PHASE      the student at the end of each phase
-RUN/metrics.parquet, manifest.json
+RUN/tables/, manifest.json
 """
 
 import os
@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rope_probe.distillation import snapshots
 from rope_probe.distillation.config import DistillConfig, read_config, recorded
-from rope_probe.distillation.log import Log
+from rope_probe.distillation.log import LOSSES, Log
 from rope_probe.distillation.loop import ORIGINAL, Training
 from rope_probe.distillation.phase import Phase
 from rope_probe.distillation.stopping import StopRequest, stop_requests
@@ -29,10 +29,11 @@ from rope_probe.distillation.streams import Stream
 from rope_probe.errors import InputError, Stopped
 from rope_probe.models import attention, checkpoints
 from rope_probe.models.hooked import HookedCausalLM, load_model
-from rope_probe.retrieval.probe import KeyValueTask
+from rope_probe.retrieval.probe import RETRIEVAL, KeyValueTask
 from rope_probe.runs.folders import clean_up_inside, kind_of, whole_folder
 from rope_probe.runs.progress import progress
-from rope_probe.runs.results import Run, describe_model, hash_tokens, is_complete, open_run
+from rope_probe.runs.provenance import Model, Read, describe_model, hash_tokens
+from rope_probe.runs.results import Run, is_complete, open_run
 from rope_probe.seeds import derive
 from rope_probe.windows.corpora import TextCorpus
 
@@ -99,8 +100,8 @@ class _Job:
 
     def inputs(self) -> dict[str, Any]:
         """Hashes of the models and data that the run begins with."""
-        hashes: dict[str, Any] = {"student": describe_model(self._start)["weights_sha256"]}
-        hashes["teachers"] = {name: model["weights_sha256"] for name, model in self._described_teachers.items()}
+        hashes: dict[str, Any] = {"student": describe_model(self._start).weights_sha256}
+        hashes["teachers"] = {name: model.weights_sha256 for name, model in self._described_teachers.items()}
         for phase in self.config.phases:
             for (name, stream), first in zip(_named(phase), self._first_tokens(phase).values(), strict=True):
                 hashes[f"data of {name}"] = {"first_batch": first, "source": stream.data.source_hash()}
@@ -125,21 +126,29 @@ class _Job:
 
     def describe(self, run: Run) -> None:
         """The log as metrics, and what was trained on what, into the run."""
-        run.record(Log(self.out / LOG).frame(), model="student", seed=self.config.seed)
-        done = [phase for phase in self.config.phases if self._is_finished(phase)]
-        models = {phase.name: describe_model(checkpoints.load(self._checkpoint(phase))) for phase in done}
-        streams = dict(pair for phase in self.config.phases for pair in _named(phase))
-        tokens = {name: first for phase in done for name, first in self._first_tokens(phase).items()}
-        run.manifest |= {
-            "models": models,
-            "teachers": self._described_teachers,
-            "tokens_sha256": tokens,
-            "attention_kernel": self.config.attn,
-            "mask": {name: {"student": s.masked, "teacher": s.teacher_masked} for name, s in streams.items()},
-            "positions": {name: stream.positions for name, stream in streams.items()},
-            "teacher_positions": {name: s.teacher_positions or s.positions for name, s in streams.items()},
-            "processes": self.accelerator.num_processes,
-        }
+        log = Log(self.out / LOG)
+        run.record(LOSSES, log.losses(), model="student", seed=self.config.seed)
+        run.record(RETRIEVAL, log.gates(), model="student", seed=self.config.seed)
+        run.provenance.teachers |= self._described_teachers
+        for phase in self.config.phases:
+            if self._is_finished(phase):
+                self._describe_phase(run, phase)
+        run.manifest["processes"] = self.accelerator.num_processes
+
+    def _describe_phase(self, run: Run, phase: Phase) -> None:
+        """The checkpoint of a finished phase, and how its streams were read."""
+        student = checkpoints.load(self._checkpoint(phase))
+        run.provenance.add_model(phase.name, student, kernel=self.config.attn)
+        first_tokens = self._first_tokens(phase)
+        for name, stream in _named(phase):
+            read = Read(
+                first_tokens[name],
+                masked=stream.masked,
+                positions=stream.positions,
+                teacher_masked=stream.teacher_masked,
+                teacher_positions=stream.teacher_positions or stream.positions,
+            )
+            run.provenance.add_read(name, read)
 
     def _train_phase(
         self, phase: Phase, run: Run | None, log: Log | None, advance: Callable[..., Any], stop: StopRequest
@@ -276,8 +285,11 @@ class _Job:
         return {**self._teachers, ORIGINAL: self._load_teacher(self._checkpoint(self.config.phases[index - 1]))}
 
     @cached_property
-    def _described_teachers(self) -> dict[str, dict[str, Any]]:
-        return {name: describe_model(self._teachers[name].original_model) for name in self.config.teachers}
+    def _described_teachers(self) -> dict[str, Model]:
+        return {
+            name: describe_model(self._teachers[name].original_model, kernel=self.config.attn)
+            for name in self.config.teachers
+        }
 
     def _shared_tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The one tokenizer of student, teachers and text; None where none has one."""

@@ -10,10 +10,24 @@ import pandas as pd
 
 from rope_probe.distillation.loop import BY_DISTANCE
 from rope_probe.errors import InputError
-from rope_probe.runs.results import tidy
+from rope_probe.retrieval.probe import RETRIEVAL
+from rope_probe.runs.tables import Metric, declare
 
 Line = dict[str, Any]
 _ONCE = ("phase", "step", "tokens", "time", "gate", "missed_gate")
+LOSSES = declare(
+    "losses",
+    "Losses and speeds while a model trains, by the tokens trained on.",
+    ("phase", "seq_len", "tokens", "distance", "occurrence"),
+    {
+        "loss": Metric("what the step minimised"),
+        "ce_nats": Metric("cross-entropy", "nats"),
+        "kd_nats": Metric("divergence from the teacher", "nats"),
+        "tokens_per_s": Metric("tokens trained on a second", "tokens/s"),
+    },
+    other_metrics="a term of the objective by its name; `..._by_distance` where it is parted by `distance`, the upper "
+    "end of a bin of tokens since the token last occurred",
+)
 _GATE = {"distance", "value", "low", "high"}
 
 
@@ -95,17 +109,25 @@ class Log:
         tries = [line["gate"] for line in self.lines() if "gate" in line and line["phase"] == phase]
         return pd.DataFrame(tries[-1] if tries else [])
 
-    def frame(self) -> pd.DataFrame:
-        """The log as a tidy frame: `tokens` counts those trained on, `distance` is the upper end of its bin."""
+    def losses(self) -> pd.DataFrame:
+        """The measured steps as rows of LOSSES."""
         rows = []
         for line in self.lines():
-            at = {"phase": line["phase"], "tokens": line["tokens"]}
+            place = {"phase": line["phase"], "tokens": line["tokens"]}
             for name in line:
                 if name.endswith(BY_DISTANCE):
                     for end, value in line[name].items():
                         seen = {"occurrence": "new"} if end == "new" else {"occurrence": "again", "distance": int(end)}
-                        rows.append({**at, **seen, "metric": name, "value": value})
+                        rows.append({**place, **seen, "metric": name, "value": value})
                 elif name not in _ONCE:
-                    rows.append({**at, "metric": name, "value": line[name]})
-            rows += [{**at, "metric": "gate_accuracy", **measured} for measured in line.get("gate", [])]
-        return tidy(rows)
+                    rows.append({**place, "metric": name, "value": line[name]})
+        return LOSSES.frame(rows)
+
+    def gates(self) -> pd.DataFrame:
+        """What gates measured, as rows of the table of retrieval."""
+        rows = [
+            {"phase": line["phase"], "tokens": line["tokens"], "metric": "gate_accuracy", **measured}
+            for line in self.lines()
+            for measured in line.get("gate", [])
+        ]
+        return RETRIEVAL.frame(rows)

@@ -194,13 +194,13 @@ class Training:
 
     def _told(self, lesson: Lesson, loss: Tensor, values: list[Tensor], tokens: Tensor | None) -> dict[str, Tensor]:
         """The loss of a part and its terms, as shares of the whole step's; with `tokens`, by distance too."""
-        told = {"loss": loss.detach()}
+        record = {"loss": loss.detach()}
         prefix = f"{lesson.stream.name}/" if len(self.phase.mix) > 1 else ""
         for term, label, value in zip(lesson.terms, labels(lesson.terms), values, strict=True):
-            told[prefix + label] = term.mean(value, lesson.counts)
+            record[prefix + label] = term.mean(value, lesson.counts)
             if term.by_distance and tokens is not None:
-                told[prefix + label + BY_DISTANCE] = by_distance(value, tokens).to(loss)
-        return told
+                record[prefix + label + BY_DISTANCE] = by_distance(value, tokens).to(loss)
+        return record
 
     def try_gate(self) -> None:
         """Measure the gate where one is due, and note whether it is `passed`."""

@@ -12,13 +12,11 @@ import pandas as pd
 from rope_probe.distillation.streams import Data, Reading, Stream
 from rope_probe.errors import InputError
 from rope_probe.models.hooked import HookedCausalLM
+from rope_probe.ranges import Count, NotNegative, Positive, Seed, Share, require_ranges
 from rope_probe.retrieval.probe import KeyValueTask, retrieval_accuracy
 from rope_probe.seeds import derive
 from rope_probe.windows.corpora import KeyValueStream
 from rope_probe.windows.packing import Batch
-
-_LARGEST = 1e30
-"""What float32 can still compute with."""
 
 
 class GateError(RuntimeError):
@@ -41,19 +39,15 @@ class Gate:
 
     window: int
     distances: tuple[int, ...]
-    accuracy: float
-    every: int
-    trials: int = 128
-    seed: int = 0
+    accuracy: Share
+    every: Count
+    trials: Count = 128
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.accuracy <= 1:
-            raise InputError(f"the accuracy that a gate asks for must be in 0..1, but it is {self.accuracy}")
-        if min(self.every, self.trials) < 1 or not self.distances or not 0 <= self.seed < 2**63:
-            raise InputError(
-                "a gate needs `every` and `trials` of 1 or more, a distance, and a seed in 0..2^63-1, but they are "
-                f"{self.every}, {self.trials}, {self.distances}, {self.seed}"
-            )
+        require_ranges(self, "a gate")
+        if not self.distances:
+            raise InputError("a gate needs a distance or more, but it has none")
 
     def measure(self, model: HookedCausalLM, data: KeyValueStream) -> pd.DataFrame:
         """Accuracy by distance."""
@@ -81,40 +75,28 @@ class Phase(Reading):
     name: str
     data: Data | None = None
     window: int | None = None
-    steps: int = 0
-    batch_tokens: int = 0
-    lr: float = 0.0
-    theta: float | None = None
+    steps: Count = 0
+    batch_tokens: Count = 0
+    lr: Positive = 0.0
+    theta: Positive | None = None
     rope_parameters: dict[str, Any] | None = None
-    matrix_lr: float | None = None
+    matrix_lr: Positive | None = None
     schedule: Literal["constant", "cosine"] = "cosine"
-    warmup: int = 50
-    weight_decay: float = 0.1
-    clip_norm: float = 1.0
-    accumulate: int = 1
+    warmup: Count = 50
+    weight_decay: NotNegative = 0.1
+    clip_norm: Positive = 1.0
+    accumulate: Count = 1
     gate: Gate | None = None
     streams: tuple[Stream, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_tokens", "warmup", "accumulate", "lr", "clip_norm"):
-            value = getattr(self, name)
-            if not 0 < value <= _LARGEST:
-                raise InputError(f"{name} of phase {self.name!r} must be above 0 (to {_LARGEST:g}), but it is {value}")
-        if not 0 <= self.weight_decay <= _LARGEST:
-            decay = f"0 or more (to {_LARGEST:g}), but it is {self.weight_decay}"
-            raise InputError(f"weight_decay of phase {self.name!r} must be {decay}")
-        if self.matrix_lr is not None and not 0 < self.matrix_lr <= _LARGEST:
-            raise InputError(
-                f"matrix_lr of phase {self.name!r} must be above 0 (to {_LARGEST:g}), but it is {self.matrix_lr}"
-            )
+        require_ranges(self, f"phase {self.name!r}")
         if not re.fullmatch(r"\w[\w.-]{,99}", self.name):
             raise InputError(
                 f"a phase's name becomes a folder's: up to 100 letters, digits, dots, dashes; not {self.name!r}"
             )
         if self.theta is not None and self.rope_parameters is not None:
             raise InputError(f"phase {self.name!r} has both theta and rope_parameters; give one of them")
-        if self.theta is not None and not (math.isfinite(self.theta) and self.theta > 0):
-            raise InputError(f"theta of phase {self.name!r} must be positive and finite, but it is {self.theta}")
         self._check_streams()
         self.windows_of_a_part(1)
         if self.gate is not None and self.probed is None:

@@ -11,11 +11,28 @@ from torch import Tensor
 from rope_probe.distillation.student import by_distance
 from rope_probe.models.hooked import HookedCausalLM
 from rope_probe.models.parameters import query_key_value_rows
-from rope_probe.runs.results import tidy
+from rope_probe.runs.tables import Metric, declare
 from rope_probe.tracing.perturbations import Perturbation
 from rope_probe.windows.packing import Window
 
 _BLOCK = 256
+SIGNAL = declare(
+    "signal",
+    "What part of a distillation's signal a perturbation of the teacher takes away.",
+    (
+        "seq_len", "document", "position", "distance", "occurrence", "perturbation", "kind", "side", "delta_tokens",
+        "layer", "site",
+    ),
+    {
+        "signal_kl_nats": Metric("KL of the teacher's distribution from the perturbed teacher's", "nats"),
+        "loss_kl_nats": Metric("KL of the teacher's distribution from the student's", "nats"),
+        "signal_kl_nats_at": Metric("the first of these, at one position", "nats"),
+        "loss_kl_nats_at": Metric("the second, at one position", "nats"),
+        "loss_gradient": Metric("Frobenius norm of the loss's gradient in a matrix of the student"),
+        "signal_gradient": Metric("norm of what the perturbation takes from that gradient"),
+        "gradient_cosine": Metric("cosine of these two gradients"),
+    },
+)  # fmt: skip
 Gradients = dict[tuple[int, str], Tensor]
 
 
@@ -55,20 +72,24 @@ def distillation_signal(
     loss = _gradients(student, learned, of_loss)
     rows = list(_where("loss_kl_nats", loss_kl, window, {}))
     for perturbation, (kl, pull) in zip(perturbations, parts[1:], strict=True):
-        told = {"perturbation": str(perturbation), "kind": type(perturbation).__name__, "side": perturbation.side}
-        told["delta_tokens"] = perturbation.delta_tokens  # type: ignore[assignment]
-        rows += _where("signal_kl_nats", kl, window, told)
+        perturbed_by = {
+            "perturbation": str(perturbation),
+            "kind": type(perturbation).__name__,
+            "side": perturbation.side,
+        }
+        perturbed_by["delta_tokens"] = perturbation.delta_tokens  # type: ignore[assignment]
+        rows += _where("signal_kl_nats", kl, window, perturbed_by)
         for key, taken in _gradients(student, learned, pull).items():
             layer, matrix = key
-            at = {**told, "layer": layer, "site": f"blocks.{layer}.attn.W_{matrix.upper()}"}
+            place = {**perturbed_by, "layer": layer, "site": f"blocks.{layer}.attn.W_{matrix.upper()}"}
             cosine = (taken * loss[key]).sum() / (taken.norm() * loss[key].norm())
             for metric, value in (
                 ("signal_gradient", taken.norm()),
                 ("loss_gradient", loss[key].norm()),
                 ("gradient_cosine", cosine),
             ):
-                rows.append({**at, "metric": metric, "value": value.item()})
-    return tidy(rows).assign(seq_len=len(window))
+                rows.append({**place, "metric": metric, "value": value.item()})
+    return SIGNAL.frame(rows).assign(seq_len=len(window))
 
 
 def _pull(
@@ -99,16 +120,16 @@ def _gradients(student: HookedCausalLM, learned: Tensor, pull: Tensor) -> Gradie
         for name, part in query_key_value_rows(model, layer).items()
     }
     weights = list({id(part.weight): part.weight for part in rows.values()}.values())
-    found = torch.autograd.grad(learned, weights, pull, retain_graph=True)
-    of_weight = {id(weight): gradient for weight, gradient in zip(weights, found, strict=True)}
+    gradients = torch.autograd.grad(learned, weights, pull, retain_graph=True)
+    of_weight = {id(weight): gradient for weight, gradient in zip(weights, gradients, strict=True)}
     return {key: of_weight[id(part.weight)][part.rows] for key, part in rows.items()}
 
 
-def _where(metric: str, values: Tensor, window: Window, told: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    yield {**told, "metric": metric, "value": values.mean().item()}
+def _where(metric: str, values: Tensor, window: Window, columns: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield {**columns, "metric": metric, "value": values.mean().item()}
     for position, (document, value) in enumerate(zip(window.document_of.tolist(), values.tolist(), strict=True)):
-        yield {**told, "metric": f"{metric}_at", "document": document, "position": position, "value": value}
+        yield {**columns, "metric": f"{metric}_at", "document": document, "position": position, "value": value}
     for k, (total, count) in enumerate(by_distance(values, window.tokens).T.tolist()):
         if count:
             last_seen = {"occurrence": "again", "distance": 2 ** (k - 1)} if k else {"occurrence": "new"}
-            yield {**told, **last_seen, "metric": metric, "value": total / count}
+            yield {**columns, **last_seen, "metric": metric, "value": total / count}

@@ -11,7 +11,6 @@ micro-batches of 16: shares 8, 6 and 2, with terms of weight 1, 5 and 10, make 1
 `tokens` takes the two apart: a stream of share 4 and tokens 1 counts as four, and reads as one.
 """
 
-import math
 import re
 from dataclasses import dataclass
 from typing import Annotated
@@ -20,7 +19,7 @@ from pydantic import Discriminator
 
 from rope_probe.distillation.terms import AnyKind, Divergence, Term
 from rope_probe.errors import InputError
-from rope_probe.names import LONGEST_WINDOW
+from rope_probe.ranges import Count, Positive, WindowLength, require_ranges
 from rope_probe.seeds import derive
 from rope_probe.windows.corpora import KeyValueStream, TextCorpus
 from rope_probe.windows.packing import Batch, Positions
@@ -40,12 +39,12 @@ class Reading:
     """
 
     positions: Positions = "continuous"
-    target_window: int | None = None
+    target_window: WindowLength | None = None
     teacher_positions: Positions | None = None
     masked: bool = False
     teacher_masked: bool = False
     terms: Terms = (Divergence(),)
-    chunk: int = 256
+    chunk: Count = 256
 
 
 @dataclass(frozen=True)
@@ -58,22 +57,13 @@ class Stream(Reading):
     """
 
     data: Data
-    window: int
-    share: float = 1.0
-    tokens: float | None = None
+    window: WindowLength
+    share: Positive = 1.0
+    tokens: Positive | None = None
     name: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("share", "tokens"):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise InputError(f"{name} of a stream must be above 0 and finite, but it is {value}")
-        for name in ("window", "target_window"):
-            value = getattr(self, name)
-            if value is not None and not 1 <= value <= LONGEST_WINDOW:
-                raise InputError(f"{name} must be in 1..{LONGEST_WINDOW} tokens, but it is {value}")
-        if self.chunk < 1:
-            raise InputError(f"chunk must be 1 position or more, but it is {self.chunk}")
+        require_ranges(self, "a stream")
         if not any(term.weight > 0 for term in self.terms):
             weights = [term.weight for term in self.terms]
             raise InputError(f"terms must hold one of a weight above 0, but their weights are {weights}")

@@ -15,7 +15,8 @@ from rope_probe.errors import InputError
 from rope_probe.gallery import figures as plots
 from rope_probe.gallery.figures.style import LONGEST_LABEL, listed, measured, short
 from rope_probe.runs.folders import whole_folder
-from rope_probe.runs.results import read_run
+from rope_probe.runs.results import read_manifest, read_tables
+from rope_probe.runs.tables import Tables
 from rope_probe.runs.verdicts import Section
 
 _LONGEST_NAME = 60
@@ -47,13 +48,11 @@ def gallery(
     else than a gallery or cannot be written.
     """
     runs = list({os.path.realpath(run): run for run in runs}.values())  # each once
-    experiments: dict[str, list[tuple[pd.DataFrame, dict[str, Any]]]] = {}
-    for frame, manifest in map(read_run, runs):
-        experiments.setdefault(manifest["experiment"], []).append((frame, manifest))
-    drawn = {
-        experiment: _figures(pd.concat([frame for frame, _ in read], ignore_index=True))
-        for experiment, read in experiments.items()
-    }
+    experiments: dict[str, list[tuple[str | os.PathLike[str], dict[str, Any]]]] = {}
+    for run in runs:
+        manifest = read_manifest(run)
+        experiments.setdefault(manifest["experiment"], []).append((run, manifest))
+    drawn = {experiment: _figures(read_tables([run for run, _ in made])) for experiment, made in experiments.items()}
     if not any(figures for figures, _ in drawn.values()):
         refused = [refusal for _, remarks in drawn.values() for refusal in remarks]
         why = refused[0] if refused else "trace some perturbations first"
@@ -61,7 +60,7 @@ def gallery(
     with whole_folder(out, kind="gallery", overwrite=True, inputs=runs) as folder:
         numbers = itertools.count(1)  # over the whole gallery, so that no two pages have one name
         sections = []
-        for experiment, read in experiments.items():
+        for experiment, made in experiments.items():
             report = (reports or {}).get(experiment)
             figures, remarks = drawn[experiment]
             sections.append({
@@ -70,24 +69,27 @@ def gallery(
                 "verdicts": [] if report is None else _verdicts(report.verdicts),
                 "remarks": remarks,
                 "frames": _frames(experiment, figures, folder, numbers),
-                "manifests": [{"run_id": short(manifest["run_id"]), "facts": _facts(manifest)} for _, manifest in read],
+                "manifests": [{"run_id": short(manifest["run_id"]), "facts": _facts(manifest)} for _, manifest in made],
             })  # fmt: skip
         page = _PAGE.get_template("index.html.jinja").render(sections=sections)
         (folder / "index.html").write_text(page + "\n", encoding="utf-8", errors="replace")
     return Path(out) / "index.html"
 
 
-def _figures(everything: pd.DataFrame) -> tuple[list[tuple[str, str, go.Figure]], list[str]]:
-    """(drawing, label, figure) for each drawing, and each of what it is split by, that the frame has rows for.
+def _figures(tables: Tables) -> tuple[list[tuple[str, str, go.Figure]], list[str]]:
+    """(drawing, label, figure) for each drawing, and each of what it is split by, that the tables have rows for.
 
     And what is to be remarked: how many rows measure nothing, and what cannot be drawn and why.
     """
-    frame = measured(everything)
+    finite = Tables({name: measured(frame) for name, frame in tables.items()})
     figures: list[tuple[str, str, go.Figure]] = []
     remarks = []
-    if len(frame) < len(everything):
-        remarks.append(f"without {len(everything) - len(frame)} rows that have no metric or no finite value")
+    if left_out := sum(map(len, tables.values())) - sum(map(len, finite.values())):
+        remarks.append(f"without {left_out} rows that have no metric or no finite value")
     for drawing in plots.DRAWINGS:
+        frame = finite.joined(drawing.tables)
+        if frame.empty:
+            continue
         rows, context = frame[drawing.rows(frame)], frame[drawing.context(frame)]
         split = drawing.split(rows)
         parts = rows.groupby(split, dropna=False, sort=False) if split else [((), rows)]

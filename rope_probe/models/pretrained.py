@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from rope_probe.errors import InputError
 
@@ -109,15 +108,6 @@ def is_available(name: str) -> bool:
     except InputError:
         return False
     return True
-
-
-def origin_of(label: str) -> dict[str, Any]:
-    """What a manifest says of where a model given by name comes from; empty for any other label."""
-    if not is_name(label):
-        return {}
-    entry = MODELS[label]
-    origin = {"model": entry.model, "package": entry.package, "version": entry.version}
-    return {"origin": origin | {"license": entry.license, "terms": entry.terms, "file_sha256": entry.sha256}}
 
 
 def told_origin(label: str) -> str | None:

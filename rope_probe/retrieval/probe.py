@@ -21,10 +21,22 @@ from rope_probe.errors import InputError
 from rope_probe.models.hooked import HookedCausalLM
 from rope_probe.names import KEY_VALUE, LONGEST_WINDOW
 from rope_probe.retrieval.tasks import Trial
-from rope_probe.runs.results import hash_tokens, tidy
+from rope_probe.runs.provenance import hash_tokens
+from rope_probe.runs.tables import Column, Metric, declare
 from rope_probe.windows.corpora import KeyValueStream
 
 _TOKENS_PER_BATCH = 2**14
+RETRIEVAL = declare(
+    "retrieval",
+    "How often a model finds what it saw `distance` tokens ago, and how likely the answer is to it; means over trials.",
+    ("phase", "role", "task", "seq_len", "tokens", "distance", "low", "high"),
+    {
+        "accuracy": Metric("share of the answers that the model writes by greedy decoding"),
+        "answer_logprob_nats": Metric("log-probability of the answer, summed over its tokens", "nats"),
+        "gate_accuracy": Metric("accuracy as the gate at the end of a phase measured it"),
+    },
+    own={"task": Column("string", "what is asked: key_value, passkey, or a task of RULER")},
+)
 
 
 class RetrievalTask(Protocol):
@@ -152,12 +164,13 @@ def retrieval_accuracy(
                     logprobs.append(logprob)
             if progress is not None:
                 progress(len(batch))
-        at = {"seq_len": task.window, "distance": distance, "seed": seed}
+        columns = {"task": task.name, "seq_len": task.window, "distance": distance, "seed": seed}
         low, high = _accuracy_interval(shares, task.answers)
-        rows.append({**at, "metric": "accuracy", "value": float(np.mean(shares)), "low": low, "high": high})
-        mean, spread = float(np.mean(logprobs)), 1.96 * float(np.std(logprobs)) / math.sqrt(trials)
-        rows.append({**at, "metric": "answer_logprob_nats", "value": mean, "low": mean - spread, "high": mean + spread})
-    return tidy(rows)
+        rows.append({**columns, "metric": "accuracy", "value": float(np.mean(shares)), "low": low, "high": high})
+        mean = float(np.mean(logprobs))
+        low, high = _normal_interval(logprobs)
+        rows.append({**columns, "metric": "answer_logprob_nats", "value": mean, "low": low, "high": high})
+    return RETRIEVAL.frame(rows)
 
 
 def trials_hash(task: RetrievalTask, distance: int | None, count: int, *, seed: int) -> str:
@@ -190,9 +203,18 @@ def _accuracy_interval(shares: Sequence[float], answers: int) -> tuple[float, fl
     return float(low), float(high)
 
 
+def _normal_interval(values: Sequence[float]) -> tuple[float, float]:
+    """95% interval of a mean; the mean itself where nothing varies."""
+    mean, error = float(np.mean(values)), float(np.std(values)) / math.sqrt(len(values))
+    low, high = stats.norm.interval(0.95, loc=mean, scale=error) if error else (mean, mean)
+    return float(low), float(high)
+
+
 def student_interval(values: pd.Series) -> tuple[float, float]:
     """95% interval of a mean over seeds, Student's t; unbounded for one value, which tells no spread."""
     if len(values) < 2:
         return -math.inf, math.inf
-    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
-    return float(values.mean() - half), float(values.mean() + half)
+    if not values.std(ddof=1):
+        return float(values.mean()), float(values.mean())
+    low, high = stats.t.interval(0.95, len(values) - 1, loc=values.mean(), scale=values.sem())
+    return float(low), float(high)

@@ -134,8 +134,8 @@ def _remove_unless_written(partial: Path, *, alone: bool = False) -> None:
 def _temporary(parent: Path, name: str, what: str) -> list[Path]:
     """Folders under the temporary names that whole_folder and remove_folder give; `name` is a pattern."""
     digits = "[0-9a-f]" * 2 * _RANDOM_BYTES
-    found = parent.glob(f".{name}.{what}-{digits}")
-    return sorted(path for path in found if path.is_dir() and not path.is_symlink())
+    folders = parent.glob(f".{name}.{what}-{digits}")
+    return sorted(path for path in folders if path.is_dir() and not path.is_symlink())
 
 
 def _resolved(out: str | os.PathLike[str]) -> Path:
@@ -178,12 +178,12 @@ def _refusal(folder: Path, target: Path, kind: str, overwrite: bool) -> str | No
         return f"{where} exists and is no folder; choose another --out"
     if not any(folder.iterdir()):
         return None
-    found = kind_of(folder)
-    if found is None:
+    kind_there = kind_of(folder)
+    if kind_there is None:
         maker = "an older version of rope_probe" if (folder / MARK).exists() else "someone else"
         return f"{where} exists and was made by {maker}, so it is not replaced; remove it, or choose another --out"
-    if found != kind:
-        return f"{where} exists and is a {found}, not a {kind}, so it is not replaced; choose another --out"
+    if kind_there != kind:
+        return f"{where} exists and is a {kind_there}, not a {kind}, so it is not replaced; choose another --out"
     if changed := _changed_file(folder):
         return f"{where} {changed}, so it is not replaced; choose another --out, or remove it"
     if not overwrite:

@@ -34,16 +34,16 @@ def progress(what: str, total: int) -> Iterator[Advance]:
 
 
 def _plain(what: str, total: int) -> Advance:
-    started = told = time.monotonic()
+    started = last_line = time.monotonic()
     done = 0
 
     def advance(count: int = 1, note: str = "") -> None:
-        nonlocal done, told
+        nonlocal done, last_line
         done += count
         now = time.monotonic()
-        if now - told < (_PLAIN_INTERVAL_S if done < total else _PLAIN_SHORTEST_S):
+        if now - last_line < (_PLAIN_INTERVAL_S if done < total else _PLAIN_SHORTEST_S):
             return
-        told, rate = now, done / max(now - started, 1e-9)
+        last_line, rate = now, done / max(now - started, 1e-9)
         left = f"{(total - done) / rate:,.0f} s left"
         print(f"{what}: {done}/{total}, {rate:,.1f}/s, {left} {note}".rstrip(), file=sys.stderr, flush=True)
 

@@ -1,4 +1,4 @@
-"""Run directories, the only thing passed between stages: metrics.parquet, manifest.json and whatever else a run makes.
+"""Run directories, the only thing passed between stages: tables/NAME.parquet, manifest.json and what else a run makes.
 
 A run is written to a temporary folder beside its place and renamed when it is whole, so a folder under its final name
 is complete, always. Nothing is pickled, and nothing here knows what was measured.
@@ -21,78 +21,18 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import pyarrow as pa
 import torch
 from filelock import FileLock, Timeout
-from torch import Tensor
-from transformers import PreTrainedModel
 
 from rope_probe.errors import InputError, reason
 from rope_probe.runs.folders import MARK, whole_folder
+from rope_probe.runs.provenance import Provenance
+from rope_probe.runs.tables import TABLES, Table, Tables
 
-METRICS, MANIFEST = "metrics.parquet", "manifest.json"
+TABLES_FOLDER, MANIFEST = "tables", "manifest.json"
 WRITER = ".writer"
 """File in a running run that says who writes to it."""
 KEEP_TIME_EVERY_S = 1.0
-_TEXT, _WHOLE, _REAL, _FLAG = "string", "Int64", "float64", "boolean"
-SCHEMA = {
-    "run_id": _TEXT,
-    "experiment": _TEXT,
-    "model": _TEXT,
-    "seed": _WHOLE,
-    "role": _TEXT,
-    "phase": _TEXT,
-    "arm": _TEXT,
-    "head_dim": _WHOLE,
-    "short_theta": _REAL,
-    "long_theta": _REAL,
-    "steps": _WHOLE,
-    "tokens": _WHOLE,
-    "seq_len": _WHOLE,
-    "masked": _FLAG,
-    "document": _WHOLE,
-    "position": _WHOLE,
-    "distance": _WHOLE,
-    "occurrence": _TEXT,
-    "perturbation": _TEXT,
-    "kind": _TEXT,
-    "restriction": _TEXT,
-    "side": _TEXT,
-    "delta_tokens": _REAL,
-    "inject_layer": _WHOLE,
-    "layer": _WHOLE,
-    "site": _TEXT,
-    "head": _WHOLE,
-    "pair": _WHOLE,
-    "wavelength": _REAL,
-    "wavelength_after": _REAL,
-    "into": _TEXT,
-    "group": _TEXT,
-    "span_set": _TEXT,
-    "order": _TEXT,
-    "draw": _WHOLE,
-    "moved": _WHOLE,
-    "movable": _WHOLE,
-    "layers": _WHOLE,
-    "perturbations": _WHOLE,
-    "metric": _TEXT,
-    "value": _REAL,
-    "value_float64": _REAL,
-    "low": _REAL,
-    "high": _REAL,
-}
-"""Columns of the tidy frame, in order. A column that does not apply is null.
-
-- Of a model: what part it plays in its run (`role`); the thetas of its two phases; its head dim. `tokens` and `steps`
-  are what it was trained on.
-- Of a perturbation: its text, its class (`kind`), the parts it is restricted to (`restriction`), `side` and size.
-- `distance` in tokens; `occurrence` is "new" for tokens that occur for the first time, and "again" for others.
-- Of transplanted spans: which checkpoint they go `into` ("start" or "end"), what `group` or `span_set` they are, in
-  which `order` (and which `draw` of a random one), how many are `moved` of those `movable`.
-- Where two checkpoints are compared, `wavelength` is a pair's in the first, `wavelength_after` in the second.
-- `value_float64` is the float64 control of `value`; `low` and `high` are the ends of its 95% confidence interval.
-"""
-
 _MANIFEST_TYPES: dict[str, tuple[type, ...]] = {
     "run_id": (str,),
     "experiment": (str,),
@@ -102,35 +42,36 @@ _MANIFEST_TYPES: dict[str, tuple[type, ...]] = {
     "packages": (dict,),
     "git": (dict, type(None)),
     "wall_s": (int, float),
+    "tables": (dict,),
 }
 """What a manifest holds at least, and as what."""
 _PACKAGES = ("rope_probe", "torch", "transformers", "transformer-lens", "numpy", "pandas", "pyarrow", "safetensors")
 
 
-def tidy(rows: pd.DataFrame | Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """Rows in the schema's columns, order and types. Raises InputError for a column that the schema does not have."""
-    frame = pd.DataFrame(rows)
-    if unknown := [column for column in frame.columns if column not in SCHEMA]:
-        raise InputError(f"column {unknown[0]!r} is not in the results schema; its columns are {', '.join(SCHEMA)}")
-    return frame.reindex(columns=list(SCHEMA)).astype(SCHEMA)
-
-
 class Run:
-    """A run directory in the making; see `new_run` and `open_run`."""
+    """A run directory in the making; see `new_run` and `open_run`.
+
+    `provenance` is what it is made from: models and what they read. It becomes a part of the manifest.
+    """
 
     def __init__(self, folder: Path, experiment: str, manifest: dict[str, Any]) -> None:
         self.folder = folder
         self.manifest = manifest
+        self.provenance = Provenance()
         self._experiment = experiment
-        self.frames: list[pd.DataFrame] = []
+        self._recorded: dict[str, list[pd.DataFrame]] = {}
         self._started = time.monotonic()
         self._wall_before = float(manifest.get("wall_s", 0.0))
         self._kept_time = self._started
 
-    def record(self, frame: pd.DataFrame, **columns: Any) -> pd.DataFrame:
-        """Add rows to metrics.parquet, run id, experiment and `columns` (model=..., seed=...) filled in."""
-        filled = tidy(frame.assign(run_id=self.manifest["run_id"], experiment=self._experiment, **columns))
-        self.frames.append(filled)
+    def record(self, table: Table, rows: pd.DataFrame | Sequence[Mapping[str, Any]], **columns: Any) -> pd.DataFrame:
+        """Add rows to a table, run id, experiment and `columns` (model=..., seed=...) filled in; returns them so.
+
+        Raises InputError for columns and metrics that the table does not have.
+        """
+        keys = {"run_id": self.manifest["run_id"], "experiment": self._experiment}
+        filled = table.frame(pd.DataFrame(rows).assign(**keys, **columns))
+        self._recorded.setdefault(table.name, []).append(filled)
         return filled
 
     def keep_time(self, *, at_once: bool = False) -> None:
@@ -141,11 +82,19 @@ class Run:
             _write_manifest(self.folder, self.manifest | {"wall_s": self._wall_s()})
 
     def finish(self) -> None:
-        """Write the frame and the complete manifest."""
-        with (self.folder / METRICS).open("wb") as file:  # a path of no UTF-8 is none to parquet
-            tidy(pd.concat(self.frames) if self.frames else []).to_parquet(file, index=False)
+        """Write the tables and the complete manifest."""
+        folder = self.folder / TABLES_FOLDER
+        folder.mkdir(exist_ok=True)
+        rows = {}
+        for name, frames in self._recorded.items():
+            table = pd.concat(frames, ignore_index=True)
+            with (folder / f"{name}.parquet").open("wb") as file:  # a path of no UTF-8 is none to parquet
+                table.to_parquet(file, index=False)
+            rows[name] = len(table)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        self.manifest |= self.provenance.as_manifest()
         self.manifest |= {
+            "tables": rows,
             "wall_s": self._wall_s(),
             "peak_memory_bytes": peak,
             "peak_cuda_memory_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
@@ -240,8 +189,8 @@ def one_writer(run: Path) -> Iterator[None]:
 
 def _writer(run: Path) -> str:
     try:
-        told = json.loads((run / WRITER).read_text())
-        return f"process {told['process']} on {told['host']}"
+        writer = json.loads((run / WRITER).read_text())
+        return f"process {writer['process']} on {writer['host']}"
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"
 
@@ -301,12 +250,31 @@ def _first_difference(before: Any, now: Any, key: str = "") -> str | None:
     return next((apart for one in inner if (apart := _first_difference(*one))), None)
 
 
-def read_run(run: str | os.PathLike[str]) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """Metrics and manifest of a complete run directory. Raises InputError for a folder that is not one.
+def read_run(run: str | os.PathLike[str]) -> tuple[Tables, dict[str, Any]]:
+    """Tables and manifest of a complete run directory. Raises InputError for a folder that is not one.
 
-    Columns that the schema has gained since the run was made are null.
+    Columns that a table has gained since the run was made are null. A table that nobody here declares is as stored.
     """
     run = Path(run)
+    manifest = _read_complete_manifest(run)
+    return Tables({name: _read_table(run, name) for name in manifest["tables"]}), manifest
+
+
+def read_manifest(run: str | os.PathLike[str]) -> dict[str, Any]:
+    """The manifest of a complete run directory, without its tables. Raises InputError as `read_run` does."""
+    return _read_complete_manifest(Path(run))
+
+
+def read_tables(runs: Sequence[str | os.PathLike[str]]) -> Tables:
+    """Tables of several complete run directories, one under the other. Raises InputError as `read_run` does."""
+    parts: dict[str, list[pd.DataFrame]] = {}
+    for run in runs:
+        for name, frame in read_run(run)[0].items():
+            parts.setdefault(name, []).append(frame)
+    return Tables({name: pd.concat(frames, ignore_index=True) for name, frames in parts.items()})
+
+
+def _read_complete_manifest(run: Path) -> dict[str, Any]:
     manifest = _read_manifest(run)
     if not isinstance(manifest, dict) or not set(manifest) >= set(_MANIFEST_TYPES):
         raise InputError(f"{str(run)!r} is not a run directory of this version of rope_probe; run it again")
@@ -315,13 +283,9 @@ def read_run(run: str | os.PathLike[str]) -> tuple[pd.DataFrame, dict[str, Any]]
             raise InputError(f"{key} in the manifest of {str(run)!r} is {manifest[key]!r}, not as a run writes it")
     if manifest["status"] != "complete":
         raise InputError(f"run {str(run)!r} is not complete; run it again")
-    frame = _read_metrics(run)
-    if not set(SCHEMA) >= set(frame.columns) >= {"run_id", "experiment", "metric", "value"}:
-        raise InputError(f"{str(run)!r} is not a run directory of this version of rope_probe; run it again")
-    try:
-        return tidy(frame), manifest
-    except (TypeError, ValueError, pa.ArrowException) as error:
-        raise InputError(f"{METRICS} of {str(run)!r} has columns of other types than results have: {error}") from error
+    if odd := [name for name in manifest["tables"] if not name.isidentifier()]:
+        raise InputError(f"the manifest of {str(run)!r} names a table {odd[0]!r}, which no run writes")
+    return manifest
 
 
 def _read_manifest(run: Path) -> Any:
@@ -331,17 +295,19 @@ def _read_manifest(run: Path) -> Any:
         raise InputError(f"{str(run)!r} is not a readable run directory: {reason(error)}") from error
 
 
-def _read_metrics(run: Path) -> pd.DataFrame:
+def _read_table(run: Path, name: str) -> pd.DataFrame:
+    file = run / TABLES_FOLDER / f"{name}.parquet"
     try:
-        with (run / METRICS).open("rb") as file:  # a folder of that name would be read as a data set
-            return pd.read_parquet(file)
+        with file.open("rb") as stored:  # a folder of that name would be read as a data set
+            frame = pd.read_parquet(stored)
     except Exception as error:  # a file can be wrong in as many ways as parquet has parts
         raise InputError(f"{str(run)!r} is not a readable run directory: {reason(error)}") from error
-
-
-def read_frames(runs: Sequence[str | os.PathLike[str]]) -> pd.DataFrame:
-    """Metrics of several complete run directories, one under the other. Raises InputError as `read_run` does."""
-    return pd.concat([read_run(run)[0] for run in runs], ignore_index=True)
+    if name not in TABLES:
+        return frame
+    try:
+        return TABLES[name].read(frame)
+    except InputError as error:
+        raise InputError(f"table {name!r} of {str(run)!r} is not as a run writes it: {error}") from error
 
 
 def source_hash(script: Path | None) -> str:
@@ -382,26 +348,6 @@ def is_complete(run: str | os.PathLike[str], config: Mapping[str, Any], *, sourc
     )
 
 
-def describe_model(model: PreTrainedModel) -> dict[str, Any]:
-    """What a manifest says of a model: its rope parameters in full, dtype, and a hash of its weights."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return {
-        "model_type": model.config.model_type,
-        "rope_parameters": dict(model.config.rope_parameters),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "dtype": str(next(model.parameters()).dtype),
-        "weights_sha256": digest.hexdigest(),
-    }
-
-
-def hash_tokens(tokens: Tensor) -> str:
-    """SHA-256 of token ids, whatever their integer type."""
-    return hashlib.sha256(tokens.cpu().to(torch.int64).contiguous().numpy().tobytes()).hexdigest()
-
-
 def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     partial = folder / f".{MANIFEST}"
     partial.write_text(json.dumps(manifest, indent=2, default=str) + "\n")
@@ -414,6 +360,7 @@ def _manifest(experiment: str, config: Mapping[str, Any]) -> dict[str, Any]:
         "run_id": f"{experiment}-{started}-{os.urandom(3).hex()}",
         "experiment": experiment,
         "status": "running",
+        "tables": {},
         "config": _as_json(config),
         "argv": sys.argv,
         "packages": {name: _version(name) for name in _PACKAGES},

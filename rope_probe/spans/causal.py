@@ -13,9 +13,32 @@ from transformers import PreTrainedModel
 from rope_probe.errors import InputError
 from rope_probe.models.hooked import HookedCausalLM
 from rope_probe.models.parameters import projections_of
+from rope_probe.retrieval.probe import RETRIEVAL
+from rope_probe.runs.tables import Column, declare
 from rope_probe.spans.parts import Piece, Span, pieces
 from rope_probe.spans.stored import require_alike
 from rope_probe.spans.transplant import plain_model, transplanted
+
+SPAN_EFFECTS = declare(
+    "span_effects",
+    "What a measurement finds in one checkpoint with some of its weights as another has them.",
+    (
+        "arm", "into", "group", "span_set", "order", "draw", "moved", "movable", "layer", "head", "pair",
+        "task", "seq_len", "distance", "low", "high",
+    ),
+    dict(RETRIEVAL.metrics),
+    own={
+        "into": Column("string", 'which checkpoint they are brought into: "start" or "end"'),
+        "group": Column("string", "what is transplanted as one, by name"),
+        "span_set": Column("string", "what a curve is of: which spans are brought where"),
+        "order": Column("string", "the order in which spans are brought"),
+        "draw": Column("Int64", "which draw of a random order"),
+        "moved": Column("Int64", "how many query spans are transplanted"),
+        "movable": Column("Int64", "how many there are"),
+        "task": RETRIEVAL.columns["task"],
+    },
+)  # fmt: skip
+"""Metrics are those of retrieval; `span_effects` itself returns whatever columns its measurement has."""
 
 
 def query_spans(model: PreTrainedModel) -> list[Span]:
@@ -86,9 +109,9 @@ def gradient_times_change(
     kept = {name: value.detach().clone() for name, value in own.items()}
     total = {name: torch.zeros_like(value) for name, value in parameters.items()}
     try:
-        for at in [0.0] if steps == 0 else [(step + 0.5) / steps for step in range(steps)]:
+        for fraction in [0.0] if steps == 0 else [(step + 0.5) / steps for step in range(steps)]:
             for name, value in own.items():
-                value.data.copy_(kept[name] + at * change[name])
+                value.data.copy_(kept[name] + fraction * change[name])
             with torch.enable_grad():
                 for value in parameters.values():
                     value.requires_grad_()
@@ -121,7 +144,7 @@ def fraction_to_reach(fractions: Sequence[float], values: Sequence[float], level
     reached = np.flatnonzero(y >= level)
     if not len(reached):
         return math.inf
-    at = int(reached[0])
-    if at == 0:
+    first = int(reached[0])
+    if first == 0:
         return float(x[0])
-    return float(x[at - 1] + (level - y[at - 1]) / (y[at] - y[at - 1]) * (x[at] - x[at - 1]))
+    return float(x[first - 1] + (level - y[first - 1]) / (y[first] - y[first - 1]) * (x[first] - x[first - 1]))

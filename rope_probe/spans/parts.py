@@ -50,14 +50,14 @@ def spans_of(frame: pd.DataFrame) -> list[Span]:
     Raises InputError for a row of no span by itself, as those of the final norm.
     """
     parts = {site.rpartition(".")[2]: part for part, site in _SITES.items()} | {part: part for part in ATTENTION}
-    found = []
+    spans = []
     for row in frame[["site", "layer", "head", "pair"]].drop_duplicates().itertuples(index=False):
         part = parts.get(str(row.site).rpartition(".")[2])
         if part is None:
             raise InputError(f"rows at site {row.site!r} are of no span; take rows of {', '.join(parts)}")
         layer, head, pair = (None if pd.isna(value) else int(value) for value in (row.layer, row.head, row.pair))
-        found.append(Span(layer, head, pair, part))  # type: ignore[arg-type]
-    return found
+        spans.append(Span(layer, head, pair, part))  # type: ignore[arg-type]
+    return spans
 
 
 class Piece(NamedTuple):
@@ -84,10 +84,10 @@ def pieces(model: PreTrainedModel, span: Span, projections: Sequence[Projection]
     if span.head is not None or span.pair is not None:
         raise InputError(f"span {span} is not there: {span.part} has no heads and no pairs")
     named = [(name, part_of(model, name)) for name, _ in model.named_parameters()]
-    found = [Piece(name) for name, at in named if at[0] == span.part and span.layer in (None, at[1])]
-    if not found:
+    chosen = [Piece(name) for name, place in named if place[0] == span.part and span.layer in (None, place[1])]
+    if not chosen:
         raise InputError(f"span {span} is not there: this model has no such weights of their own")
-    return found
+    return chosen
 
 
 def _names(span: Span, projection: Projection) -> bool:

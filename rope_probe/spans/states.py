@@ -13,11 +13,26 @@ from rope_probe import rope
 from rope_probe.errors import InputError
 from rope_probe.models.architectures import Rotary
 from rope_probe.models.hooked import HookedCausalLM
-from rope_probe.runs.results import tidy
+from rope_probe.runs.tables import Metric, declare
 from rope_probe.spans.stored import require_alike, require_same_pairs
 from rope_probe.windows.packing import Window
 
 Site = tuple[int, str]
+SPAN_STATES = declare(
+    "span_states",
+    "How queries and keys of two checkpoints differ on the same windows, their rotation undone; pairs as complex "
+    "numbers.",
+    ("seq_len", "document", "position", "layer", "site", "head", "pair", "wavelength", "wavelength_after"),
+    {
+        "norm_before": Metric("root mean square of the pair, in the first checkpoint"),
+        "norm_after": Metric("the same in the second"),
+        "rel_change": Metric("norm of the change over the norm before"),
+        "cosine": Metric("cosine of all of the document's states, before and after"),
+        "phase_radians": Metric("the one turn that brings the states after closest to those before", "radians"),
+        "norm_share_before": Metric("the pair's share of its layer's squared norm, in the first checkpoint"),
+        "norm_share_after": Metric("the same in the second"),
+    },
+)
 
 
 @torch.no_grad()
@@ -58,12 +73,12 @@ def compare_states(
             assert rotaries[0] is not None  # only such layers are read
             rows = _compared(x, theirs[layer, side], groups, rotaries[0])
             heads, pairs = rows["cosine"].shape[1:]
-            at = _columns(window, groups, heads, pairs, rotaries, by_position)
-            at |= {"layer": layer, "site": f"blocks.{layer}.attn.unrotated_{side}", "seq_len": len(window)}
-            frames += [pd.DataFrame({**at, "metric": m, "value": v.flatten().numpy()}) for m, v in rows.items()]
+            columns = _columns(window, groups, heads, pairs, rotaries, by_position)
+            columns |= {"layer": layer, "site": f"blocks.{layer}.attn.unrotated_{side}", "seq_len": len(window)}
+            frames += [pd.DataFrame({**columns, "metric": m, "value": v.flatten().numpy()}) for m, v in rows.items()]
     frame = pd.concat(frames, ignore_index=True)
     keys = [column for column in frame.columns if column != "value"]
-    return tidy(_over_windows(frame, keys) if len(windows) > 1 else frame)
+    return SPAN_STATES.frame(_over_windows(frame, keys) if len(windows) > 1 else frame)
 
 
 def _over_windows(frame: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
@@ -77,21 +92,21 @@ def _over_windows(frame: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
 
 
 def _states(model: HookedCausalLM, window: Window, masked: bool) -> dict[Site, Float[Tensor, "T H D"]]:
-    found: dict[Site, Tensor] = {}
+    states_at: dict[Site, Tensor] = {}
 
     def read(x: Tensor, hook: Any) -> None:
         layer = hook.layer()
         rotary = model.rotary[layer]
         assert rotary is not None
-        found[layer, hook.name[-1]] = rotary.undo(x[0].double(), window.position_ids[0]).cpu()
+        states_at[layer, hook.name[-1]] = rotary.undo(x[0].double(), window.position_ids[0]).cpu()
 
     rotating = [layer for layer, rotary in enumerate(model.rotary) if rotary is not None]
     sites = [f"blocks.{layer}.attn.hook_rot_{side}" for layer in rotating for side in "qk"]
     with model.measuring(), model.hooks(fwd_hooks=[(site, read) for site in sites]):
         model.hidden(window, masked=masked)
-    for (layer, side), states in found.items():
+    for (layer, side), states in states_at.items():
         model.require_finite(states, f"blocks.{layer}.attn.hook_rot_{side}")
-    return found
+    return states_at
 
 
 def _compared(x: Tensor, y: Tensor, groups: Int[Tensor, " T"], rotary: Rotary) -> dict[str, Float[Tensor, "G H P"]]:

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from rope_probe import rope
 from rope_probe.errors import InputError
 from rope_probe.models.architectures import rotary_layers
-from rope_probe.runs.results import tidy
+from rope_probe.runs.tables import Metric, declare
+from rope_probe.spans.weights import SPANS
 
 Values = npt.ArrayLike
 BANDS = ("fast", "middle", "slow")
@@ -71,11 +72,41 @@ def enrichment(by_pair: Values, inside: npt.ArrayLike, *, permutations: int = 10
         drawn = np.vstack([np.flatnonzero(band), rng.random((permutations, count)).argsort(1)[:, :inside_of]])
     sums = values[drawn].sum(1)  # which rise with the ratio
     slack = 1e-9 * values.sum()  # the same band, summed in another order
-    found = values[band].sum()
-    p_value = 2 * min((sums >= found - slack).mean(), (sums <= found + slack).mean())
+    inside_sum = values[band].sum()
+    p_value = 2 * min((sums >= inside_sum - slack).mean(), (sums <= inside_sum + slack).mean())
     outside = values[~band].mean()
     ratio = values[band].mean() / outside if outside else math.inf
     return Enrichment(float(ratio), float(min(1.0, p_value)))
+
+
+SPAN_STATISTICS = declare(
+    "span_statistics",
+    "How the change of a site is spread over its heads and pairs.",
+    ("layer", "site", "low", "high"),
+    {
+        "gini": Metric("Gini coefficient of the squared change over heads and pairs"),
+        "top_tenth_share": Metric("share of the squared change in the tenth of the spans that changed most"),
+        "rank_correlation": Metric("Spearman's, between a pair's wavelength and its change"),
+        "rank_correlation_p": Metric("its p value, by permutations of the pairs"),
+        **{f"enrichment_{band}": Metric(f"mean change of {band} pairs over that of the others") for band in BANDS},
+        **{f"enrichment_{band}_p": Metric("its p value, by permutations of the pairs") for band in BANDS},
+        "seed_rank_correlation": Metric(
+            "Spearman's, between the changes by pair of two seeds; mean over pairs of seeds"
+        ),
+    },
+)
+LANDMARKS = declare(
+    "landmarks",
+    "Where a window lies in the rotary spectrum of a checkpoint.",
+    ("phase", "seq_len"),
+    {
+        "turning_pairs": Metric("pairs that complete a turn in the window"),
+        "spectrum_use": Metric("their share"),
+        "critical_dimension": Metric("critical dimension, arXiv 2310.05209"),
+        "rope_theta": Metric("theta of the checkpoint"),
+        "base_bound": Metric("least theta for the window by arXiv 2405.14591"),
+    },
+)
 
 
 def bands(wavelengths: Values, short: float, long: float) -> np.ndarray:
@@ -98,16 +129,16 @@ def landmarks(before: PreTrainedModel, after: PreTrainedModel, *, short: int, lo
         if rotary is None:
             continue
         use = rope.spectrum_use(rotary.inv_freq, window)
-        found = {"turning_pairs": use * len(rotary.inv_freq), "spectrum_use": use}
+        measures = {"turning_pairs": use * len(rotary.inv_freq), "spectrum_use": use}
         parameters = model.config.rope_parameters
         theta = parameters.get("rope_theta", 0.0)
         if parameters.get("rope_type") == "default" and theta > 1:
-            found["critical_dimension"] = rope.critical_dimension(rotary.rotary_dim, theta, window)
-            found["rope_theta"] = theta
+            measures["critical_dimension"] = rope.critical_dimension(rotary.rotary_dim, theta, window)
+            measures["rope_theta"] = theta
             if rotary.rotary_dim > 2 and window <= _LONGEST_BOUND:
-                found["base_bound"] = rope.base_bound(rotary.rotary_dim, window)
-        rows += [{"phase": phase, "seq_len": window, "metric": name, "value": found[name]} for name in found]
-    return tidy(rows)
+                measures["base_bound"] = rope.base_bound(rotary.rotary_dim, window)
+        rows += [{"phase": phase, "seq_len": window, "metric": name, "value": measures[name]} for name in measures]
+    return LANDMARKS.frame(rows)
 
 
 def span_statistics(
@@ -126,26 +157,26 @@ def span_statistics(
     rows = frame[frame["pair"].notna() & (frame["metric"] == metric)]
     if rows.empty:
         raise InputError(f"these results hold no {metric!r} by pair; compare two checkpoints with compare_spans")
-    found = []
+    statistics_rows = []
     for site, part in rows.groupby("site", sort=False):
-        told = {"site": site, "layer": part["layer"].iloc[0]}
+        columns = {"site": site, "layer": part["layer"].iloc[0]}
         squares = part.groupby(["head", "pair"])["value"].mean().to_numpy() ** 2
         profile = part.groupby("pair").agg({"wavelength_after": "first", "value": "mean"})
         lengths, values = (profile[column].to_numpy(float) for column in ("wavelength_after", "value"))
         rho, low, high, p_value = _rank_correlation(lengths, values, seed)
-        found += [
-            {**told, "metric": "gini", "value": gini(squares)},
-            {**told, "metric": "top_tenth_share", "value": top_share(squares)},
-            {**told, "metric": "rank_correlation", "value": rho, "low": low, "high": high},
-            {**told, "metric": "rank_correlation_p", "value": p_value},
+        statistics_rows += [
+            {**columns, "metric": "gini", "value": gini(squares)},
+            {**columns, "metric": "top_tenth_share", "value": top_share(squares)},
+            {**columns, "metric": "rank_correlation", "value": rho, "low": low, "high": high},
+            {**columns, "metric": "rank_correlation_p", "value": p_value},
         ]
         label = bands(lengths, short, long)
         for band in BANDS:
             if 0 < (label == band).sum() < len(label) and values.any():
                 ratio, p_value = enrichment(values, label == band, seed=seed)
-                found.append({**told, "metric": f"enrichment_{band}", "value": ratio})
-                found.append({**told, "metric": f"enrichment_{band}_p", "value": p_value})
-    return tidy([row for row in found if not math.isnan(row["value"])])
+                statistics_rows.append({**columns, "metric": f"enrichment_{band}", "value": ratio})
+                statistics_rows.append({**columns, "metric": f"enrichment_{band}_p", "value": p_value})
+    return SPAN_STATISTICS.frame([row for row in statistics_rows if not math.isnan(row["value"])])
 
 
 def _rank_correlation(x: np.ndarray, y: np.ndarray, seed: int) -> tuple[float, float, float, float]:
@@ -153,8 +184,7 @@ def _rank_correlation(x: np.ndarray, y: np.ndarray, seed: int) -> tuple[float, f
         return (float("nan"),) * 4
     ranks, others = (stats.zscore(stats.rankdata(values)) for values in (x, y))
     rho = float(ranks @ others / len(x))
-    half = 1.96 / np.sqrt(len(x) - 3)
-    low, high = np.tanh(np.arctanh(np.clip(rho, -1 + 1e-12, 1 - 1e-12)) + np.array([-half, half]))
+    low, high = stats.pearsonr(ranks, others).confidence_interval(0.95)
     order = np.random.default_rng(seed).random((_PERMUTATIONS, len(x))).argsort(1)
     drawn = others[order] @ ranks / len(x)
     at_least = (np.abs(drawn) >= abs(rho) - 1e-12).sum()
@@ -171,13 +201,13 @@ def stability(frame: pd.DataFrame, metric: str = "rel_change") -> pd.DataFrame:
     profiles = rows.groupby(["site", "layer", "seed", "pair"])["value"].mean().unstack("seed")
     if profiles.shape[1] < 2:
         raise InputError(f"stability is between seeds, but there is {profiles.shape[1]}")
-    found = []
+    correlations = []
     for (site, layer), part in profiles.groupby(["site", "layer"]):
         between = [stats.spearmanr(part[a], part[b]).statistic for a, b in itertools.combinations(part, 2)]
-        found.append(
+        correlations.append(
             {"site": site, "layer": layer, "metric": "seed_rank_correlation", "value": float(np.mean(between))}
         )
-    return tidy(found)
+    return SPAN_STATISTICS.frame(correlations)
 
 
 def contrast(frame: pd.DataFrame, other: pd.DataFrame, metric: str = "rel_change") -> pd.DataFrame:
@@ -190,6 +220,6 @@ def contrast(frame: pd.DataFrame, other: pd.DataFrame, metric: str = "rel_change
     one, two = (part[part["metric"] == metric].set_index(_SPAN) for part in (frame, other))
     both = one.join(two["value"].rename("against"), how="inner").reset_index()
     both = both[(both["value"] > 0) & (both["against"] > 0)]
-    return tidy(
+    return SPANS.frame(
         both.assign(metric="log2_ratio", value=np.log2(both["value"] / both["against"])).drop(columns="against")
     )

@@ -11,11 +11,12 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from rope_probe.errors import InputError
-from rope_probe.models import attention, checkpoints, gguf_files, offloaded, weight_files
+from rope_probe.models import attention, checkpoints, gguf_files, offloaded, pretrained, weight_files
 from rope_probe.models.architectures import Rotary, architecture_of, shape_of
 from rope_probe.models.checkpoints import read_config, require_plain, skeleton
 from rope_probe.models.hooked import HookedCausalLM
 from rope_probe.models.parameters import is_weight, name_in_files, part_of
+from rope_probe.runs import provenance
 
 Model: TypeAlias = str | os.PathLike[str] | PreTrainedModel | HookedCausalLM
 
@@ -120,7 +121,9 @@ def resolved(after: Model, before: Model) -> Model:
     return checkpoints.load(before, adapter=after)
 
 
-def describe_checkpoint(model: str | os.PathLike[str], adapter: str | os.PathLike[str] | None = None) -> dict[str, Any]:
+def describe_checkpoint(
+    model: str | os.PathLike[str], adapter: str | os.PathLike[str] | None = None
+) -> provenance.Model:
     """What a manifest says of a checkpoint's files: rope parameters in full, and hashes; an adapter's with its base's.
 
     Raises InputError as `weights_of`.
@@ -138,12 +141,16 @@ def describe_checkpoint(model: str | os.PathLike[str], adapter: str | os.PathLik
     for file in files:
         with open(file, "rb") as shard:
             digests[Path(file).name] = hashlib.file_digest(shard, "sha256").hexdigest()
-    return {
-        "model_type": described.config.model_type,
-        "rope_parameters": dict(described.config.rope_parameters),
-        "parameters": described.num_parameters(),
-        "files_sha256": digests,
-    }
+    origin = pretrained.told_origin(name)
+    if adapter is not None:
+        origin = "; ".join(filter(None, [f"adapter {os.fspath(adapter)} merged into {name}", origin]))
+    return provenance.Model(
+        model_type=described.config.model_type,
+        rope_parameters=dict(described.config.rope_parameters),
+        parameters=described.num_parameters(),
+        files_sha256=digests,
+        origin=origin,
+    )
 
 
 def require_alike(before: PreTrainedConfig, after: PreTrainedConfig) -> None:

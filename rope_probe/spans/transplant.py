@@ -78,14 +78,14 @@ def _matched(host: PreTrainedModel, donor: PreTrainedModel, spans: Iterable[Span
     require_alike(host.config, donor.config)
     theirs = dict(donor.named_parameters(remove_duplicate=False))
     projections = projections_of(host)
-    found = []
+    matched = []
     for span in spans:
         for piece in pieces(host, span, projections):
             parameter = host.get_parameter(piece.name)
             if piece.name not in theirs or theirs[piece.name].shape != parameter.shape:
                 raise InputError(f"{piece.name} is not in both models in one shape; {span} cannot be transplanted")
-            found.append((parameter, piece))
-    return found
+            matched.append((parameter, piece))
+    return matched
 
 
 def _write(target: torch.Tensor, piece: Piece, source: torch.Tensor) -> None:

@@ -19,12 +19,43 @@ from rope_probe import rope
 from rope_probe.errors import InputError
 from rope_probe.models.architectures import architecture_of, layers_of, rotary_layers
 from rope_probe.models.parameters import ATTENTION, Projection, norms_around, part_of, projections_of
-from rope_probe.runs.results import tidy
+from rope_probe.runs.tables import Metric, declare
 from rope_probe.spans.parts import site_of
 from rope_probe.spans.stored import Model, Weights, require_alike, require_same_pairs, resolved, weights_of
 
 _BLOCK = 2**20
 Sums = dict[str, Tensor]
+_OF_ALL = {
+    "change_norm": Metric("Frobenius norm of the change"),
+    "rel_change": Metric("that norm over the norm before"),
+    "cosine": Metric("cosine of before and after"),
+    "norm_change": Metric("norm after over norm before, less 1"),
+}
+_OF_PAIRS = {
+    "rotation_radians": Metric("the turn of the pair's plane that fits the change best", "radians"),
+    "unrotated_rel_change": Metric("relative change that is left when that turn is undone"),
+    "qk_rel_change": Metric("relative change of the pair's attention scores"),
+    "qk_rotation_radians": Metric("turn of the pair's attention scores", "radians"),
+}
+SPANS = declare(
+    "spans",
+    "How much each part of the weights changed between two checkpoints. Rows without a head are of the whole part, "
+    "rows without a pair of the whole head.",
+    ("layer", "site", "head", "pair", "wavelength", "wavelength_after"),
+    {
+        **_OF_ALL,
+        **_OF_PAIRS,
+        "rotation_tokens": Metric("`rotation_radians` as a move of position, at the wavelength after", "tokens"),
+        "top_singular_share": Metric("share of the change's squared norm in its first singular direction"),
+        "participation_rank": Metric("(sum s^2)^2 / sum s^4 over the singular values s of the change"),
+        "top_direction_share": Metric("the pair's share of that first singular direction"),
+        "log2_ratio": Metric("how much more a span changed in one comparison than in another", "doublings"),
+        **{
+            f"effective_{name}": Metric(f"{metric.meaning}, of the weights with norms folded in", metric.unit)
+            for name, metric in {**_OF_ALL, **_OF_PAIRS}.items()
+        },
+    },
+)
 
 
 def compare_spans(before: Model, after: Model, *, progress: Callable[[int], Any] | None = None) -> pd.DataFrame:
@@ -61,7 +92,7 @@ def compare_spans(before: Model, after: Model, *, progress: Callable[[int], Any]
     _require_same_tensors(one, other)
     compared = _Comparison(one, other, progress or (lambda count: None))
     frames = [compared.layer(layer) for layer in range(len(layers_of(one.model)))]
-    return tidy(pd.concat([*frames, compared.whole_tensors()], ignore_index=True))
+    return SPANS.frame(pd.concat([*frames, compared.whole_tensors()], ignore_index=True))
 
 
 def _require_same_tensors(before: Weights, after: Weights) -> None:
@@ -149,17 +180,17 @@ class _Comparison:
                     _block(tensor, shift, index, output, wide) for tensor, shift in zip((x, y), biases, strict=True)
                 )
                 self._require_finite(projection.weight, p, q)
-                found = _by_dimension(p, q)
+                of_block = _by_dimension(p, q)
                 pairs = _by_pair(p, q, projection.pairs)
                 if rotates:
-                    pairs["top_direction"] = found["direction"][:, projection.pairs].sum(-1)
+                    pairs["top_direction"] = of_block["direction"][:, projection.pairs].sum(-1)
                     p, q = (
                         _effective(block, gain, slice(start, start + step))
                         for block, gain in zip((p, q), gains, strict=True)
                     )
                     folded = _by_pair(p, q, projection.pairs)
                     pairs |= {f"effective_{key}": value for key, value in folded.items()}
-                sums.append(found)
+                sums.append(of_block)
                 paired.append(pairs)
             self.progress(heads * head_dim * width)
         return _joined(sums), _joined(paired)
@@ -357,20 +388,21 @@ def _unrotated(pairs: Sums) -> Tensor:
 def _head_rows(projection: Projection, sums: Sums, bias: Sums | None) -> Iterator[pd.DataFrame]:
     """Rows of the whole projection, with the bias that belongs to no head, and of each head."""
     additive = {key: sums[key] for key in ("before", "after", "change", "moved")}
-    at = {"site": projection.site, "layer": projection.layer}
+    columns = {"site": projection.site, "layer": projection.layer}
     whole = {key: value.sum() + (0 if bias is None else bias[key]) for key, value in additive.items()}
-    yield _rows(at, _measures({key: value[None] for key, value in whole.items()}))
+    yield _rows(columns, _measures({key: value[None] for key, value in whole.items()}))
     by_head = _measures({key: value.sum(-1) for key, value in additive.items()})
     largest, total, fourth = sums["singular"].unbind(-1)
     by_head["top_singular_share"] = _ratio(largest, total)
     by_head["participation_rank"] = _ratio(total.square(), fourth)
-    yield _rows({**at, "head": np.arange(len(largest))}, by_head)
+    yield _rows({**columns, "head": np.arange(len(largest))}, by_head)
 
 
-def _rows(at: dict[str, Any], measures: dict[str, Tensor]) -> pd.DataFrame:
+def _rows(columns: dict[str, Any], measures: dict[str, Tensor]) -> pd.DataFrame:
     """Long rows: the same columns for every metric."""
     frames = [
-        pd.DataFrame({**at, "metric": metric, "value": values.flatten().numpy()}) for metric, values in measures.items()
+        pd.DataFrame({**columns, "metric": metric, "value": values.flatten().numpy()})
+        for metric, values in measures.items()
     ]
     return pd.concat(frames, ignore_index=True)
 

@@ -20,7 +20,7 @@ from rope_probe import rope
 from rope_probe.errors import InputError
 from rope_probe.models.hooked import HookedCausalLM
 from rope_probe.models.offloaded import is_offloaded
-from rope_probe.runs.results import tidy
+from rope_probe.runs.tables import Metric, declare
 from rope_probe.tracing.cone import LOGITS, logit_block, run_beside
 from rope_probe.tracing.deltas import LOGIT_METRICS, VECTOR_METRICS, Deltas, logit_deltas, vector_deltas
 from rope_probe.tracing.perturbations import Perturbation, Selection
@@ -34,6 +34,22 @@ ROUNDING_FLOOR = {"l2": 1e-10, "rel_l2": 1e-10, "cosine_distance": 1e-20, "kl_na
 
 COPY = "Copy"
 """The `kind` of rows that compare copies of a document; other rows have the name of their perturbation's class."""
+DELTAS = declare(
+    "deltas",
+    "What a perturbation changes where it is read: perturbed minus clean, or copy minus first copy. Values are means "
+    "over the positions of a document, or of the window.",
+    (
+        "arm", "seq_len", "masked", "document", "position", "perturbation", "kind", "restriction", "side",
+        "delta_tokens", "inject_layer", "layer", "site", "head", "pair", "wavelength", "value_float64",
+    ),
+    {
+        "l2": Metric("Euclidean norm of the delta"),
+        "rel_l2": Metric("that norm over the norm of the clean activation"),
+        "cosine_distance": Metric("1 - cosine of clean and perturbed"),
+        "kl_nats": Metric("KL(clean || perturbed) of next-token distributions", "nats"),
+        "top1_flips": Metric("share of positions whose most likely token changes"),
+    },
+)  # fmt: skip
 By = Literal["position", "document", "window"]
 _STATE_ELEMENTS = 2**27
 
@@ -79,7 +95,7 @@ def trace(
         with model.measuring():
             run_beside(model, window, group, sites, add, masked=masked, progress=progress)
     frame = means.frame([_columns(perturbation, model) for perturbation in perturbations]).assign(masked=masked)
-    frame = tidy(frame)
+    frame = DELTAS.frame(frame)
     if control is None:
         control = masked
     if control:
@@ -100,13 +116,13 @@ class _Means:
         self.model = model
         of_site = {site: LOGIT_METRICS if site == LOGITS else VECTOR_METRICS for site in sites}
         self.keys = [(site, metric) for site, metrics in of_site.items() for metric in metrics]
-        at, documents = torch.arange(len(window)), window.document_of
+        positions, documents = torch.arange(len(window)), window.document_of
         self.lines = {
-            "position": pd.DataFrame({"document": documents.numpy(), "position": at.numpy()}),
+            "position": pd.DataFrame({"document": documents.numpy(), "position": positions.numpy()}),
             "document": pd.DataFrame({"document": range(window.documents)}),
             "window": pd.DataFrame(index=[0]),
         }[by]
-        self.line_of = {"position": at, "document": documents, "window": torch.zeros_like(at)}[by]
+        self.line_of = {"position": positions, "document": documents, "window": torch.zeros_like(positions)}[by]
         self.sums = torch.zeros(count, len(self.keys), len(self.lines), dtype=torch.float64)
 
     def add(self, first: int, which: list[int], site: str, at: Tensor, clean: Tensor, perturbed: Tensor) -> None:
@@ -125,10 +141,12 @@ class _Means:
     def frame(self, columns: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
         """A row per perturbation (`columns` of each), site and metric, and position, document or window."""
         keys = pd.DataFrame(self.keys, columns=["site", "metric"])
-        told = [pd.DataFrame(columns), keys.assign(layer=keys["site"].map(_layer)), self.lines]
+        sources = [pd.DataFrame(columns), keys.assign(layer=keys["site"].map(_layer)), self.lines]
         rows = np.indices(self.sums.shape).reshape(3, -1)
-        parts = [part.iloc[at].reset_index(drop=True) for part, at in zip(told, rows, strict=True)]
-        return tidy(pd.concat(parts, axis=1).assign(seq_len=len(self.line_of), value=self.values().flatten().numpy()))
+        parts = [part.iloc[row_indices].reset_index(drop=True) for part, row_indices in zip(sources, rows, strict=True)]
+        return DELTAS.frame(
+            pd.concat(parts, axis=1).assign(seq_len=len(self.line_of), value=self.values().flatten().numpy())
+        )
 
 
 def copy_deltas(
@@ -155,12 +173,12 @@ def copy_deltas(
     if not (copies == copies[0]).all():
         raise InputError("the documents of this window are not copies of one; make it with repeated_window")
     later = range(reference + 1, window.documents)
-    found: dict[tuple[str, str], Tensor] = {}
+    means: dict[tuple[str, str], Tensor] = {}
 
     def compare(site: str, x: Tensor) -> None:
         parts = x.view(window.documents, length, *x.shape[1:])
         per_copy = [vector_deltas(parts[reference], parts[copy]) for copy in later]
-        found.update({(site, metric): torch.stack([d[metric].mean() for d in per_copy]) for metric in per_copy[0]})
+        means.update({(site, metric): torch.stack([d[metric].mean() for d in per_copy]) for metric in per_copy[0]})
 
     def read(x: Tensor, hook: Any) -> None:
         compare(hook.name, x[0])
@@ -177,10 +195,10 @@ def copy_deltas(
             for of_copy, logits in zip(blocks, others, strict=True):
                 of_copy.append(logit_deltas(first, logits))
     joined = [_concatenate(copy) for copy in blocks]
-    found.update({(LOGITS, metric): torch.stack([d[metric].mean() for d in joined]) for metric in joined[0]})
-    for (site, _), values in found.items():
+    means.update({(LOGITS, metric): torch.stack([d[metric].mean() for d in joined]) for metric in joined[0]})
+    for (site, _), values in means.items():
         model.require_finite(values, site)
-    frame = tidy(
+    frame = DELTAS.frame(
         [
             {
                 "perturbation": COPY,
@@ -194,7 +212,7 @@ def copy_deltas(
                 "metric": metric,
                 "value": value,
             }
-            for (site, metric), values in found.items()
+            for (site, metric), values in means.items()
             for copy, value in zip(later, values.tolist(), strict=True)
         ]
     )

@@ -15,7 +15,6 @@ teacher's vocabulary, M width, K the teacher's width.
 """
 
 import dataclasses
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from rope_probe.errors import InputError
 from rope_probe.models.hooked import HookedCausalLM
+from rope_probe.ranges import NotNegative, require_ranges
 
 IGNORED = -100
 """The target of a position that has none."""
@@ -56,7 +56,7 @@ class Term:
     Raises InputError for a weight that is negative or not finite; a subclass, for a kind or metric that is taken.
     """
 
-    weight: float = 1.0
+    weight: NotNegative = 1.0
     teacher: str | None = None
 
     metric: ClassVar[str]
@@ -79,8 +79,7 @@ class Term:
         _KINDS[kind] = cls
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.weight) and self.weight >= 0):
-            raise InputError(f"the weight of {self.kind} must be 0 or more, but it is {self.weight}")
+        require_ranges(self, self.kind)
 
     @property
     def kind(self) -> str:

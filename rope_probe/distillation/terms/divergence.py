@@ -2,14 +2,16 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from annotated_types import Interval
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from rope_probe.distillation.terms.base import LogitTerm
 from rope_probe.errors import InputError
+from rope_probe.ranges import Count
 
 
 @dataclass(frozen=True)
@@ -25,8 +27,8 @@ class Divergence(LogitTerm):
 
     teacher: str = "teacher"
     divergence: Literal["forward_kl", "reverse_kl", "jensen_shannon"] = "forward_kl"
-    temperature: float = 1.0
-    top_k: int | None = None
+    temperature: Annotated[float, Interval(ge=1e-3, le=1e3)] = 1.0
+    top_k: Count | None = None
     tail: bool = True
     kind: Literal["kd"] = "kd"
 
@@ -39,10 +41,6 @@ class Divergence(LogitTerm):
             raise InputError(
                 f"divergence must be forward_kl, reverse_kl or jensen_shannon, but it is {self.divergence!r}"
             )
-        if not 1e-3 <= self.temperature <= 1e3:
-            raise InputError(f"temperature must be a positive finite number in 1e-3..1e3, but it is {self.temperature}")
-        if self.top_k is not None and self.top_k < 1:
-            raise InputError(f"top_k must be 1 or more, but it is {self.top_k}")
 
     def values(
         self, logits: Float[Tensor, "n V"], targets: Int[Tensor, " n"], taught: Float[Tensor, "n W"] | None

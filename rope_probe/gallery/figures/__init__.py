@@ -27,6 +27,7 @@ from rope_probe.gallery.figures.sensitivity import injected_by_read, sensitivity
 from rope_probe.gallery.figures.signal import signal_of_distillation
 from rope_probe.gallery.figures.spans import causal_curves, change_by_part, span_heads, span_heatmap, transplants
 from rope_probe.gallery.figures.training import loss_curves
+from rope_probe.names import KEY_VALUE
 
 __all__ = [
     "DRAWINGS",
@@ -56,26 +57,23 @@ def _nothing(frame: pd.DataFrame) -> pd.Series:
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure by name: which rows of a frame it draws, and how, given those rows and a label for its title.
+    """A figure by name: the tables it reads, which of their rows it draws, and how, given those and a label.
 
     `split` says what it is drawn once for, beside the experiment: rows with other values there get their own figure.
     `context` are rows that every one of these is given as well, whatever they are split by; alone they draw nothing.
     """
 
     name: str
+    tables: tuple[str, ...]
     rows: Callable[[pd.DataFrame], pd.Series]
     draw: Callable[[pd.DataFrame, str], go.Figure]
     split: Callable[[pd.DataFrame], list[pd.Series]] = lambda rows: []
     context: Callable[[pd.DataFrame], pd.Series] = _nothing
 
 
-def _is_retrieval(frame: pd.DataFrame) -> pd.Series:
-    return retrieval.is_accuracy(frame) & ~grid.is_cell(frame) & frame["into"].isna()
-
-
 def _task(frame: pd.DataFrame) -> pd.Series:
-    """The task that `rope-probe retrieval` measured; "" in other experiments, whose arms are lines of one figure."""
-    return frame["arm"].where(frame["experiment"] == "retrieval", "").fillna("")
+    """The task in text that was measured, "" for key-value retrieval."""
+    return frame["task"].mask(frame["task"] == KEY_VALUE, "").fillna("")
 
 
 def _phase(frame: pd.DataFrame) -> pd.Series:
@@ -101,32 +99,40 @@ def _masked(frame: pd.DataFrame) -> pd.Series:
 DRAWINGS = [
     Drawing(
         "retrieval_by_distance",
-        _is_retrieval,
+        ("retrieval", "geometry"),
+        retrieval.is_accuracy,
         retrieval_by_distance,
         lambda rows: [_task(rows), _phase(rows), "window " + rows["seq_len"].astype("string")],
         retrieval.is_document_length,
     ),
-    Drawing("theta_grid", grid.is_cell, theta_grid, context=grid.is_gate),
-    Drawing("rotations_by_pair", geometry.is_rotations, rotations_by_pair, context=geometry.is_spectrum_use),
-    Drawing("loss_curves", training.is_loss, loss_curves),
+    Drawing("theta_grid", ("theta_grid",), grid.is_cell, theta_grid, context=grid.is_gate),
     Drawing(
-        "copy_heatmap", propagation.is_copy, copy_heatmap, lambda rows: [rows["model"], rows["arm"], _masked(rows)]
+        "rotations_by_pair", ("geometry",), geometry.is_rotations, rotations_by_pair, context=geometry.is_spectrum_use
+    ),
+    Drawing("loss_curves", ("losses",), training.is_loss, loss_curves),
+    Drawing(
+        "copy_heatmap",
+        ("deltas",),
+        propagation.is_copy,
+        copy_heatmap,
+        lambda rows: [rows["model"], rows["arm"], _masked(rows)],
     ),
     Drawing(
         "dose_response",
+        ("deltas",),
         propagation.is_dose,
         dose_response,
         lambda rows: [rows["model"], rows["arm"], _masked(rows), _kind(rows), rows["restriction"]],
     ),
-    Drawing("injected_by_read", sensitivity.is_of_layer, injected_by_read, _model),
-    Drawing("sensitivity_by_pair", sensitivity.is_of_pair, sensitivity_by_pair, _model),
-    Drawing("transplants", spans.is_transplant, transplants, _model),
-    Drawing("causal_curves", spans.is_curve, causal_curves, _model),
-    Drawing("change_by_part", spans.is_change_of_part, change_by_part, _model),
-    Drawing("span_heatmap", spans.is_change_of_pair, span_heatmap, _model, spans.is_landmark),
-    Drawing("span_heads", spans.is_change_of_pair, span_heads, _model, spans.is_landmark),
-    Drawing("signal_of_distillation", signal.is_signal, signal_of_distillation),
-    Drawing("trace_cost", cost.is_cost, trace_cost),
+    Drawing("injected_by_read", ("deltas",), sensitivity.is_of_layer, injected_by_read, _model),
+    Drawing("sensitivity_by_pair", ("deltas",), sensitivity.is_of_pair, sensitivity_by_pair, _model),
+    Drawing("transplants", ("span_effects",), spans.is_transplant, transplants, _model),
+    Drawing("causal_curves", ("span_effects",), spans.is_curve, causal_curves, _model),
+    Drawing("change_by_part", ("spans",), spans.is_change_of_part, change_by_part, _model),
+    Drawing("span_heatmap", ("spans", "landmarks"), spans.is_change_of_pair, span_heatmap, _model, spans.is_landmark),
+    Drawing("span_heads", ("spans", "landmarks"), spans.is_change_of_pair, span_heads, _model, spans.is_landmark),
+    Drawing("signal_of_distillation", ("signal",), signal.is_signal, signal_of_distillation),
+    Drawing("trace_cost", ("trace_cost",), cost.is_cost, trace_cost),
 ]
 """What the gallery draws, in order."""
 

@@ -5,8 +5,20 @@ import plotly.graph_objects as go
 
 from rope_probe.errors import InputError
 from rope_probe.gallery.figures.style import BESIDE, drawing, line_style, styled
+from rope_probe.runs.tables import Column, Metric, declare
 
-_METRICS = ["seconds", "seconds_fitted"]
+TRACE_COST = declare(
+    "trace_cost",
+    "Seconds that a trace takes, by its size.",
+    ("seq_len", "layers", "perturbations"),
+    {"seconds": Metric("measured", "s"), "seconds_fitted": Metric("by the fit", "s")},
+    own={
+        "layers": Column("Int64", "layers of the model"),
+        "perturbations": Column("Int64", "perturbations of the trace"),
+    },
+)
+"""Made by benchmarks/trace_cost.py."""
+_METRICS = list(TRACE_COST.metrics)
 
 
 def is_cost(frame: pd.DataFrame) -> pd.Series:

@@ -16,14 +16,14 @@ _PANEL = 330
 
 def is_cell(frame: pd.DataFrame) -> pd.Series:
     """Rows with the accuracy of one cell: a head dim, the thetas of both phases and the budget of the second."""
-    told = _is_base(frame) & frame["long_theta"].between(*_THETAS) & frame[["steps", "seq_len"]].notna().all(axis=1)
-    return told & (frame["metric"] == "accuracy") & frame["distance"].between(*_DISTANCES).fillna(False)
+    complete = _is_base(frame) & frame["long_theta"].between(*_THETAS) & frame[["steps", "seq_len"]].notna().all(axis=1)
+    return complete & (frame["metric"] == "accuracy") & frame["distance"].between(*_DISTANCES).fillna(False)
 
 
 def is_gate(frame: pd.DataFrame) -> pd.Series:
     """Rows with what the gate of a base measured."""
-    told = _is_base(frame) & frame["seq_len"].notna() & (frame["phase"] == "short").fillna(False)
-    return told & (frame["metric"] == "gate_accuracy")
+    complete = _is_base(frame) & frame["seq_len"].notna() & (frame["phase"] == "short").fillna(False)
+    return complete & (frame["metric"] == "gate_accuracy")
 
 
 def _is_base(frame: pd.DataFrame) -> pd.Series:

@@ -81,16 +81,16 @@ def copy_heatmap(frame: pd.DataFrame, label: str = "") -> go.Figure:
         subplot_titles=list(PANELS.values()),
     )
     for row, part in enumerate(panels.values(), start=1):
-        at = {"index": "layer", "columns": "document", "dropna": False}
-        table, value, exact = (part.pivot_table(values=v, **at) for v in ("shown", "value", "value_float64"))
-        told = np.stack([value, exact.reindex_like(value)], -1)
+        axes = {"index": "layer", "columns": "document", "dropna": False}
+        table, value, exact = (part.pivot_table(values=v, **axes) for v in ("shown", "value", "value_float64"))
+        hover_values = np.stack([value, exact.reindex_like(value)], -1)
         names = ["output" if layer < 0 else f"layer {layer}" for layer in value.index]
         figure.add_trace(
             go.Heatmap(
                 z=np.log10(table.reindex_like(value)),
                 x=value.columns.tolist(),
                 y=names,
-                customdata=told,
+                customdata=hover_values,
                 coloraxis="coloraxis",
                 xgap=1,
                 ygap=1,
@@ -198,5 +198,5 @@ def dose_response(frame: pd.DataFrame, label: str = "") -> go.Figure:
 
 def sample(rows: pd.DataFrame) -> str:
     """Window, number of documents and seeds, as a caption tells them."""
-    told = f"window {listed(rows['seq_len'])} tokens, {rows['document'].nunique()} documents"
-    return f"{told}, seeds {seeds}" if (seeds := listed(rows["seed"])) else told
+    caption = f"window {listed(rows['seq_len'])} tokens, {rows['document'].nunique()} documents"
+    return f"{caption}, seeds {seeds}" if (seeds := listed(rows["seed"])) else caption

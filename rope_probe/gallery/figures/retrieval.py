@@ -63,9 +63,9 @@ def retrieval_by_distance(frame: pd.DataFrame, label: str = "") -> go.Figure:
             marker = {"color": colour, "size": 5, "opacity": 0.5}
             figure.add_trace(go.Scatter(**points, marker=marker, legendgroup=model, hoverinfo="skip"))
     ends = (distances[0] / _MARGIN, distances[-1] * _MARGIN)
-    for at, text in _landmarks(frame):
-        if ends[0] <= at <= ends[1]:
-            _vertical_line(figure, at, text, "right" if at > distances[-1] / 2 else "center")
+    for tokens, text in _landmarks(frame):
+        if ends[0] <= tokens <= ends[1]:
+            _vertical_line(figure, tokens, text, "right" if tokens > distances[-1] / 2 else "center")
     figure.update_xaxes(
         type="log",
         title="distance, tokens",
@@ -88,21 +88,21 @@ def retrieval_by_distance(frame: pd.DataFrame, label: str = "") -> go.Figure:
 def _landmarks(frame: pd.DataFrame) -> list[tuple[float, str]]:
     """Where most models' documents and windows end, in tokens, and how to call it."""
     rows = frame[is_document_length(frame)]
-    found = []
+    lengths = []
     for column, what in (("value", "documents of {} tokens"), ("seq_len", "training window of {} tokens")):
         models = rows.groupby(column)["model"].nunique()
         if models.empty:
             continue
         length, many, of = models.idxmax(), models.max(), rows["model"].nunique()
         some = f" ({many} of {of} trained models)" if many < of else ""
-        found.append((float(length), what.format(f"{length:,.0f}") + some))
-    return found
+        lengths.append((float(length), what.format(f"{length:,.0f}") + some))
+    return lengths
 
 
-def _vertical_line(figure: go.Figure, at: float, text: str, anchor: str) -> None:
-    figure.add_vline(x=at, line={"color": "#888888", "width": 1, "dash": "dot"})
+def _vertical_line(figure: go.Figure, tokens: float, text: str, anchor: str) -> None:
+    figure.add_vline(x=tokens, line={"color": "#888888", "width": 1, "dash": "dot"})
     figure.add_annotation(
-        x=math.log10(at),
+        x=math.log10(tokens),
         y=1,
         yref="paper",
         yanchor="bottom",

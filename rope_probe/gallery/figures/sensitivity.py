@@ -61,8 +61,8 @@ def sensitivity_by_pair(frame: pd.DataFrame, label: str = "") -> go.Figure:
         )
     for length, what in _lengths(rows).items():
         figure.add_vline(x=length, line={"color": "#555555", "dash": "dash"})
-        at = {"x": np.log10(length), "y": 1, "yref": "paper", "xanchor": "left", "yanchor": "top"}
-        figure.add_annotation(text=f" {what}", showarrow=False, **at)
+        anchor = {"x": np.log10(length), "y": 1, "yref": "paper", "xanchor": "left", "yanchor": "top"}
+        figure.add_annotation(text=f" {what}", showarrow=False, **anchor)
     note = f"shift of {dose:g} tokens; bars: smallest to largest document; {sample(rows)}"
     floor = (rows["value"] - rows["value_float64"]).abs().groupby(rows["wavelength"]).mean()
     if floor.gt(0).any():

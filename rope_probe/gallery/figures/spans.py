@@ -31,14 +31,14 @@ def is_landmark(frame: pd.DataFrame) -> pd.Series:
 
 def is_curve(frame: pd.DataFrame) -> pd.Series:
     """Rows that `causal_curves` draws: accuracy with so many of the spans transplanted, in some order."""
-    told = frame[["span_set", "order", "moved", "seq_len"]].notna().all(axis=1) & (frame["movable"] > 0).fillna(False)
-    return told & (frame["metric"] == "accuracy")
+    placed = frame[["span_set", "order", "moved", "seq_len"]].notna().all(axis=1)
+    return placed & (frame["movable"] > 0).fillna(False) & (frame["metric"] == "accuracy")
 
 
 def is_transplant(frame: pd.DataFrame) -> pd.Series:
     """Rows that `transplants` draws: accuracy with a part transplanted into one of two checkpoints."""
-    told = frame[["into", "group", "seq_len"]].notna().all(axis=1)
-    whole_group = told & frame["span_set"].isna() & frame["pair"].isna()
+    placed = frame[["into", "group", "seq_len"]].notna().all(axis=1)
+    whole_group = placed & frame["span_set"].isna() & frame["pair"].isna()
     return whole_group & (frame["metric"] == "accuracy")
 
 
@@ -133,15 +133,15 @@ def causal_curves(frame: pd.DataFrame, label: str = "") -> go.Figure:
     )
     for column, span_set in enumerate(span_sets, start=1):
         part = rows[rows["span_set"] == span_set]
-        at = {"row": 1, "col": column}
+        panel = {"row": 1, "col": column}
         random = part[part["is_random"]].groupby("share")["value"].agg(["mean", "min", "max"])
         if len(random):
             band = {"x": [*random.index, *random.index[::-1]], "y": [*random["max"], *random["min"][::-1]]}
             filled = {"fill": "toself", "fillcolor": "rgba(153,153,153,.25)", "line": {"width": 0}, "mode": "lines"}
-            figure.add_trace(go.Scatter(**band, **filled, showlegend=False, hoverinfo="skip"), **at)
+            figure.add_trace(go.Scatter(**band, **filled, showlegend=False, hoverinfo="skip"), **panel)
             line = {"color": _GREY, "width": 3}
             shared = {"name": "random", "legendgroup": "random", "showlegend": column == 1}
-            figure.add_trace(go.Scatter(x=random.index, y=random["mean"], mode="lines", line=line, **shared), **at)
+            figure.add_trace(go.Scatter(x=random.index, y=random["mean"], mode="lines", line=line, **shared), **panel)
         for i, order in enumerate(named):
             mean = part[(part["order"] == order) & ~part["is_random"]].groupby("share")["value"].mean()
             if mean.empty:
@@ -158,7 +158,7 @@ def causal_curves(frame: pd.DataFrame, label: str = "") -> go.Figure:
                     line={"color": colour, "dash": dash},
                     marker={"symbol": symbol, "size": 7},
                 ),
-                **at,
+                **panel,
             )
     figure.update_xaxes(title="share of the query spans", tickformat=".0%", range=[-0.02, 1.02])
     figure.update_yaxes(title="accuracy", range=[-0.03, 1.03], col=1)
@@ -185,11 +185,15 @@ def transplants(frame: pd.DataFrame, label: str = "") -> go.Figure:
     figure = make_subplots(rows=1, cols=len(windows), shared_yaxes=True, subplot_titles=titles, horizontal_spacing=0.05)
     for column, window in enumerate(windows, start=1):
         for i, (into, part) in enumerate(rows[rows["seq_len"] == window].groupby("into", sort=False)):
-            found = part.groupby("group")["value"].agg(["mean", "min", "max"]).reindex(order)
-            bars = {"array": found["max"] - found["mean"], "arrayminus": found["mean"] - found["min"], "width": 3}
+            by_group = part.groupby("group")["value"].agg(["mean", "min", "max"]).reindex(order)
+            bars = {
+                "array": by_group["max"] - by_group["mean"],
+                "arrayminus": by_group["mean"] - by_group["min"],
+                "width": 3,
+            }
             trace = go.Bar(
-                x=found["mean"],
-                y=found.index,
+                x=by_group["mean"],
+                y=by_group.index,
                 orientation="h",
                 error_x={**bars, "thickness": 1.2},
                 marker={"color": line_style(i)[0]},

@@ -69,9 +69,11 @@ def _as_shown(frame: pd.DataFrame) -> pd.DataFrame:
     shown = {}
     for column in frame.select_dtypes(include=["object", "string"]):
         names = [name for name in frame[column].dropna().unique() if isinstance(name, str)]
-        told = {name: literal(name) if column == _TAKEN_APART else short(literal(name)) for name in names}
-        if any(name != text for name, text in told.items()):
-            shown[column] = frame[column].map(lambda name, told=told: told.get(name, name), na_action="ignore")
+        names_shown = {name: literal(name) if column == _TAKEN_APART else short(literal(name)) for name in names}
+        if any(name != text for name, text in names_shown.items()):
+            shown[column] = frame[column].map(
+                lambda name, names_shown=names_shown: names_shown.get(name, name), na_action="ignore"
+            )
     return frame.assign(**{column: names.astype(frame[column].dtype) for column, names in shown.items()})
 
 

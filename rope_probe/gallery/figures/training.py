@@ -50,7 +50,7 @@ def loss_curves(frame: pd.DataFrame, label: str = "") -> go.Figure:
         for phase in present:
             panel, j = panels[metric, phase], phases.index(phase) + 1
             for line, part in panel.groupby("line", sort=False):
-                traces = _seeds_and_mean(line, part, *styles[line], told=line in untold)
+                traces = _seeds_and_mean(line, part, *styles[line], in_legend=line in untold)
                 figure.add_traces(traces, rows=i, cols=j)
                 untold.discard(line)
             figure.update_xaxes(title="tokens trained on in the phase", rangemode="tozero", row=i, col=j)
@@ -73,7 +73,7 @@ def _names(rows: pd.DataFrame) -> pd.Series:
     return model.where(runs <= 1, model + " of " + rows["run_id"])
 
 
-def _seeds_and_mean(name: str, part: pd.DataFrame, colour: str, dash: str, *, told: bool) -> list[go.Scatter]:
+def _seeds_and_mean(name: str, part: pd.DataFrame, colour: str, dash: str, *, in_legend: bool) -> list[go.Scatter]:
     """The thin lines of a model's seeds where it has several, and the bold one, in the legend if `told`."""
     seeds = [seed.sort_values("tokens") for _, seed in part.groupby("seed", dropna=False)]
     mean = part.groupby("tokens")["value"].agg(["mean", "count"])
@@ -83,5 +83,5 @@ def _seeds_and_mean(name: str, part: pd.DataFrame, colour: str, dash: str, *, to
         go.Scatter(x=seed["tokens"], y=seed["value"], legendgroup=name, showlegend=False, **thin) for seed in seeds
     ]
     bold = {"color": colour, "width": 2, "dash": dash}
-    shown = {"name": name, "mode": "lines", "line": bold, "legendgroup": name, "showlegend": told}
+    shown = {"name": name, "mode": "lines", "line": bold, "legendgroup": name, "showlegend": in_legend}
     return [*(lines if len(seeds) > 1 else []), go.Scatter(x=mean.index.to_numpy(), y=mean, **shown)]
