@@ -95,9 +95,7 @@ def with_shared_layers(folder: Path, dtype: torch.dtype) -> LlamaForCausalLM:
     """A model that does the arithmetic of the checkpoint's, with one layer's weights for all layers."""
     config = AutoConfig.from_pretrained(folder)
     depth, config.num_hidden_layers = config.num_hidden_layers, 1
-    torch.set_default_dtype(dtype)
-    model = LlamaForCausalLM._from_config(config, attn_implementation="sdpa").eval()
-    torch.set_default_dtype(torch.float32)
+    model = LlamaForCausalLM._from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
     model.model.layers = torch.nn.ModuleList(list(model.model.layers) * depth)
     model.config.num_hidden_layers = depth
     return model

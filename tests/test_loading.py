@@ -262,6 +262,13 @@ def test_a_device_map_of_one_device_is_a_plain_model(folder):
     assert model.double().dtype == torch.float64
 
 
+def test_tied_embeddings_on_disk_are_one_weight(tmp_path):
+    zoo.llama(tie_word_embeddings=True).save_pretrained(tmp_path / "tied")
+    disk, plain = load_model(tmp_path / "tied", device_map="disk"), load_model(tmp_path / "tied")
+    assert (trace(disk, WINDOW, SHIFTS)["value"] == trace(plain, WINDOW, SHIFTS)["value"]).all()
+    assert all(weight.is_meta for weight in disk.original_model.parameters())
+
+
 def test_a_model_on_disk_is_its_own_control_in_float64(folder, dispatched):
     disk = load_model(folder, device_map="disk", dtype=torch.float64)
     plain = load_model(folder)

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from rope_probe.errors import InputError
 
