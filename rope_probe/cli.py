@@ -233,6 +233,7 @@ def spans(
     """
     config = _recorded(locals())
     from rope_probe.models.hooked import load_model
+    from rope_probe.models.pretrained import origin_of
     from rope_probe.runs.progress import progress
     from rope_probe.runs.results import new_run
     from rope_probe.spans import compare_spans, compare_states, landmarks, span_statistics
