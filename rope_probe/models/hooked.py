@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from rope_probe.errors import InputError
 from rope_probe.models import attention, checkpoints
@@ -39,6 +38,8 @@ from rope_probe.models.architectures import (
     output_projection_of,
     rotary_layers,
 )
+from rope_probe.models.configs import text_config_of
+from rope_probe.models.measured import FinalStates, returning
 from rope_probe.precision import promote_float32
 from rope_probe.windows.packing import Batch, Window
 
@@ -72,23 +73,29 @@ class HookedCausalLM(HookedRootModule):
         self.setup()
 
     def _install(self) -> None:
-        model, architecture = self.original_model, architecture_of(self.config)
+        model = self.original_model
+        architecture = architecture_of(model.config)
         if self.dtype == torch.float64:
             model.set_experts_implementation("eager")  # the grouped kernels of mixtures of experts stop at float32
         attention.attach(model, self.attn, self._seams)
         on_embedding = partial(_on_output, self.hook_embed)
+        for seam in self._seams:
+            seam.handles = []
         self._seams[0].handles = [embedding_of(model).register_forward_hook(on_embedding)]
-        for seam, block, layer in zip(self._seams, self.blocks, layers_of(model), strict=True):
-            inputs, outputs = [(layer, block.hook_resid_pre)], [(layer, block.hook_resid_post)]
-            outputs.append((layer.get_submodule(architecture.attn_out), block.hook_attn_out))
-            outputs.append((layer.get_submodule(architecture.mlp_out), block.hook_mlp_out))
+        for index, (seam, block, layer) in enumerate(zip(self._seams, self.blocks, layers_of(model), strict=True)):
+            of_attention, of_mlp = architecture.scales(index)
+            if architecture.drops_arguments:
+                seam.handles.append(layer.register_forward_pre_hook(seam.keep_arguments, with_kwargs=True))
+            inputs, outputs = [(layer, block.hook_resid_pre)], [(layer, block.hook_resid_post, 1.0)]
+            outputs.append((layer.get_submodule(architecture.attn_out), block.hook_attn_out, of_attention))
+            outputs.append((layer.get_submodule(architecture.mlp_out), block.hook_mlp_out, of_mlp))
             if architecture.resid_mid is not None:
                 inputs.append((layer.get_submodule(architecture.resid_mid), block.hook_resid_mid))
             for module, hook_point in inputs:
                 hook = partial(_on_input, hook_point)
                 seam.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-            for module, hook_point in outputs:
-                seam.handles.append(module.register_forward_hook(partial(_on_output, hook_point)))
+            for module, hook_point, scale in outputs:
+                seam.handles.append(module.register_forward_hook(partial(_on_output, hook_point, scale=scale)))
 
     def setup(self) -> None:
         """Name the hook points, and only them: the wrapped modules stay as they are."""
@@ -162,8 +169,8 @@ class HookedCausalLM(HookedRootModule):
 
     @property
     def config(self) -> Any:
-        """The transformers config."""
-        return self.original_model.config
+        """The transformers config, of a model that reads images or sound too that of its text model."""
+        return text_config_of(self.original_model.config)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -250,7 +257,7 @@ class HookedCausalLM(HookedRootModule):
 
     def unembed(self, hidden: Float[Tensor, "B T M"]) -> Float[Tensor, "B T V"]:
         """Logits of final hidden states, by the model's own head: bias, soft cap and logit scale included."""
-        state = MoeModelOutputWithPast(last_hidden_state=hidden)
+        state = FinalStates(last_hidden_state=hidden)
         with self._one_thread, self._precision(), returning(backbone_of(self.original_model), state):
             return self.original_model(inputs_embeds=hidden, use_cache=False).logits
 
@@ -351,24 +358,19 @@ def _on_input(hook_point: HookPoint, module: nn.Module, args: tuple, kwargs: dic
     return args, {**kwargs, "hidden_states": hook_point(kwargs["hidden_states"])}
 
 
-def _on_output(hook_point: HookPoint, module: nn.Module, args: tuple, output: Any) -> Any:
+def _on_output(hook_point: HookPoint, module: nn.Module, args: tuple, output: Any, *, scale: float = 1.0) -> Any:
     if isinstance(output, tuple):
-        return (hook_point(output[0]), *output[1:])
-    return hook_point(output)
+        return (_hooked(hook_point, output[0], scale), *output[1:])
+    return _hooked(hook_point, output, scale)
 
 
-@contextmanager
-def returning(module: nn.Module, output: Any) -> Iterator[None]:
-    """Within it, `module` returns `output` whatever it is given; so a causal LM's forward is what comes after it."""
-    before = {
-        name: value for name, value in module.__dict__.items() if name == "forward"
-    }  # accelerate's hooks sit here
-    module.__dict__["forward"] = lambda *args, **kwargs: output
-    try:
-        yield
-    finally:
-        del module.__dict__["forward"]
-        module.__dict__.update(before)
+def _hooked(hook_point: HookPoint, x: Tensor, scale: float) -> Tensor:
+    """What a hook point makes of `x`, which it sees times `scale`, as it is added to the residual stream."""
+    if scale == 1:
+        return hook_point(x)
+    if not hook_point.has_hooks():
+        return x
+    return hook_point(x * scale) / scale
 
 
 def load_model(

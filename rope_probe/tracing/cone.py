@@ -222,7 +222,11 @@ class _Passes(ExitStack):
         narrow["tail"] = Tail(self.running[0].cone.segments, tuple(earlier))
         if kwargs.get("position_ids") is not None:
             narrow["position_ids"] = self._taken_at(kwargs["position_ids"])
-        narrow["position_embeddings"] = tuple(self._taken_at(x) for x in kwargs["position_embeddings"])
+        rotation = kwargs.get("position_embeddings")  # cos and sin, or complex numbers; none where the layer makes them
+        if isinstance(rotation, Tensor):
+            narrow["position_embeddings"] = self._taken_at(rotation)
+        elif rotation is not None:
+            narrow["position_embeddings"] = tuple(self._taken_at(x) for x in rotation)
         return narrow
 
     def finish(self, hidden: Float[Tensor, "1 T M"]) -> None:
