@@ -66,9 +66,15 @@ class Architecture:
         """Whether a layer keeps keyword arguments from its attention, so that the seam must take them at the layer."""
         return self.by_measurement is not None and self.by_measurement.drops_arguments
 
-    def scales(self, layer: int) -> tuple[float, float]:
-        """What the outputs of `attn_out` and `mlp_out` are multiplied by before they are added to the stream."""
-        return (1.0, 1.0) if self.by_measurement is None else self.by_measurement.scales[layer]
+    def parts(self, layer: int) -> measured.Parts:
+        """The modules of a layer that its residual stream is made of."""
+        if self.by_measurement is not None:
+            return self.by_measurement.parts[layer]
+        return measured.Parts(self.attn_out, self.resid_mid, self.mlp_out)
+
+    def attends(self, layer: int) -> bool:
+        """Whether a layer has attention; other layers are recurrences and convolutions."""
+        return self.by_measurement is None or self.by_measurement.attends[layer]
 
 
 @dataclass(frozen=True)
@@ -181,9 +187,9 @@ def _as_architecture(found: measured.Measured) -> Architecture:
     return Architecture(
         layout=found.layout,
         attn=found.attn,
-        attn_out=found.attn_out,
-        resid_mid=found.resid_mid,
-        mlp_out=found.mlp_out,
+        attn_out=found.parts[0].attn_out,
+        resid_mid=found.parts[0].resid_mid,
+        mlp_out=found.parts[0].mlp_out,
         final_norm=found.final_norm,
         rotates=lambda config, layer: found.rotary[layer] is not None,
         by_measurement=found,
@@ -223,15 +229,19 @@ def layers_of(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def attention_modules(model: PreTrainedModel) -> list[Any]:
-    """The attention module of every layer, first layer first."""
-    name = architecture_of(model.config).attn
-    return [layer.get_submodule(name) for layer in layers_of(model)]
+    """The attention module of every layer that has attention, first layer first."""
+    architecture = architecture_of(model.config)
+    layers = enumerate(layers_of(model))
+    return [layer.get_submodule(architecture.attn) for index, layer in layers if architecture.attends(index)]
 
 
 def query_key_value_modules(model: PreTrainedModel, layer: int) -> list[Any]:
-    """The modules that project to q, k and v of a layer: three of them, or the fused one."""
-    attention = attention_modules(model)[layer]
-    return [attention.get_submodule(name) for name in architecture_of(model.config).query_key_value]
+    """The modules that project to q, k and v of a layer: three of them, the fused one, or none that are known."""
+    architecture = architecture_of(model.config)
+    if not architecture.query_key_value:
+        return []
+    attention = layers_of(model)[layer].get_submodule(architecture.attn)
+    return [attention.get_submodule(name) for name in architecture.query_key_value]
 
 
 def embedding_of(model: PreTrainedModel) -> Any:

@@ -313,7 +313,7 @@ def _eager(
     if seam is not None:
         pattern = seam.hook_pattern(pattern)
     pattern = nn.functional.dropout(pattern, kwargs.get("dropout", 0.0), training=kwargs.get("dropout", 0.0) > 0)
-    return (pattern @ value).transpose(1, 2)
+    return (pattern @ value).transpose(1, 2).contiguous()
 
 
 def _by_segment(attend: Kernel, query: Tensor, key: Tensor, value: Tensor, tail: Tail) -> Tensor:

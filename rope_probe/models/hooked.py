@@ -57,7 +57,7 @@ class HookedCausalLM(HookedRootModule):
 
     def __init__(self, model: PreTrainedModel, attn: str = "sdpa") -> None:
         super().__init__()
-        sequential = architecture_of(model.config).resid_mid is not None
+        architecture = architecture_of(model.config)
         _require_float_weights(model)
         self.original_model = model
         self.attn = attn
@@ -65,9 +65,13 @@ class HookedCausalLM(HookedRootModule):
         self.exact_length = exact_length(model.config)
         self._one_thread = _OneThread()
         native = attention.native_kernel(model)
-        self._seams = [attention.Seam(native, hooks_now=self._hooks_now) for _ in self.rotary]
+        layers = range(len(self.rotary))
+        self._seam_of = {layer: attention.Seam(native, hooks_now=self._hooks_now) for layer in layers if architecture.attends(layer)}
+        self._seams = list(self._seam_of.values())
         self.hook_embed = HookPoint()
-        self.blocks = nn.ModuleList(_Block(seam, sequential, attn) for seam in self._seams)
+        self.blocks = nn.ModuleList(
+            _Block(self._seam_of.get(layer), architecture.parts(layer).resid_mid is not None, attn) for layer in layers
+        )
         self.ln_final = _FinalNorm()
         self._install()
         self.setup()
@@ -82,15 +86,17 @@ class HookedCausalLM(HookedRootModule):
         for seam in self._seams:
             seam.handles = []
         self._seams[0].handles = [embedding_of(model).register_forward_hook(on_embedding)]
-        for index, (seam, block, layer) in enumerate(zip(self._seams, self.blocks, layers_of(model), strict=True)):
-            of_attention, of_mlp = architecture.scales(index)
-            if architecture.drops_arguments:
+        for index, (block, layer) in enumerate(zip(self.blocks, layers_of(model), strict=True)):
+            seam = self._seam_of.get(index, self._seams[0])
+            parts = architecture.parts(index)
+            of_attention, of_mlp = parts.scales
+            if architecture.drops_arguments and index in self._seam_of:
                 seam.handles.append(layer.register_forward_pre_hook(seam.keep_arguments, with_kwargs=True))
             inputs, outputs = [(layer, block.hook_resid_pre)], [(layer, block.hook_resid_post, 1.0)]
-            outputs.append((layer.get_submodule(architecture.attn_out), block.hook_attn_out, of_attention))
-            outputs.append((layer.get_submodule(architecture.mlp_out), block.hook_mlp_out, of_mlp))
-            if architecture.resid_mid is not None:
-                inputs.append((layer.get_submodule(architecture.resid_mid), block.hook_resid_mid))
+            outputs.append((layer.get_submodule(parts.attn_out), block.hook_attn_out, of_attention))
+            outputs.append((layer.get_submodule(parts.mlp_out), block.hook_mlp_out, of_mlp))
+            if parts.resid_mid is not None:
+                inputs.append((layer.get_submodule(parts.resid_mid), block.hook_resid_mid))
             for module, hook_point in inputs:
                 hook = partial(_on_input, hook_point)
                 seam.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
@@ -173,6 +179,11 @@ class HookedCausalLM(HookedRootModule):
         return text_config_of(self.original_model.config)
 
     @property
+    def all_layers_attend(self) -> bool:
+        """Whether every layer has attention: no recurrences, no convolutions."""
+        return len(self._seams) == len(self.blocks)
+
+    @property
     def dtype(self) -> torch.dtype:
         """Dtype of the weights."""
         return self.original_model.dtype
@@ -213,6 +224,11 @@ class HookedCausalLM(HookedRootModule):
             if tokens.ndim != 2:
                 raise InputError(f"tokens must be [batch, positions], but their shape is {tuple(tokens.shape)}")
             ids, positions, bounds = tokens, torch.arange(tokens.shape[1]).unsqueeze(0), None
+        if bounds is not None and len(bounds) > 2 and not self.all_layers_attend:
+            raise InputError(
+                f"documents cannot be masked from each other in a {self.config.model_type} model: it has layers without "
+                "attention, whose state runs through all of them"
+            )
         with self._one_thread, self._precision():
             self._check(ids, positions)
             state = backbone_of(self.original_model)(
@@ -332,12 +348,14 @@ def _require_float_weights(model: PreTrainedModel) -> None:
 
 
 class _Block(nn.Module):
-    def __init__(self, seam: attention.Seam, sequential: bool, attn: str) -> None:
+    def __init__(self, seam: attention.Seam | None, sequential: bool, attn: str) -> None:
         super().__init__()
         self.hook_resid_pre, self.hook_resid_post = HookPoint(), HookPoint()
         self.hook_attn_out, self.hook_mlp_out = HookPoint(), HookPoint()
         if sequential:
             self.hook_resid_mid = HookPoint()
+        if seam is None:
+            return
         self.attn = nn.Module()
         for name in ("hook_rot_q", "hook_rot_k", "hook_v", "hook_z"):
             self.attn.add_module(name, getattr(seam, name))

@@ -12,6 +12,7 @@
 What holds to rounding is told to `architectures`. What does not raises InputError with the misfit.
 """
 
+import importlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
@@ -23,7 +24,13 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AttentionInterface,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.utils import logging as transformers_logging
@@ -49,24 +56,35 @@ class Place(NamedTuple):
     prefix: str
 
 
+class Parts(NamedTuple):
+    """Modules of a layer, by their names in it, that its residual stream is made of.
+
+    What `attn_out` returns is added to it times `scales[0]`, what `mlp_out` returns times `scales[1]`; `resid_mid` reads
+    the stream between the two, None where both read the same.
+    """
+
+    attn_out: str
+    resid_mid: str | None
+    mlp_out: str
+    scales: tuple[float, float] = (1.0, 1.0)
+
+
 @dataclass(frozen=True)
 class Measured:
-    """What `measure` found of a model type; names of modules are those inside a layer, `text` inside the backbone.
+    """What `measure` found of a model type; `text` is a module's name in the backbone, `attn` one in a layer.
 
-    `rotary` is where each layer's frequencies are, None for a layer without RoPE; `scales` what the outputs of
-    `attn_out` and `mlp_out` are multiplied by before they are added to the residual stream, layer by layer.
+    Layer by layer: `parts`, the modules that add to its residual stream; `attends`, whether it has attention at all;
+    `rotary`, where its frequencies are, None without RoPE.
     """
 
     text: str
     attn: str
-    attn_out: str
-    resid_mid: str | None
-    mlp_out: str
     final_norm: str
     layout: Layout
     start: int
+    parts: tuple[Parts, ...]
+    attends: tuple[bool, ...]
     rotary: tuple[Place | None, ...]
-    scales: tuple[tuple[float, float], ...]
     drops_arguments: bool
     projections: None = None
 
@@ -80,10 +98,10 @@ def _random_model(config: PreTrainedConfig) -> PreTrainedModel:
         torch.manual_seed(0)
         try:
             with torch.device("meta"):
-                size = sum(weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters())
+                size = sum(weight.numel() for weight in _built(config).parameters())
             if size > PARAMETERS:
                 raise InputError(f"cannot be built small: {size:.1e} parameters are left of it")
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+            model = _built(config, dtype=torch.float32, attn_implementation="eager")
         except InputError:
             raise
         except Exception as error:  # each config has its own checks
@@ -100,9 +118,21 @@ def _random_model(config: PreTrainedConfig) -> PreTrainedModel:
         return to_double(model).eval()
 
 
+def _built(config: PreTrainedConfig, **kind: Any) -> PreTrainedModel:
+    """A causal LM of a config; also of the text part of a larger one, which AutoModelForCausalLM knows by the whole."""
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForCausalLM.from_config(config, **kind)
+    package = importlib.import_module(type(config).__module__.rpartition(".")[0])
+    for name in dir(package):
+        made = getattr(package, name)
+        if name.endswith("ForCausalLM") and getattr(made, "config_class", None) is type(config):
+            return made._from_config(config, **kind)
+    raise InputError("transformers has no causal LM of it")
+
+
 def backbone_of(model: PreTrainedModel) -> Any:
     """The model without its head: from token ids to final hidden states."""
-    return model.get_decoder() if model.base_model is model else model.base_model
+    return model.model if model.base_model is model else model.base_model  # Llama 4's prefix is another's
 
 
 def to_double(model: PreTrainedModel) -> PreTrainedModel:
@@ -253,21 +283,19 @@ class _Measurement:
             self._find_layers()
             self._check_attention()
             self._check_layers()
-            attn_out, resid_mid, mlp_out, scales = self._residual()
+            parts = self._residual()
             final_norm = self._final_norm()
             layout, start, rotary = self._rotation()
             self._check_head()
         return Measured(
             text=self.text_name,
             attn=self.attn,
-            attn_out=attn_out,
-            resid_mid=resid_mid,
-            mlp_out=mlp_out,
             final_norm=final_norm,
             layout=layout,
             start=start,
+            parts=parts,
+            attends=tuple(module is not None for module in self.attentions),
             rotary=rotary,
-            scales=scales,
             drops_arguments=self.drops_arguments,
         )
 
@@ -305,20 +333,19 @@ class _Measurement:
                     break
         else:
             raise InputError(f"its backbone has no list of {self.depth} layers")
-        bare = [layer for layer, attentions in enumerate(inside) if not attentions]
-        if bare:
-            raise InputError(f"layer {bare[0]} has no attention that goes through transformers' attention interface")
         for layer, attentions in enumerate(inside):
             times = sum(len(self.calls[module]) for module in attentions)
-            if times != 1:
+            if times > 1:
                 raise InputError(f"layer {layer} calls attention {times} times")
         names = {
             next(name for name, module in layer.named_modules() if module is attentions[0])
             for layer, attentions in zip(modules, inside, strict=True)
+            if attentions
         }
         if len(names) > 1:
             raise InputError(f"attention is called {' and '.join(sorted(names))} in different layers")
-        self.layers, self.attentions = modules, [attentions[0] for attentions in inside]
+        self.layers: Any = modules
+        self.attentions = [attentions[0] if attentions else None for attentions in inside]
         self.attn = names.pop()
         if name.rpartition(".")[2] != "layers":
             raise InputError(f"its layers are called {name}, not layers")
@@ -332,6 +359,8 @@ class _Measurement:
         query_heads, key_heads, width = heads_of(config)
         distance = torch.arange(LENGTH).unsqueeze(1) - torch.arange(LENGTH)
         for layer, module in enumerate(self.attentions):
+            if module is None:
+                continue
             call = self.calls[module][0]
             if not getattr(module, "is_causal", True):
                 raise InputError(f"layer {layer} attends in both directions")
@@ -415,16 +444,17 @@ class _Measurement:
 
     # Residual stream --------------------------------------------------------------------------------------------------
 
-    def _residual(self) -> tuple[str, str | None, str, tuple[tuple[float, float], ...]]:
+    def _residual(self) -> tuple[Parts, ...]:
+        """The parts of every layer: the same ones where all layers have them, else each layer's own."""
         forms = [self._forms_of_layer(layer) for layer in range(self.depth)]
-        shared = [form for form in forms[0] if all(form in others for others in forms)]
-        if not shared:
-            raise InputError("its layers are not made of modules of the same names")
-        attn_out, resid_mid, mlp_out = shared[0]
-        return attn_out, resid_mid, mlp_out, tuple(scales[shared[0]] for scales in forms)
+        named = [{form[:3]: form for form in of_layer} for of_layer in forms]
+        for names in named[0]:
+            if all(names in others for others in named):
+                return tuple(others[names] for others in named)
+        return tuple(of_layer[0] for of_layer in forms)
 
-    def _forms_of_layer(self, layer: int) -> dict[tuple[str, str | None, str], tuple[float, float]]:
-        """Names of what adds up to the residual stream, (attn_out, resid_mid, mlp_out), with the two's factors."""
+    def _forms_of_layer(self, layer: int) -> list[Parts]:
+        """Every choice of modules that add up to the residual stream, the best first."""
         name = f"{self.layers_name}.{layer}"
         before, after = _stream_of(*self.clean.inputs[name]), self.clean.outputs[name]
         module = self.layers[layer]
@@ -442,29 +472,24 @@ class _Measurement:
         with _recording(module) as noisy:
             self._layer(layer, noise=0.5)
         moved = {inner for inner, output in inside.items() if misfit(noisy.outputs[inner], output) > TOLERANCE}
+        attends = self.attentions[layer] is not None
         order = list(inside)
-        found: dict[tuple[str, str | None, str], tuple[float, float]] = {}
-        for one, other, of_one, of_other in pairs:
-            first, second, scale, scale_2 = (one, other, of_one, of_other)
-            if order.index(one) > order.index(other):
-                first, second, scale, scale_2 = (other, one, of_other, of_one)
-            if first not in moved and second in moved:
-                first, second, scale, scale_2 = (second, first, scale_2, scale)
-            if first not in moved:
+        found: list[Parts] = []
+        for pair in pairs:
+            (first, of_first), (second, of_second) = sorted(pair, key=lambda one: order.index(one[0]))
+            if attends and first not in moved:
+                first, of_first, second, of_second = second, of_second, first, of_first
+            if attends and first not in moved:
                 continue
-            sequential = second in moved
             mids: list[str | None] = [None]
-            if sequential:
-                between = before + scale * inside[first]
-                mids = [*self._readers(name, between)]
-            for mid in mids:
-                if self._flows(layer, first, mid, second, (scale, scale_2)):
-                    found[first, mid, second] = (scale, scale_2)
-                    break
+            if second in moved or not attends:
+                mids = [*self._readers(name, before + of_first * inside[first])]
+            parts = [Parts(first, mid, second, (of_first, of_second)) for mid in mids]
+            found += [one for one in parts if self._flows(layer, one)][:1]
         if not found:
             raise InputError(
-                f"the modules of layer {layer} that add up to the residual stream, {pairs[0][0]} and {pairs[0][1]}, are "
-                "not attention and MLP one after the other or side by side"
+                f"the modules of layer {layer} that add up to the residual stream, {pairs[0][0][0]} and "
+                f"{pairs[0][1][0]}, are not attention and MLP one after the other or side by side"
             )
         return found
 
@@ -476,8 +501,9 @@ class _Measurement:
                 if misfit(read, between) <= TOLERANCE:
                     yield inner.removeprefix(f"{name}.")
 
-    def _flows(self, layer: int, attn_out: str, mid: str | None, mlp_out: str, scales: tuple[float, float]) -> bool:
+    def _flows(self, layer: int, parts: Parts) -> bool:
         """Whether noise on what the modules return comes out of the layer, or of its middle, as it went in."""
+        attn_out, mid, mlp_out, scales = parts
         module = self.layers[layer]
         generator = torch.Generator().manual_seed(1)
         after = self.clean.outputs[f"{self.layers_name}.{layer}"]
@@ -544,6 +570,9 @@ class _Measurement:
         forms: set[tuple[Layout, int]] = set()
         candidates = list(self._frequencies())
         for layer, module in enumerate(self.attentions):
+            if module is None:
+                places.append(None)
+                continue
             states = [(calls[module][0].query[0], calls[module][0].key[0]) for calls in passes]  # [H, T, D]
             moved = max(misfit(x, states[0][side][:, :1]) for pair in states for side, x in enumerate(pair))
             if moved <= TOLERANCE:
@@ -559,6 +588,15 @@ class _Measurement:
             best = min(fits, key=lambda fit: fit[0])
             good = [fit for fit in fits if fit[0] <= TOLERANCE * 10]
             if not good:
+                back = min(
+                    self._rotation_misfit(states, -frequencies, layout, start, (0, 5, far))
+                    for _, frequencies in candidates
+                    for layout, start in _forms(states[0][0].shape[-1], 2 * len(frequencies))
+                )
+                if back <= TOLERANCE * 10:
+                    raise InputError(
+                        f"queries and keys of layer {layer} turn backwards: by minus the angles of its frequencies"
+                    )
                 raise InputError(
                     f"rotated queries and keys of one state in layer {layer} are not rotations of each other at the "
                     f"frequencies of its buffers: the closest layout, {best[2]}, misses by {best[0]:.1e}"
@@ -622,17 +660,18 @@ def _forms(head_dim: int, rotary_dim: int) -> list[tuple[Layout, int]]:
     return [(layout, start) for start in sorted({0, head_dim - rotary_dim}) for layout in layouts]
 
 
-def _pairs(
-    outputs: Mapping[str, Tensor], added: Tensor
-) -> tuple[list[tuple[str, str, float, float]], tuple[float, str]]:
+_Term = tuple[str, float]
+
+
+def _pairs(outputs: Mapping[str, Tensor], added: Tensor) -> tuple[list[tuple[_Term, _Term]], tuple[float, str]]:
     """The two of `outputs` that make up what a layer added, with their factors; those with factors of one first.
 
-    And the closest two, with their misfit. Modules called last come first, since a module that passes another's output
-    on has the last word on it.
+    And the misfit of the closest two, with their names. Modules called last come first, since a module that passes
+    another's output on has the last word on it.
     """
     names = list(reversed(outputs))
     flat = {name: outputs[name].flatten() for name in names}
-    found: list[tuple[float, str, str, float, float]] = []
+    found: list[tuple[float, tuple[_Term, _Term]]] = []
     closest = (float("inf"), "none")
     target = added.flatten()
     for i, one in enumerate(names):
@@ -646,9 +685,9 @@ def _pairs(
             closest = min(closest, (off, f"{one} and {other}"))
             if off <= TOLERANCE and factors.abs().min() > 1e-6:
                 a, b = (round(factor, 12) for factor in factors.tolist())
-                found.append((abs(a - 1) + abs(b - 1), one, other, a, b))
+                found.append((abs(a - 1) + abs(b - 1), ((one, a), (other, b))))
     found.sort(key=lambda pair: pair[0])
-    return [(one, other, a, b) for _, one, other, a, b in found], closest
+    return [pair for _, pair in found], closest
 
 
 def _add(noise: Tensor, module: nn.Module, args: tuple, output: Any) -> Any:

@@ -116,7 +116,8 @@ class _Passes(ExitStack):
         super().__init__()
         self.model, self.sites, self.read, self.progress = model, sites, read, progress
         self.length, self.count = len(window), len(perturbations)
-        whole = any(point.has_hooks() for point in model.hook_dict.values())
+        hooked = any(point.has_hooks() for point in model.hook_dict.values())
+        whole = hooked or not model.all_layers_attend  # what is no attention carries its state through whole windows
         self.passes = []
         for index, perturbation in enumerate(perturbations):
             turns = perturbation.turns(model.original_model, len(window), window)
@@ -138,6 +139,8 @@ class _Passes(ExitStack):
             )
             for handle in handles:
                 self.callback(handle.remove)
+            if f"blocks.{layer}.attn.hook_rot_q" not in self.model.hook_dict:
+                continue  # a layer without attention
             hooks += [(f"blocks.{layer}.attn.hook_rot_{side}", partial(self._turn, (side, layer))) for side in "qk"]
             if any(one.cone.layer == layer for one in self.passes):
                 for projection in query_key_value_modules(self.model.original_model, layer):
