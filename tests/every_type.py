@@ -31,20 +31,38 @@ _SIZES = {
     "n_shared_experts": 1, "num_shared_experts": 1, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
     "qk_nope_head_dim": 8, "v_head_dim": 8, "qk_head_dim": 16,
 }  # fmt: skip
+_LINEAR_AND_FULL = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
 _OWN: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
-        ["axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "longcat_flash",
-         "minicpm3", "youtu"],
+        ["axk1", "axk2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "longcat_flash", "minicpm3", "youtu"],
         {"num_key_value_heads": 4},
     ),
+    "deepseek_v2": {"num_key_value_heads": 4, "num_experts_per_tok": 2},
     **dict.fromkeys(["hunyuan_v1_dense", "hunyuan_v1_moe", "ministral"], {"head_dim": 8}),
     **dict.fromkeys(["codegen", "gptj"], {"rotary_dim": 8}),
-    **dict.fromkeys(["bamba", "granitemoehybrid"], {"mamba_n_heads": 8, "mamba_d_head": 8}),
+    **dict.fromkeys(["qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid"], _LINEAR_AND_FULL),
+    "bailing_hybrid": {"num_key_value_heads": 4, "layer_group_size": 2, "num_hidden_layers": 2},
+    "bamba": {"num_hidden_layers": 2, "mamba_n_heads": 8, "mamba_d_head": 8, "attn_layer_indices": [1]},
+    "cohere_compass_text": {
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("full_attention", "sliding_attention")
+        }
+    },
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "falcon_h1": {"num_hidden_layers": 1},
+    "granitemoehybrid": {
+        "num_hidden_layers": 2, "layer_types": ["mamba", "attention"], "mamba_n_heads": 8, "mamba_d_head": 8,
+        "position_embedding_type": "rope", "num_local_experts": 0,
+    },
+    "lfm2_moe": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]},
+    "phi4_multimodal": {
+        "vision_config": {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2,
+                          "crop_size": 28},
+        "audio_config": {"hidden_size": 32, "intermediate_size": 32, "num_blocks": 1, "num_attention_heads": 2,
+                         "ext_pw_out_channel": 32, "depthwise_separable_out_channel": 32, "nemo_conv_channels": 32},
+    },
+    "recurrent_gemma": {"num_hidden_layers": 3, "lru_width": 32, "attention_window_size": 8},
     "zaya": {"num_experts_per_tok": 1},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
-    "bailing_hybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
-    "qwen3_next": {"layer_types": ["linear_attention", "full_attention"] * 2},
 }  # fmt: skip
 
 
@@ -54,13 +72,16 @@ def tiny_config(model_type: str) -> Any:
     given = _entries(made())
     text = getattr(made(), "text_config", None)
     if hasattr(text, "to_dict"):
-        given["text_config"] = _entries(text)
+        given["text_config"] = {**_entries(text), **_OWN.get(text.model_type, {})}
     return made(**{**given, **_OWN.get(model_type, {})})
 
 
 def _entries(default: Any) -> dict[str, Any]:
     def known(name: str) -> bool:
-        return hasattr(default, name) and (getattr(default, name) is not None or name == "num_key_value_heads")
+        try:
+            return getattr(default, name) is not None or name == "num_key_value_heads"
+        except Exception:  # not there, or another one in every layer
+            return False
 
     entries: dict[str, Any] = {name: size for name, size in _SIZES.items() if known(name)}
     scales = [name for name, value in default.to_dict().items() if name.endswith("_multiplier") and value == 1]
@@ -97,14 +118,15 @@ class Outcome(NamedTuple):
 
 def outcome_of(model_type: str) -> Outcome:
     """What rope_probe makes of a tiny model of this type."""
+    tokens = torch.randint(3, 64, (2, LENGTH), generator=torch.Generator().manual_seed(0))
     try:
         plain = tiny_model(model_type)
+        with torch.no_grad():
+            wanted = _logits(plain, tokens)
     except Exception as error:
         return Outcome("cannot be built small", f"{type(error).__name__}: {' '.join(str(error).split())[:150]}")
-    tokens = torch.randint(3, 64, (2, LENGTH), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         try:
-            wanted, wanted_shifted = _logits(plain, tokens), None
             wrapped = load_model(plain)
         except InputError as error:
             return Outcome("refused", str(error))

@@ -81,13 +81,14 @@ class Architecture:
 class Rotary:
     """The rotation one layer applies: frequencies in radians per token (float64), scaling of cos and sin, layout.
 
-    The dimensions of a head that rotate lie together, from `start` on.
+    The dimensions of a head that rotate lie together, from `start` on; `backwards`, they turn by minus the angles.
     """
 
     inv_freq: Float[Tensor, " P"]
     scaling: float
     layout: Layout
     start: int = 0
+    backwards: bool = False
 
     @property
     def rotary_dim(self) -> int:
@@ -97,7 +98,8 @@ class Rotary:
     def pairs(self, head_dim: int) -> Int[Tensor, "P 2"]:
         """The two dimensions of a head that make each pair, pair 0 first."""
         size = {"head_dim": head_dim - self.start, "rotary_dim": self.rotary_dim}
-        return self.start + torch.tensor([rows_of_pair(self.layout, 0, pair, **size) for pair in range(len(self.inv_freq))])
+        pairs = self.start + torch.tensor([rows_of_pair(self.layout, 0, pair, **size) for pair in range(len(self.inv_freq))])
+        return pairs.flip(1) if self.backwards else pairs
 
     def undo(self, x: Float[Tensor, "T H D"], positions: Int[Tensor, " T"]) -> Float[Tensor, "T H D"]:
         """Rotated q or k as they were before their rotation."""
@@ -108,6 +110,7 @@ class Rotary:
         self, x: Float[Tensor, "*batch D"], angles: Float[Tensor, "*broadcast P"], scale: float | Tensor = 1.0
     ) -> Float[Tensor, "*shape D"]:
         """Rotated q or k with its pairs turned onward by `angles` (radians) and scaled."""
+        angles = -angles if self.backwards else angles
         turned = rotate(x[..., self.start :], angles, self.layout, scale)
         return torch.cat([x[..., : self.start].expand(*turned.shape[:-1], -1), turned], -1) if self.start else turned
 
@@ -294,8 +297,9 @@ def rotary_layers(model: PreTrainedModel) -> list[Rotary | None]:
             )
         _require_factors(config)
         scaling = float(getattr(embedding, f"{prefix}attention_scaling", 1.0))
-        start = 0 if architecture.by_measurement is None else architecture.by_measurement.start
-        return Rotary(inv_freq=frequencies, scaling=scaling, layout=architecture.layout, start=start)
+        found = architecture.by_measurement
+        form = {} if found is None else {"start": found.start, "backwards": found.backwards}
+        return Rotary(inv_freq=frequencies, scaling=scaling, layout=architecture.layout, **form)
 
     return [rotary(layer) for layer in range(config.num_hidden_layers)]
 

@@ -33,7 +33,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rope_probe.errors import InputError
 from rope_probe.models.architectures import attention_modules
-from rope_probe.models.measured import unknown_arguments
+from rope_probe.models.measured import require_no_chunks, unknown_arguments
 from rope_probe.names import KERNELS
 
 QUERY_BLOCK = 512
@@ -368,7 +368,11 @@ def _full_mask(query: Tensor, bounds: list[int] | None, sliding_window: int | No
     return mask
 
 
-def _no_mask(*, attention_mask: Tensor | None = None, q_length: int, kv_length: int, **kwargs: Any) -> None:
+def _no_mask(
+    *, attention_mask: Tensor | None = None, q_length: int, kv_length: int, config: Any = None, **kwargs: Any
+) -> None:
+    if config is not None:
+        require_no_chunks(config, kv_length)
     if attention_mask is not None and not attention_mask.all():
         raise InputError("a padding mask cannot pass the seam; pack documents and give cu_seqlens")
     if q_length != kv_length:

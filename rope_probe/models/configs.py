@@ -28,6 +28,8 @@ def heads_of(config: PreTrainedConfig) -> Heads:
     query = config.num_attention_heads
     if getattr(config, "qk_rope_head_dim", None) and getattr(config, "kv_lora_rank", None):
         return Heads(query, query, config.qk_nope_head_dim + config.qk_rope_head_dim)
+    if config.model_type == "jetmoe":  # every key head is there once for each expert that a query goes to
+        return Heads(query, query, config.kv_channels)
     key = getattr(config, "num_key_value_heads", None) or query
     width = getattr(config, "head_dim", None) or config.hidden_size // query
     return Heads(query, key, width)
@@ -36,12 +38,12 @@ def heads_of(config: PreTrainedConfig) -> Heads:
 # Shrinking ------------------------------------------------------------------------------------------------------------
 
 WINDOW = 6
-"""What sliding windows and chunks are shrunk to, so that they show in a few tokens."""
+"""What sliding windows are shrunk to, so that they show in a few tokens."""
 _SIZES = {
     "vocab_size": 64, "intermediate_size": 32, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
     "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "moe_num_experts": 4, "num_experts_per_tok": 2,
     "moe_topk": 2, "moe_k": 2, "top_k_experts": 2, "n_group": 1, "topk_group": 1, "num_expert_group": 1,
-    "max_position_embeddings": 4096, "sliding_window": WINDOW, "attention_chunk_size": WINDOW,
+    "max_position_embeddings": 4096, "sliding_window": WINDOW,
 }  # fmt: skip
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
@@ -52,7 +54,7 @@ def shrunk(config: PreTrainedConfig) -> PreTrainedConfig:
     Raises InputError where transformers makes none of it.
     """
     made = copy.deepcopy(config)
-    for part in {id(part): part for part in (made, made.get_text_config())}.values():
+    for part in {id(part): part for part in (made, text_config_of(made))}.values():
         _shrink(part)
     return made
 

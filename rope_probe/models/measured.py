@@ -82,6 +82,7 @@ class Measured:
     final_norm: str
     layout: Layout
     start: int
+    backwards: bool
     parts: tuple[Parts, ...]
     attends: tuple[bool, ...]
     rotary: tuple[Place | None, ...]
@@ -256,6 +257,10 @@ def measure(config: PreTrainedConfig) -> Measured:
             _known[key] = _Measurement(config).result()
         except InputError as error:
             _known[key] = str(error)
+        except Exception as error:  # each model type has its own
+            if is_out_of_memory(error):
+                raise
+            _known[key] = f"it is of another form than what can be measured: {reason(error)}"
     known = _known[key]
     if isinstance(known, str):
         raise InputError(f"model type {config.model_type!r} is refused: {known}")
@@ -285,7 +290,7 @@ class _Measurement:
             self._check_layers()
             parts = self._residual()
             final_norm = self._final_norm()
-            layout, start, rotary = self._rotation()
+            (layout, start, backwards), rotary = self._rotation()
             self._check_head()
         return Measured(
             text=self.text_name,
@@ -293,6 +298,7 @@ class _Measurement:
             final_norm=final_norm,
             layout=layout,
             start=start,
+            backwards=backwards,
             parts=parts,
             attends=tuple(module is not None for module in self.attentions),
             rotary=rotary,
@@ -421,8 +427,10 @@ class _Measurement:
 
     def _check_arguments(self, layer: int, args: tuple, kwargs: dict[str, Any]) -> None:
         """That a layer takes nothing by position but its state and rotations, which can be cut to some positions."""
+        all_attend = all(module is not None for module in self.attentions)
         for value in args:
-            if _has_tensor(value):
+            positions = isinstance(value, Tensor) and not value.is_floating_point()
+            if _has_tensor(value) and (all_attend or not positions):  # only layers of attention are ever cut
                 raise InputError(f"layer {layer} takes something else by position than its state and its rotation")
         for name, value in kwargs.items():
             if name in ("hidden_states", "attention_mask", "position_ids", "cache_position") or not _has_tensor(value):
@@ -563,11 +571,11 @@ class _Measurement:
 
     # Rotation ---------------------------------------------------------------------------------------------------------
 
-    def _rotation(self) -> tuple[Layout, int, tuple[Place | None, ...]]:
+    def _rotation(self) -> tuple["_Form", tuple[Place | None, ...]]:
         far = max(100, text_config_of(self.config).max_position_embeddings - LENGTH)
         passes = [self._of_one_state(first) for first in (0, 5, far)]
         places: list[Place | None] = []
-        forms: set[tuple[Layout, int]] = set()
+        forms: set[_Form] = set()
         candidates = list(self._frequencies())
         for layer, module in enumerate(self.attentions):
             if module is None:
@@ -579,37 +587,29 @@ class _Measurement:
                 places.append(None)
                 continue
             fits = [
-                (self._rotation_misfit(states, frequencies, layout, start, (0, 5, far)), place, layout, start)
+                (self._rotation_misfit(states, frequencies, form, (0, 5, far)), place, form)
                 for place, frequencies in self._in_order(candidates, layer)
-                for layout, start in _forms(states[0][0].shape[-1], 2 * len(frequencies))
+                for form in _forms(states[0][0].shape[-1], 2 * len(frequencies))
             ]
             if not fits:
                 raise InputError("its rotary frequencies do not fit into a head")
             best = min(fits, key=lambda fit: fit[0])
             good = [fit for fit in fits if fit[0] <= TOLERANCE * 10]
             if not good:
-                back = min(
-                    self._rotation_misfit(states, -frequencies, layout, start, (0, 5, far))
-                    for _, frequencies in candidates
-                    for layout, start in _forms(states[0][0].shape[-1], 2 * len(frequencies))
-                )
-                if back <= TOLERANCE * 10:
-                    raise InputError(
-                        f"queries and keys of layer {layer} turn backwards: by minus the angles of its frequencies"
-                    )
                 raise InputError(
                     f"rotated queries and keys of one state in layer {layer} are not rotations of each other at the "
-                    f"frequencies of its buffers: the closest layout, {best[2]}, misses by {best[0]:.1e}"
+                    f"frequencies of its buffers: the closest layout, {best[2].layout}, misses by {best[0]:.1e}"
                 )
-            _, place, layout, start = good[0]
+            _, place, form = good[0]
+            if not (dict(candidates)[place] > 0).all():
+                raise InputError(f"some pairs of layer {layer} do not turn: their frequency is 0")
             places.append(place)
-            forms.add((layout, start))
+            forms.add(form)
         if not forms:
             raise InputError("none of its layers rotates queries and keys")
         if len(forms) > 1:
             raise InputError("rotary pairs lie in memory in more than one way")
-        layout, start = forms.pop()
-        return layout, start, tuple(places)
+        return forms.pop(), tuple(places)
 
     def _of_one_state(self, first: int) -> dict[nn.Module, list[_Call]]:
         """What attention gets where every position of every layer reads one state, from position `first` on."""
@@ -640,24 +640,34 @@ class _Measurement:
 
     @staticmethod
     def _rotation_misfit(
-        states: list[tuple[Tensor, Tensor]], frequencies: Tensor, layout: Layout, start: int, firsts: tuple[int, ...]
+        states: list[tuple[Tensor, Tensor]], frequencies: Tensor, form: "_Form", firsts: tuple[int, ...]
     ) -> float:
         worst = 0.0
         for first, pair in zip(firsts, states, strict=True):
             angles = torch.outer(torch.arange(first, first + LENGTH, dtype=torch.float64), frequencies)
+            angles = -angles if form.backwards else angles
             for x, base in zip(pair, states[0], strict=True):
                 begin = base[:, :1].expand_as(x)
-                turned = rotate(begin[..., start:], angles, layout)
-                worst = max(worst, misfit(x, torch.cat([begin[..., :start], turned], -1)))
+                turned = rotate(begin[..., form.start :], angles, form.layout)
+                worst = max(worst, misfit(x, torch.cat([begin[..., : form.start], turned], -1)))
         return worst
 
 
-def _forms(head_dim: int, rotary_dim: int) -> list[tuple[Layout, int]]:
+class _Form(NamedTuple):
+    """How pairs lie in a head, from which dimension on, and whether they turn by minus their angles."""
+
+    layout: Layout
+    start: int
+    backwards: bool
+
+
+def _forms(head_dim: int, rotary_dim: int) -> list[_Form]:
     """Ways in which pairs can lie in a head: at its beginning, or at its end."""
     layouts: tuple[Layout, Layout] = ("half", "adjacent")
     if rotary_dim > head_dim:
         return []
-    return [(layout, start) for start in sorted({0, head_dim - rotary_dim}) for layout in layouts]
+    starts = sorted({0, head_dim - rotary_dim})
+    return [_Form(layout, start, back) for back in (False, True) for start in starts for layout in layouts]
 
 
 _Term = tuple[str, float]
@@ -700,6 +710,16 @@ class FinalStates(MoeModelOutputWithPast):
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):
             raise AttributeError(name)
+
+
+def require_no_chunks(config: PreTrainedConfig, length: int) -> None:
+    """Raises InputError for windows longer than the chunks that a model attends in, which the seam does not know."""
+    chunk = getattr(text_config_of(config), "attention_chunk_size", None)
+    if chunk is not None and length > chunk:
+        raise InputError(
+            f"a {config.model_type} model attends in chunks of {chunk} positions, and the seam knows only windows that "
+            f"one chunk holds; {length} do not fit"
+        )
 
 
 HARMLESS = frozenset(
