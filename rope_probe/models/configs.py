@@ -54,8 +54,15 @@ def shrunk(config: PreTrainedConfig) -> PreTrainedConfig:
     Raises InputError where transformers makes none of it.
     """
     made = copy.deepcopy(config)
-    for part in {id(part): part for part in (made, text_config_of(made))}.values():
+    text = text_config_of(made)
+    for part in {id(part): part for part in (made, text)}.values():
         _shrink(part)
+    for name in made.sub_configs:  # of images and sound, which are not read
+        other = getattr(made, name, None)
+        if isinstance(other, PreTrainedConfig) and other is not text and text is not made:
+            _shrink(other)
+            if isinstance(getattr(other, "num_hidden_layers", None), int):
+                other.num_hidden_layers = min(2, other.num_hidden_layers)
     return made
 
 

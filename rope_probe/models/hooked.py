@@ -88,6 +88,7 @@ class HookedCausalLM(HookedRootModule):
         self._seams[0].handles = [embedding_of(model).register_forward_hook(on_embedding)]
         for index, (block, layer) in enumerate(zip(self.blocks, layers_of(model), strict=True)):
             seam = self._seam_of.get(index, self._seams[0])
+            seam.handles.append(layer.register_forward_pre_hook(block.keep_shape, with_kwargs=True))
             parts = architecture.parts(index)
             of_attention, of_mlp = parts.scales
             if architecture.drops_arguments and index in self._seam_of:
@@ -101,7 +102,8 @@ class HookedCausalLM(HookedRootModule):
                 hook = partial(_on_input, hook_point)
                 seam.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             for module, hook_point, scale in outputs:
-                seam.handles.append(module.register_forward_hook(partial(_on_output, hook_point, scale=scale)))
+                hook = partial(_reshaped, block, partial(_on_output, hook_point, scale=scale))
+                seam.handles.append(module.register_forward_hook(hook))
 
     def setup(self) -> None:
         """Name the hook points, and only them: the wrapped modules stay as they are."""
@@ -350,6 +352,7 @@ def _require_float_weights(model: PreTrainedModel) -> None:
 class _Block(nn.Module):
     def __init__(self, seam: attention.Seam | None, sequential: bool, attn: str) -> None:
         super().__init__()
+        self.shape = torch.Size()
         self.hook_resid_pre, self.hook_resid_post = HookPoint(), HookPoint()
         self.hook_attn_out, self.hook_mlp_out = HookPoint(), HookPoint()
         if sequential:
@@ -362,6 +365,10 @@ class _Block(nn.Module):
         if attn == "eager":
             self.attn.add_module("hook_attn_scores", seam.hook_attn_scores)
             self.attn.add_module("hook_pattern", seam.hook_pattern)
+
+    def keep_shape(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
+        """A hook before a layer: how many windows of how many positions it reads."""
+        self.shape = (args[0] if args else kwargs["hidden_states"]).shape[:2]
 
 
 class _FinalNorm(nn.Module):
@@ -389,6 +396,15 @@ def _hooked(hook_point: HookPoint, x: Tensor, scale: float) -> Tensor:
     if not hook_point.has_hooks():
         return x
     return hook_point(x * scale) / scale
+
+
+def _reshaped(block: "_Block", inner: Any, module: nn.Module, args: tuple, output: Any) -> Any:
+    """For a module that returns [B T, M]: what `inner` makes of its output as [B, T, M]."""
+    flat = output[0] if isinstance(output, tuple) else output
+    if flat.ndim != 2:
+        return inner(module, args, output)
+    after = inner(module, args, flat.view(*block.shape, -1)).view(flat.shape)
+    return (after, *output[1:]) if isinstance(output, tuple) else after
 
 
 def load_model(

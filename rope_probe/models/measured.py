@@ -430,7 +430,8 @@ class _Measurement:
         all_attend = all(module is not None for module in self.attentions)
         for value in args:
             positions = isinstance(value, Tensor) and not value.is_floating_point()
-            if _has_tensor(value) and (all_attend or not positions):  # only layers of attention are ever cut
+            mask = isinstance(value, Tensor) and value.shape[-2:] == (LENGTH, LENGTH)
+            if _has_tensor(value) and (all_attend or not (positions or mask)):  # only layers of attention are ever cut
                 raise InputError(f"layer {layer} takes something else by position than its state and its rotation")
         for name, value in kwargs.items():
             if name in ("hidden_states", "attention_mask", "position_ids", "cache_position") or not _has_tensor(value):
@@ -467,9 +468,9 @@ class _Measurement:
         before, after = _stream_of(*self.clean.inputs[name]), self.clean.outputs[name]
         module = self.layers[layer]
         inside = {
-            inner.removeprefix(f"{name}."): output
+            inner.removeprefix(f"{name}."): output.view(before.shape)
             for inner, output in self.clean.outputs.items()
-            if inner.startswith(f"{name}.") and isinstance(output, Tensor) and output.shape == before.shape
+            if inner.startswith(f"{name}.") and isinstance(output, Tensor) and _holds(output, before)
         }
         pairs, closest = _pairs(inside, after - before)
         if not pairs:
@@ -479,7 +480,11 @@ class _Measurement:
             )
         with _recording(module) as noisy:
             self._layer(layer, noise=0.5)
-        moved = {inner for inner, output in inside.items() if misfit(noisy.outputs[inner], output) > TOLERANCE}
+        moved = {
+            inner
+            for inner, output in inside.items()
+            if misfit(noisy.outputs[inner].view(output.shape), output) > TOLERANCE
+        }
         attends = self.attentions[layer] is not None
         order = list(inside)
         found: list[Parts] = []
@@ -572,7 +577,7 @@ class _Measurement:
     # Rotation ---------------------------------------------------------------------------------------------------------
 
     def _rotation(self) -> tuple["_Form", tuple[Place | None, ...]]:
-        far = max(100, text_config_of(self.config).max_position_embeddings - LENGTH)
+        far = max(100, getattr(text_config_of(self.config), "max_position_embeddings", 4096) - LENGTH)
         passes = [self._of_one_state(first) for first in (0, 5, far)]
         places: list[Place | None] = []
         forms: set[_Form] = set()
@@ -701,7 +706,9 @@ def _pairs(outputs: Mapping[str, Tensor], added: Tensor) -> tuple[list[tuple[_Te
 
 
 def _add(noise: Tensor, module: nn.Module, args: tuple, output: Any) -> Any:
-    return (output[0] + noise, *output[1:]) if isinstance(output, tuple) else output + noise
+    if isinstance(output, tuple):
+        return (output[0] + noise.view(output[0].shape), *output[1:])
+    return output + noise.view(output.shape)
 
 
 class FinalStates(MoeModelOutputWithPast):
@@ -759,6 +766,11 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         transformers_logging.set_verbosity(verbosity)
+
+
+def _holds(output: Tensor, stream: Tensor) -> bool:
+    """Whether a module's output is one state per position, [B, T, M] or [B T, M]."""
+    return output.shape in (stream.shape, stream.flatten(0, 1).shape)
 
 
 def _has_tensor(value: Any) -> bool:
