@@ -37,6 +37,8 @@ def heads_of(config: PreTrainedConfig) -> Heads:
 
 # Shrinking ------------------------------------------------------------------------------------------------------------
 
+WIDTH = 32
+"""Most dimensions of a head, where the number is free."""
 WINDOW = 6
 """What sliding windows are shrunk to, so that they show in a few tokens."""
 _SIZES = {
@@ -72,6 +74,11 @@ def _shrink(config: Any) -> None:
     if isinstance(query, int) and isinstance(getattr(config, "hidden_size", None), int):
         key = getattr(config, "num_key_value_heads", None) or query
         width = getattr(config, "head_dim", None) or config.hidden_size // query
+        rope = str(getattr(config, "rope_parameters", None))
+        if "section" not in rope and "_factor'" not in rope.replace("partial_rotary_factor", ""):
+            width = min(width, WIDTH)  # else lists in it have an entry for each pair of a head
+            if isinstance(getattr(config, "head_dim", None), int):
+                entries["head_dim"] = width
         entries["num_attention_heads"] = 4
         entries["hidden_size"] = 4 * width
         if getattr(config, "num_key_value_heads", None) is not None:

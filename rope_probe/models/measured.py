@@ -455,12 +455,31 @@ class _Measurement:
 
     def _residual(self) -> tuple[Parts, ...]:
         """The parts of every layer: the same ones where all layers have them, else each layer's own."""
-        forms = [self._forms_of_layer(layer) for layer in range(self.depth)]
-        named = [{form[:3]: form for form in of_layer} for of_layer in forms]
-        for names in named[0]:
-            if all(names in others for others in named):
-                return tuple(others[names] for others in named)
-        return tuple(of_layer[0] for of_layer in forms)
+        firsts: dict[tuple, int] = {}  # the first layer of each kind, where noise shows which modules are which
+        kinds = []
+        for layer, module in enumerate(self.layers):
+            kinds.append(tuple((name, type(inner)) for name, inner in module.named_modules()))
+            firsts.setdefault(kinds[-1], layer)
+        forms = {kind: self._forms_of_layer(layer) for kind, layer in firsts.items()}
+        shared = [one[:3] for one in forms[kinds[0]] if all(one[:3] in [x[:3] for x in xs] for xs in forms.values())]
+        chosen = {kind: shared[0] if shared else of_kind[0][:3] for kind, of_kind in forms.items()}
+        return tuple(self._parts_of_layer(layer, *chosen[kind]) for layer, kind in enumerate(kinds))
+
+    def _parts_of_layer(self, layer: int, attn_out: str, resid_mid: str | None, mlp_out: str) -> Parts:
+        """The parts of a layer by their names, with this layer's factors; it must add up with them."""
+        name = f"{self.layers_name}.{layer}"
+        before, after = _stream_of(*self.clean.inputs[name]), self.clean.outputs[name]
+        outputs = {inner: self._inside(layer, inner).view(before.shape) for inner in (attn_out, mlp_out)}
+        pairs, closest = _pairs(outputs, after - before)
+        if not pairs:
+            raise InputError(f"{attn_out} and {mlp_out} of layer {layer} do not add up as in others, by {closest[0]:.1e}")
+        factors = dict(pairs[0])
+        scales = (factors[attn_out], factors[mlp_out])
+        if resid_mid is not None:
+            read = _stream_of(*self.clean.inputs[f"{name}.{resid_mid}"])
+            if not misfit(read, before + scales[0] * outputs[attn_out]) <= TOLERANCE:
+                raise InputError(f"{resid_mid} of layer {layer} does not read its stream as in other layers")
+        return Parts(attn_out, resid_mid, mlp_out, scales)
 
     def _forms_of_layer(self, layer: int) -> list[Parts]:
         """Every choice of modules that add up to the residual stream, the best first."""
