@@ -2,23 +2,36 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AttentionInterface, AutoModelForCausalLM
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
+from transformers.models.auto.configuration_auto import model_type_to_module_name
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from rope_probe import InputError, PositionShift, load_model, pack
+from rope_probe.models.architectures import attention_modules
 from rope_probe.models.hooked import HookedCausalLM
 from rope_probe.models.measured import to_double
 from rope_probe.precision import promote_float32
 from rope_probe.tracing.cone import run_beside
 from tests import zoo
 
-TYPES: tuple[str, ...] = tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+_OTHERS_CODE = ("fuyu", "got_ocr2", "internlm3", "iquestcoder")  # whose text model is of another type
+
+
+def _rotates(model_type: str) -> bool:
+    folder = Path(transformers.__file__).parent / "models" / model_type_to_module_name(model_type)
+    return any("rotary" in file.read_text().lower() for file in folder.glob("modeling_*.py"))
+
+
+_ALL = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+TYPES = tuple(name for name in _ALL if name in _OTHERS_CODE or _rotates(name))
+WITHOUT_ROPE = tuple(name for name in _ALL if name not in TYPES)
 DISTANCE = 3
 LENGTH = 30
 
@@ -70,6 +83,10 @@ def tiny_config(model_type: str) -> Any:
     """A small config of a model type; windows are short, and scales are not one."""
     made = CONFIG_MAPPING[model_type]
     given = _entries(made())
+    vision = getattr(made(), "vision_config", None)
+    if hasattr(vision, "num_hidden_layers"):
+        small = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+        given["vision_config"] = {name: size for name, size in small.items() if hasattr(vision, name)}
     text = getattr(made(), "text_config", None)
     if hasattr(text, "to_dict"):
         given["text_config"] = {**_entries(text), **_OWN.get(text.model_type, {})}
@@ -129,7 +146,7 @@ def outcome_of(model_type: str) -> Outcome:
         try:
             wrapped = load_model(plain)
         except InputError as error:
-            return Outcome("refused", str(error))
+            return Outcome("refused", str(error).partition(" is refused: ")[2] or str(error))
         except Exception as error:
             return Outcome("WRONG", f"no InputError but {type(error).__name__}: {error}")
         wrapped.release()
@@ -253,7 +270,7 @@ def shifted_by_transformers(plain: Any, tokens: Tensor, wrapped: HookedCausalLM)
     Each attention module runs twice: with the rotation it is given at those positions, of which only its queries are
     kept, and as it is.
     """
-    layers = [block for block in _attention_modules(plain)]
+    layers = attention_modules(plain)
     positions = torch.arange(tokens.shape[1]).expand(len(tokens), -1)
     told: dict[nn.Module, dict[str, Any]] = {}
     native = plain.config._attn_implementation
@@ -282,9 +299,3 @@ def shifted_by_transformers(plain: Any, tokens: Tensor, wrapped: HookedCausalLM)
     finally:
         _moved.catching = False
         plain.set_attn_implementation(native)
-
-
-def _attention_modules(plain: Any) -> list[nn.Module]:
-    from rope_probe.models.architectures import attention_modules
-
-    return attention_modules(plain)

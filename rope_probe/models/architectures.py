@@ -1,10 +1,10 @@
-"""What rope_probe must know of a transformers model type: its heads, where its parts are, how its pairs lie in memory.
+"""What rope_probe must know of a transformers model type: where its parts are, how its rotary pairs lie in memory.
 
-Nothing else asks a config for its heads, or a model for its modules. Which tensor is what is told by `parameters`.
+Nothing else asks a model for its modules. Which tensor is what is told by `parameters`.
 
-One table entry per model type, each checked by tests that never read the entry: with one token repeated, the rotated
-queries of layer 0 must be rotations of each other under the layout and frequencies given here, and hooked logits must
-equal transformers' own. A model type that is not in the table is refused, never guessed.
+A model type is measured (`measured`), on a small random model of its config, and refused with the misfit where it is not
+of the form that is known. The table has the types that also name their projections, which only `spans` needs; tests that
+never read an entry check it, and measuring must find what it says.
 """
 
 from collections.abc import Callable
@@ -57,7 +57,7 @@ class Architecture:
     @property
     def query_key_value(self) -> tuple[str, ...]:
         """Names, in the attention module, of what projects to q, k and v: three modules, the fused one, or unknown."""
-        if self.by_measurement is not None and self.by_measurement.projections is None:
+        if self.by_measurement is not None:
             return ()
         return ("q_proj", "k_proj", "v_proj") if self.fused is None else self.fused[:1]
 
@@ -167,8 +167,9 @@ ARCHITECTURES: dict[str, Architecture | Callable[[PreTrainedConfig], Architectur
 def register(model_type: str, entry: Architecture | Callable[[PreTrainedConfig], Architecture]) -> None:
     """Make a model type known: by its architecture, or by what makes one of its config.
 
-    Check it as tests/test_hooked.py does: rotated queries of a repeated token must be rotations of each other, and
-    logits transformers' own. Raises InputError for a type that is known already.
+    A type that measuring refuses, or whose projections `spans` is to know. Nothing measures an entry, so check it as
+    tests/test_hooked.py does: rotated queries of a repeated token must be rotations of each other, and logits
+    transformers' own. Raises InputError for a type that is known already.
     """
     if model_type in ARCHITECTURES:
         raise InputError(f"model type {model_type!r} is known already")

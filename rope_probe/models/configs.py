@@ -51,10 +51,7 @@ _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
 def shrunk(config: PreTrainedConfig) -> PreTrainedConfig:
-    """A config of the same type, depth and switches with two heads and small everything else.
-
-    Raises InputError where transformers makes none of it.
-    """
+    """A config of the same type, depth and switches with four heads and small everything else."""
     made = copy.deepcopy(config)
     text = text_config_of(made)
     for part in {id(part): part for part in (made, text)}.values():
@@ -75,12 +72,16 @@ def _shrink(config: Any) -> None:
         key = getattr(config, "num_key_value_heads", None) or query
         width = getattr(config, "head_dim", None) or config.hidden_size // query
         rope = str(getattr(config, "rope_parameters", None))
-        if "section" not in rope and "_factor'" not in rope.replace("partial_rotary_factor", ""):
+        split = getattr(config, "qk_rope_head_dim", None) is not None  # heads have sizes of their own, small ones
+        if not split and "section" not in rope and "_factor'" not in rope.replace("partial_rotary_factor", ""):
             width = min(width, WIDTH)  # else lists in it have an entry for each pair of a head
             if isinstance(getattr(config, "head_dim", None), int):
                 entries["head_dim"] = width
         entries["num_attention_heads"] = 4
-        entries["hidden_size"] = 4 * width
+        entries["hidden_size"] = 4 * (WIDTH if split else width)
+        if isinstance(getattr(config, "mamba_n_heads", None), int):
+            inner = config.mamba_expand * entries["hidden_size"]
+            entries |= {"mamba_n_heads": 4, "mamba_d_head": inner // 4}
         if getattr(config, "num_key_value_heads", None) is not None:
             entries["num_key_value_heads"] = 4 if key == query else 2
     for name, value in entries.items():

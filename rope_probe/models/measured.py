@@ -87,7 +87,6 @@ class Measured:
     attends: tuple[bool, ...]
     rotary: tuple[Place | None, ...]
     drops_arguments: bool
-    projections: None = None
 
 
 # The small model -----------------------------------------------------------------------------------------------------
