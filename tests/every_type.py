@@ -35,7 +35,7 @@ WITHOUT_ROPE = tuple(name for name in _ALL if name not in TYPES)
 DISTANCE = 3
 LENGTH = 30
 
-# A tiny config of every type -------------------------------------------------------------------------------------------
+# A tiny config of every type ------------------------------------------------------------------------------------------
 
 _SIZES = {
     **zoo.SIZES, "num_hidden_layers": 4, "head_dim": 8, "sliding_window": 8, "num_experts": 4, "num_local_experts": 4,
@@ -44,16 +44,23 @@ _SIZES = {
     "n_shared_experts": 1, "num_shared_experts": 1, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
     "qk_nope_head_dim": 8, "v_head_dim": 8, "qk_head_dim": 16,
 }  # fmt: skip
-_LINEAR_AND_FULL = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
+
+
+def _alike(types: str, **entries: Any) -> dict[str, dict[str, Any]]:
+    return dict.fromkeys(types.split(), entries)
+
+
 _OWN: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(
-        ["axk1", "axk2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "longcat_flash", "minicpm3", "youtu"],
-        {"num_key_value_heads": 4},
-    ),
+    **_alike("axk1 axk2 deepseek_v3 deepseek_v32 glm4_moe_lite glm_moe_dsa longcat_flash", num_key_value_heads=4),
+    **_alike("minicpm3 youtu", num_key_value_heads=4),
     "deepseek_v2": {"num_key_value_heads": 4, "num_experts_per_tok": 2},
-    **dict.fromkeys(["hunyuan_v1_dense", "hunyuan_v1_moe", "ministral"], {"head_dim": 8}),
-    **dict.fromkeys(["codegen", "gptj"], {"rotary_dim": 8}),
-    **dict.fromkeys(["qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid"], _LINEAR_AND_FULL),
+    **_alike("hunyuan_v1_dense hunyuan_v1_moe ministral", head_dim=8),
+    **_alike("codegen gptj", rotary_dim=8),
+    **_alike(
+        "qwen3_next qwen3_5_text qwen3_5_moe_text olmo_hybrid",
+        num_hidden_layers=2,
+        layer_types=["linear_attention", "full_attention"],
+    ),
     "bailing_hybrid": {"num_key_value_heads": 4, "layer_group_size": 2, "num_hidden_layers": 2},
     "bamba": {"num_hidden_layers": 2, "mamba_n_heads": 8, "mamba_d_head": 8, "attn_layer_indices": [1]},
     "cohere_compass_text": {
@@ -123,7 +130,7 @@ def tiny_model(model_type: str) -> Any:
     return to_double(model).eval()
 
 
-# Whether it is exact ---------------------------------------------------------------------------------------------------
+# Whether it is exact --------------------------------------------------------------------------------------------------
 
 
 class Outcome(NamedTuple):
@@ -228,7 +235,7 @@ def _check_cones(model: HookedCausalLM, tokens: Tensor, wanted: Tensor) -> str |
     return None
 
 
-# Queries moved by transformers' own code -------------------------------------------------------------------------------
+# Queries moved by transformers' own code ------------------------------------------------------------------------------
 
 
 class _Moved:

@@ -22,7 +22,9 @@ pytestmark = pytest.mark.skipif(
 @pytest.mark.parametrize("start", range(0, len(TYPES), CHUNK))
 def test_the_page_is_true_of_these_types(start):
     types = TYPES[start : start + CHUNK]
-    assert [without_misfits(row(one, outcome_of(one))) for one in types] == [without_misfits(ROWS[one]) for one in types]
+    assert [without_misfits(row(one, outcome_of(one))) for one in types] == [
+        without_misfits(ROWS[one]) for one in types
+    ]
 
 
 def without_misfits(line):

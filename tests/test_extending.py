@@ -25,7 +25,7 @@ WINDOW = repeated_window([5, 6, 7, 8], 4)
 
 def test_an_architecture():
     plain = zoo.model(CONFIG_MAPPING["phimoe"](**zoo.SIZES, num_local_experts=4))
-    with pytest.raises(InputError, match="'phimoe'.*misses by"):  # it makes its frequencies anew, in float64 there
+    with pytest.raises(InputError, match=r"'phimoe'.*misses by"):  # it makes its frequencies anew, in float64 there
         load_model(plain)
     architectures.register("phimoe", architectures.Architecture())
     try:

@@ -2,9 +2,9 @@
 
 Nothing else asks a model for its modules. Which tensor is what is told by `parameters`.
 
-A model type is measured (`measured`), on a small random model of its config, and refused with the misfit where it is not
-of the form that is known. The table has the types that also name their projections, which only `spans` needs; tests that
-never read an entry check it, and measuring must find what it says.
+A model type is measured (`measured`), on a small random model of its config, and refused with the misfit where it is
+not of the form that is known. The table has the types that also name their projections, which only `spans` needs; tests
+that never read an entry check it, and measuring must find what it says.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from rope_probe.errors import InputError
 from rope_probe.models import measured
-from rope_probe.models.configs import Heads, heads_of, text_config_of
+from rope_probe.models.configs import heads_of, text_config_of
 from rope_probe.rope import Layout, rotate, rows_of_pair
 
 LayerRule = Callable[[PreTrainedConfig, int], bool]
@@ -36,8 +36,8 @@ class Architecture:
     `qk_norms` those of q and k after it, where a model has them, and `gain_offset` is what its norms add to their
     weights. `final_norm` names the module between the last layer and the head. `rotates` says which layers apply RoPE.
 
-    Of a measured model type, `by_measurement` has what only measurement told; its projections are not known by name, so that
-    `spans` refuses it.
+    Of a measured model type, `by_measurement` has what only measurement told; its projections are not known by name, so
+    that `spans` refuses it.
     """
 
     layout: Layout = "half"
@@ -98,7 +98,9 @@ class Rotary:
     def pairs(self, head_dim: int) -> Int[Tensor, "P 2"]:
         """The two dimensions of a head that make each pair, pair 0 first."""
         size = {"head_dim": head_dim - self.start, "rotary_dim": self.rotary_dim}
-        pairs = self.start + torch.tensor([rows_of_pair(self.layout, 0, pair, **size) for pair in range(len(self.inv_freq))])
+        pairs = self.start + torch.tensor(
+            [rows_of_pair(self.layout, 0, pair, **size) for pair in range(len(self.inv_freq))]
+        )
         return pairs.flip(1) if self.backwards else pairs
 
     def undo(self, x: Float[Tensor, "T H D"], positions: Int[Tensor, " T"]) -> Float[Tensor, "T H D"]:
@@ -299,8 +301,9 @@ def rotary_layers(model: PreTrainedModel) -> list[Rotary | None]:
         _require_factors(config)
         scaling = float(getattr(embedding, f"{prefix}attention_scaling", 1.0))
         found = architecture.by_measurement
-        form = {} if found is None else {"start": found.start, "backwards": found.backwards}
-        return Rotary(inv_freq=frequencies, scaling=scaling, layout=architecture.layout, **form)
+        if found is None:
+            return Rotary(frequencies, scaling, architecture.layout)
+        return Rotary(frequencies, scaling, architecture.layout, found.start, found.backwards)
 
     return [rotary(layer) for layer in range(config.num_hidden_layers)]
 

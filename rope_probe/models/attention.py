@@ -47,8 +47,8 @@ class Seam:
     """What the seam knows of one attention module: its hook points, and the implementation it had before (`native`).
 
     Shapes are TransformerLens': rot_q, z [B, T, H, D]; rot_k, v [B, T, K, D]; scores, pattern [B, H, T, S]. `handles`
-    are the wrapper's hooks on modules of this layer; `hooks_now` tells which hooks are attached to its hook points. `kept`
-    are the seam's own arguments of a layer that keeps them from its attention.
+    are the wrapper's hooks on modules of this layer; `hooks_now` tells which hooks are attached to its hook points.
+    `kept` are the seam's own arguments, of a layer that keeps them from its attention.
     """
 
     native: str

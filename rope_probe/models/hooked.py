@@ -66,7 +66,9 @@ class HookedCausalLM(HookedRootModule):
         self._one_thread = _OneThread()
         native = attention.native_kernel(model)
         layers = range(len(self.rotary))
-        self._seam_of = {layer: attention.Seam(native, hooks_now=self._hooks_now) for layer in layers if architecture.attends(layer)}
+        self._seam_of = {
+            layer: attention.Seam(native, hooks_now=self._hooks_now) for layer in layers if architecture.attends(layer)
+        }
         self._seams = list(self._seam_of.values())
         self.hook_embed = HookPoint()
         self.blocks = nn.ModuleList(
@@ -88,7 +90,8 @@ class HookedCausalLM(HookedRootModule):
         self._seams[0].handles = [embedding_of(model).register_forward_hook(on_embedding)]
         for index, (block, layer) in enumerate(zip(self.blocks, layers_of(model), strict=True)):
             seam = self._seam_of.get(index, self._seams[0])
-            seam.handles.append(layer.register_forward_pre_hook(block.keep_shape, with_kwargs=True))
+            keep_shape: Any = block.keep_shape
+            seam.handles.append(layer.register_forward_pre_hook(keep_shape, with_kwargs=True))
             parts = architecture.parts(index)
             of_attention, of_mlp = parts.scales
             if architecture.drops_arguments and index in self._seam_of:
@@ -228,8 +231,8 @@ class HookedCausalLM(HookedRootModule):
             ids, positions, bounds = tokens, torch.arange(tokens.shape[1]).unsqueeze(0), None
         if bounds is not None and len(bounds) > 2 and not self.all_layers_attend:
             raise InputError(
-                f"documents cannot be masked from each other in a {self.config.model_type} model: it has layers without "
-                "attention, whose state runs through all of them"
+                f"documents cannot be masked from each other in a {self.config.model_type} model: it has layers "
+                "without attention, whose state runs through all of them"
             )
         with self._one_thread, self._precision():
             self._check(ids, positions)
@@ -398,7 +401,7 @@ def _hooked(hook_point: HookPoint, x: Tensor, scale: float) -> Tensor:
     return hook_point(x * scale) / scale
 
 
-def _reshaped(block: "_Block", inner: Any, module: nn.Module, args: tuple, output: Any) -> Any:
+def _reshaped(block: Any, inner: Any, module: nn.Module, args: tuple, output: Any) -> Any:
     """For a module that returns [B T, M]: what `inner` makes of its output as [B, T, M]."""
     flat = output[0] if isinstance(output, tuple) else output
     if flat.ndim != 2:

@@ -1,4 +1,4 @@
-"""A model type recognised from a model of it: measured, on tiny random weights in float64, and refused where it misfits.
+"""A model type recognised from a model of it: measured, on random weights in float64, and refused where it misfits.
 
 - The config is shrunk: as many layers, of the same kinds and with the same switches, but narrow, with few experts and
   short windows. A random model of it runs with every parameter drawn anew, so that no gain of one hides a scale.
@@ -15,7 +15,7 @@ What holds to rounding is told to `architectures`. What does not raises InputErr
 import importlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -50,7 +50,7 @@ _NAME = "rope_probe_measured"
 
 
 class Place(NamedTuple):
-    """Where a layer's frequencies are: the rotary module, by its name in the text model, and the prefix of its buffers."""
+    """Where a layer's frequencies are: the rotary module, by its name in the text model, and its buffers' prefix."""
 
     module: str
     prefix: str
@@ -59,8 +59,8 @@ class Place(NamedTuple):
 class Parts(NamedTuple):
     """Modules of a layer, by their names in it, that its residual stream is made of.
 
-    What `attn_out` returns is added to it times `scales[0]`, what `mlp_out` returns times `scales[1]`; `resid_mid` reads
-    the stream between the two, None where both read the same.
+    What `attn_out` returns is added to it times `scales[0]`, what `mlp_out` returns times `scales[1]`; `resid_mid`
+    reads the stream between the two, None where both read the same.
     """
 
     attn_out: str
@@ -324,20 +324,22 @@ class _Measurement:
     def _run_clean(self) -> None:
         with _recording(self.backbone) as self.clean:
             output, self.calls = self._forward(torch.arange(LENGTH))
-        self.hidden = getattr(output, "last_hidden_state", None)
+        self.hidden: Any = getattr(output, "last_hidden_state", None)
         if not isinstance(self.hidden, Tensor):
             raise InputError("its backbone gives no final hidden states")
         if not self.calls:
             raise InputError("none of its layers calls transformers' attention interface")
 
     def _find_layers(self) -> None:
-        for name, modules in self.backbone.named_modules():
-            if isinstance(modules, nn.ModuleList) and len(modules) == self.depth:
-                inside = [[m for m in layer.modules() if m in self.calls] for layer in modules]
-                if any(inside):
-                    break
-        else:
+        lists = [
+            (name, modules, [[m for m in layer.modules() if m in self.calls] for layer in modules])
+            for name, modules in self.backbone.named_modules()
+            if isinstance(modules, nn.ModuleList) and len(modules) == self.depth
+        ]
+        lists = [one for one in lists if any(one[2])]
+        if not lists:
             raise InputError(f"its backbone has no list of {self.depth} layers")
+        name, modules, inside = lists[0]
         for layer, attentions in enumerate(inside):
             times = sum(len(self.calls[module]) for module in attentions)
             if times > 1:
@@ -402,7 +404,7 @@ class _Measurement:
     def _check_layers(self) -> None:
         """Every layer runs once, after the other, on [B, T, M]; and by itself it does again what it did."""
         stream = None
-        for layer, module in enumerate(self.layers):
+        for layer in range(self.depth):
             name = f"{self.layers_name}.{layer}"
             if self.clean.counts.get(name) != 1:
                 raise InputError(f"layer {layer} runs {self.clean.counts.get(name, 0)} times")
@@ -471,7 +473,9 @@ class _Measurement:
         outputs = {inner: self._inside(layer, inner).view(before.shape) for inner in (attn_out, mlp_out)}
         pairs, closest = _pairs(outputs, after - before)
         if not pairs:
-            raise InputError(f"{attn_out} and {mlp_out} of layer {layer} do not add up as in others, by {closest[0]:.1e}")
+            raise InputError(
+                f"{attn_out} and {mlp_out} of layer {layer} do not add up as in others, by {closest[0]:.1e}"
+            )
         factors = dict(pairs[0])
         scales = (factors[attn_out], factors[mlp_out])
         if resid_mid is not None:
@@ -528,9 +532,9 @@ class _Measurement:
         """Modules that read the stream between attention and MLP, in the order of their calls."""
         for inner in self.clean.begun:
             read = _stream_of(*self.clean.inputs[inner])
-            if inner.startswith(f"{name}.") and isinstance(read, Tensor) and read.shape == between.shape:
-                if misfit(read, between) <= TOLERANCE:
-                    yield inner.removeprefix(f"{name}.")
+            alike = isinstance(read, Tensor) and read.shape == between.shape
+            if inner.startswith(f"{name}.") and alike and misfit(read, between) <= TOLERANCE:
+                yield inner.removeprefix(f"{name}.")
 
     def _flows(self, layer: int, parts: Parts) -> bool:
         """Whether noise on what the modules return comes out of the layer, or of its middle, as it went in."""
@@ -696,7 +700,7 @@ def _forms(head_dim: int, rotary_dim: int) -> list[_Form]:
 _Term = tuple[str, float]
 
 
-def _pairs(outputs: Mapping[str, Tensor], added: Tensor) -> tuple[list[tuple[_Term, _Term]], tuple[float, str]]:
+def _pairs(outputs: dict[str, Tensor], added: Tensor) -> tuple[list[tuple[_Term, _Term]], tuple[float, str]]:
     """The two of `outputs` that make up what a layer added, with their factors; those with factors of one first.
 
     And the misfit of the closest two, with their names. Modules called last come first, since a module that passes
@@ -749,7 +753,8 @@ def require_no_chunks(config: PreTrainedConfig, length: int) -> None:
 
 HARMLESS = frozenset(
     {
-        "scaling", "dropout", "softcap", "s_aux", "sliding_window", "document_bounds", "tail", "hooks_of_forward", "position_ids",
+        "scaling", "dropout", "softcap", "s_aux", "sliding_window", "document_bounds", "tail", "hooks_of_forward",
+        "position_ids",
         "is_causal", "use_cache", "cache_position", "output_attentions", "output_hidden_states", "return_dict",
         "output_router_logits", "position_embeddings",
     }
