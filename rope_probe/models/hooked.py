@@ -51,7 +51,7 @@ class HookedCausalLM(HookedRootModule):
     takes it over. In float64 everything runs in float64, also what transformers itself would compute in float32. One
     thread at a time runs it: others wait. Make one with `rope_probe.load_model`.
 
-    Raises InputError for a model type whose layout of rotary pairs is unknown (GPT-2 and others without RoPE too), and
+    Raises InputError for a model type that is not of the form that can be measured (GPT-2 and others without RoPE), and
     for weights that are no floating-point numbers of 16 bits or more.
     """
 
