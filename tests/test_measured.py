@@ -74,7 +74,7 @@ def test_windows_longer_than_a_chunk_are_refused():
     config.attention_chunk_size = 32
     model = load_model(hf.AutoModelForCausalLM.from_config(config))
     model(zoo.tokens(1, 32))
-    with pytest.raises(InputError, match="chunks of 32 positions.*33 do not fit"):
+    with pytest.raises(InputError, match=r"chunks of 32 positions.*33 do not fit"):
         model(zoo.tokens(1, 33))
 
 
@@ -85,7 +85,7 @@ def test_layers_without_attention_are_traced_and_not_masked(hybrid):
     frame = trace(hybrid, window, PositionShift("q", 3.0, positions=range(20, 30)))
     by_position = frame[frame["site"] == "logits"]
     assert (by_position["value"] > 0).any()
-    with pytest.raises(InputError, match="lfm2_moe.*layers without attention"):
+    with pytest.raises(InputError, match=r"lfm2_moe.*layers without attention"):
         hybrid(window, masked=True)
     with pytest.raises(InputError, match="layer 0 has no RoPE"):
         trace(hybrid, window, PositionShift("q", 3.0, layers=0))
