@@ -266,7 +266,7 @@ BAD_SPANS = {
     "corrupt shard": (lambda c, t: [broken(c, t, "corrupt"), c], "is corrupt"),
     "NaN weights": (lambda c, t: [c, broken(c, t, "nan")], "tensor 'model.layers."),
     "quantised weights": (lambda c, t: [c, stored_as(c, t, torch.int8)], "is stored as I8, quantised"),
-    "unknown layout": (lambda c, t: [gpt2(t), t / "gpt2"], "layout of rotary pairs"),
+    "unknown layout": (lambda c, t: [gpt2(t), t / "gpt2"], "no rotary frequencies"),
     "another architecture": (lambda c, t: [c, gpt2(t)], "gpt2"),
     "other heads": (lambda c, t: [c, other(t, num_attention_heads=2)], "num_attention_heads is 4 before and 2 after"),
     "another width": (lambda c, t: [c, other(t, hidden_size=64)], "hidden_size is 32 before and 64 after"),

@@ -322,10 +322,11 @@ def test_gradients_flow_through_masked_packs():
     ("make", "named"),
     [
         (lambda: hf.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4), "gpt2"),
-        (lambda: hf.GptOssConfig(**zoo.SIZES, num_local_experts=2, head_dim=8), "gpt_oss"),
+        (lambda: hf.DogeConfig(**zoo.SIZES), "doge.*mask"),
+        (lambda: hf.HunYuanDenseV1Config(**zoo.SIZES, head_dim=8), r"hunyuan.*not rotations of each other.*misses by"),
     ],
 )
-def test_models_without_rope_or_of_an_unknown_layout_are_refused(make, named):
+def test_models_without_rope_or_of_an_unknown_form_are_refused(make, named):
     with pytest.raises(InputError, match=named):
         load_model(hf.AutoModelForCausalLM.from_config(make()))
 

@@ -331,7 +331,7 @@ def test_models_of_different_shape_are_refused(other, told):
 
 
 def test_an_unknown_layout_is_refused():
-    with pytest.raises(InputError, match="model type 'gpt2' has no rotary position embedding, or a layout"):
+    with pytest.raises(InputError, match="model type 'gpt2' is refused: no rotary frequencies"):
         compare_spans(*[hf.GPT2LMHeadModel(hf.GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=9))] * 2)
 
 

@@ -1,15 +1,15 @@
-"""What rope_probe must know of a transformers model type: its heads, where its parts are, how its pairs lie in memory.
+"""What rope_probe must know of a transformers model type: where its parts are, how its rotary pairs lie in memory.
 
-Nothing else asks a config for its heads, or a model for its modules. Which tensor is what is told by `parameters`.
+Nothing else asks a model for its modules. Which tensor is what is told by `parameters`.
 
-One table entry per model type, each checked by tests that never read the entry: with one token repeated, the rotated
-queries of layer 0 must be rotations of each other under the layout and frequencies given here, and hooked logits must
-equal transformers' own. A model type that is not in the table is refused, never guessed.
+A model type is measured (`measured`), on a small random model of its config, and refused with the misfit where it is
+not of the form that is known. The table has the types that also name their projections, which only `spans` needs; tests
+that never read an entry check it, and measuring must find what it says.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from rope_probe.errors import InputError
+from rope_probe.models import measured
+from rope_probe.models.configs import heads_of, text_config_of
 from rope_probe.rope import Layout, rotate, rows_of_pair
 
 LayerRule = Callable[[PreTrainedConfig, int], bool]
@@ -33,6 +35,9 @@ class Architecture:
     `out_proj` the module that projects what attention read. `attn_norm` names the layer's norm before that projection,
     `qk_norms` those of q and k after it, where a model has them, and `gain_offset` is what its norms add to their
     weights. `final_norm` names the module between the last layer and the head. `rotates` says which layers apply RoPE.
+
+    Of a measured model type, `by_measurement` has what only measurement told; its projections are not known by name, so
+    that `spans` refuses it.
     """
 
     layout: Layout = "half"
@@ -47,20 +52,43 @@ class Architecture:
     qk_norms: tuple[str, str] = ("q_norm", "k_norm")
     gain_offset: float = 0.0
     rotates: LayerRule = field(default=lambda config, layer: True)
+    by_measurement: measured.Measured | None = None
 
     @property
     def query_key_value(self) -> tuple[str, ...]:
-        """Names, in the attention module, of what projects to q, k and v: three modules, or the fused one."""
+        """Names, in the attention module, of what projects to q, k and v: three modules, the fused one, or unknown."""
+        if self.by_measurement is not None:
+            return ()
         return ("q_proj", "k_proj", "v_proj") if self.fused is None else self.fused[:1]
+
+    @property
+    def drops_arguments(self) -> bool:
+        """Whether a layer keeps keyword arguments from its attention, so that the seam must take them at the layer."""
+        return self.by_measurement is not None and self.by_measurement.drops_arguments
+
+    def parts(self, layer: int) -> measured.Parts:
+        """The modules of a layer that its residual stream is made of."""
+        if self.by_measurement is not None:
+            return self.by_measurement.parts[layer]
+        return measured.Parts(self.attn_out, self.resid_mid, self.mlp_out)
+
+    def attends(self, layer: int) -> bool:
+        """Whether a layer has attention; other layers are recurrences and convolutions."""
+        return self.by_measurement is None or self.by_measurement.attends[layer]
 
 
 @dataclass(frozen=True)
 class Rotary:
-    """The rotation one layer applies: frequencies in radians per token (float64), scaling of cos and sin, layout."""
+    """The rotation one layer applies: frequencies in radians per token (float64), scaling of cos and sin, layout.
+
+    The dimensions of a head that rotate lie together, from `start` on; `backwards`, they turn by minus the angles.
+    """
 
     inv_freq: Float[Tensor, " P"]
     scaling: float
     layout: Layout
+    start: int = 0
+    backwards: bool = False
 
     @property
     def rotary_dim(self) -> int:
@@ -69,13 +97,24 @@ class Rotary:
 
     def pairs(self, head_dim: int) -> Int[Tensor, "P 2"]:
         """The two dimensions of a head that make each pair, pair 0 first."""
-        size = {"head_dim": head_dim, "rotary_dim": self.rotary_dim}
-        return torch.tensor([rows_of_pair(self.layout, 0, pair, **size) for pair in range(len(self.inv_freq))])
+        size = {"head_dim": head_dim - self.start, "rotary_dim": self.rotary_dim}
+        pairs = self.start + torch.tensor(
+            [rows_of_pair(self.layout, 0, pair, **size) for pair in range(len(self.inv_freq))]
+        )
+        return pairs.flip(1) if self.backwards else pairs
 
     def undo(self, x: Float[Tensor, "T H D"], positions: Int[Tensor, " T"]) -> Float[Tensor, "T H D"]:
         """Rotated q or k as they were before their rotation."""
         back = -torch.outer(positions.to(x.device, torch.float64), self.inv_freq.to(x.device)).unsqueeze(1)
-        return rotate(x, back, self.layout, 1 / self.scaling)
+        return self.turn(x, back, 1 / self.scaling)
+
+    def turn(
+        self, x: Float[Tensor, "*batch D"], angles: Float[Tensor, "*broadcast P"], scale: float | Tensor = 1.0
+    ) -> Float[Tensor, "*shape D"]:
+        """Rotated q or k with its pairs turned onward by `angles` (radians) and scaled."""
+        angles = -angles if self.backwards else angles
+        turned = rotate(x[..., self.start :], angles, self.layout, scale)
+        return torch.cat([x[..., : self.start].expand(*turned.shape[:-1], -1), turned], -1) if self.start else turned
 
 
 _SANDWICH = Architecture(
@@ -130,8 +169,9 @@ ARCHITECTURES: dict[str, Architecture | Callable[[PreTrainedConfig], Architectur
 def register(model_type: str, entry: Architecture | Callable[[PreTrainedConfig], Architecture]) -> None:
     """Make a model type known: by its architecture, or by what makes one of its config.
 
-    Check it as tests/test_hooked.py does: rotated queries of a repeated token must be rotations of each other, and
-    logits transformers' own. Raises InputError for a type that is known already.
+    A type that measuring refuses, or whose projections `spans` is to know. Nothing measures an entry, so check it as
+    tests/test_hooked.py does: rotated queries of a repeated token must be rotations of each other, and logits
+    transformers' own. Raises InputError for a type that is known already.
     """
     if model_type in ARCHITECTURES:
         raise InputError(f"model type {model_type!r} is known already")
@@ -139,40 +179,35 @@ def register(model_type: str, entry: Architecture | Callable[[PreTrainedConfig],
 
 
 def architecture_of(config: PreTrainedConfig) -> Architecture:
-    """The table entry for a config's model type.
+    """The table entry for a config's model type, or what measuring a small model of that type finds.
 
-    Raises InputError for a type that is not in the table: its layout of rotary pairs is unknown.
+    Raises InputError for a type that is not in the table and misfits: it says what misfits, and by how much.
     """
     entry = ARCHITECTURES.get(config.model_type)
     if entry is None:
-        raise InputError(
-            f"model type {config.model_type!r} has no rotary position embedding, or a layout of rotary pairs that "
-            f"rope_probe does not know; known model types are {', '.join(sorted(ARCHITECTURES))}"
-        )
+        return _as_architecture(measured.measure(config))
     return entry if isinstance(entry, Architecture) else entry(config)
 
 
-class Heads(NamedTuple):
-    """How many heads q has in each layer, how many k and v have, and the dimensions of one."""
-
-    query: int
-    key: int
-    width: int
-
-
-def heads_of(config: PreTrainedConfig) -> Heads:
-    """The heads of a config's attention; k and v have as many as q where the config names no other number."""
-    query = config.num_attention_heads
-    key = getattr(config, "num_key_value_heads", None) or query
-    width = getattr(config, "head_dim", None) or config.hidden_size // query
-    return Heads(query, key, width)
+def _as_architecture(found: measured.Measured) -> Architecture:
+    return Architecture(
+        layout=found.layout,
+        attn=found.attn,
+        attn_out=found.parts[0].attn_out,
+        resid_mid=found.parts[0].resid_mid,
+        mlp_out=found.parts[0].mlp_out,
+        final_norm=found.final_norm,
+        rotates=lambda config, layer: found.rotary[layer] is not None,
+        by_measurement=found,
+    )
 
 
 def shape_of(config: PreTrainedConfig) -> dict[str, Any]:
     """Entries of a config that say which weights a model has, and how large they are; by their names in configs."""
-    heads = heads_of(config)
+    heads, model_type = heads_of(config), config.model_type
+    config = text_config_of(config)
     return {
-        "model_type": config.model_type,
+        "model_type": model_type,
         "num_hidden_layers": config.num_hidden_layers,
         "hidden_size": config.hidden_size,
         "intermediate_size": getattr(config, "intermediate_size", None),  # not every model type has it
@@ -185,24 +220,34 @@ def shape_of(config: PreTrainedConfig) -> dict[str, Any]:
 
 def backbone_of(model: PreTrainedModel) -> Any:
     """The model without its head: from token ids to final hidden states."""
-    return model.base_model
+    return measured.backbone_of(model)
+
+
+def _text_model_of(model: PreTrainedModel) -> Any:
+    """The part of the backbone that reads text: all of it, but for models that read images or sound too."""
+    found = architecture_of(model.config).by_measurement
+    return backbone_of(model).get_submodule("" if found is None else found.text)
 
 
 def layers_of(model: PreTrainedModel) -> nn.ModuleList:
     """The decoder layers, first layer first."""
-    return backbone_of(model).layers
+    return _text_model_of(model).layers
 
 
 def attention_modules(model: PreTrainedModel) -> list[Any]:
-    """The attention module of every layer, first layer first."""
-    name = architecture_of(model.config).attn
-    return [layer.get_submodule(name) for layer in layers_of(model)]
+    """The attention module of every layer that has attention, first layer first."""
+    architecture = architecture_of(model.config)
+    layers = enumerate(layers_of(model))
+    return [layer.get_submodule(architecture.attn) for index, layer in layers if architecture.attends(index)]
 
 
 def query_key_value_modules(model: PreTrainedModel, layer: int) -> list[Any]:
-    """The modules that project to q, k and v of a layer: three of them, or the fused one."""
-    attention = attention_modules(model)[layer]
-    return [attention.get_submodule(name) for name in architecture_of(model.config).query_key_value]
+    """The modules that project to q, k and v of a layer: three of them, the fused one, or none that are known."""
+    architecture = architecture_of(model.config)
+    if not architecture.query_key_value:
+        return []
+    attention = layers_of(model)[layer].get_submodule(architecture.attn)
+    return [attention.get_submodule(name) for name in architecture.query_key_value]
 
 
 def embedding_of(model: PreTrainedModel) -> Any:
@@ -212,7 +257,7 @@ def embedding_of(model: PreTrainedModel) -> Any:
 
 def final_norm_of(model: PreTrainedModel) -> nn.Module:
     """The norm between the last layer and the head."""
-    return backbone_of(model).get_submodule(architecture_of(model.config).final_norm)
+    return _text_model_of(model).get_submodule(architecture_of(model.config).final_norm)
 
 
 def output_projection_of(model: PreTrainedModel) -> Any:
@@ -222,24 +267,30 @@ def output_projection_of(model: PreTrainedModel) -> Any:
 
 def rotary_module_of(model: PreTrainedModel) -> Any:
     """The module that makes cos and sin of positions, for all layers."""
-    return backbone_of(model).rotary_emb
+    return _text_model_of(model).rotary_emb
 
 
 def set_rotary_module(model: PreTrainedModel, module: nn.Module) -> None:
     """Let another module make cos and sin, in place."""
-    backbone_of(model).rotary_emb = module
+    _text_model_of(model).rotary_emb = module
 
 
 def rotary_layers(model: PreTrainedModel) -> list[Rotary | None]:
     """Per layer, the rotation the model's own buffers say it applies; None for a layer without RoPE."""
     architecture = architecture_of(model.config)
-    embedding = rotary_module_of(model)
-    layer_types = getattr(model.config, "layer_types", None) or [""] * model.config.num_hidden_layers
+    config, text_model = text_config_of(model.config), _text_model_of(model)
+    layer_types = getattr(config, "layer_types", None) or [""] * config.num_hidden_layers
 
     def rotary(layer: int) -> Rotary | None:
         if not architecture.rotates(model.config, layer):
             return None
-        prefix = f"{layer_types[layer]}_" if hasattr(embedding, f"{layer_types[layer]}_inv_freq") else ""
+        if architecture.by_measurement is not None:
+            place = architecture.by_measurement.rotary[layer]
+            assert place is not None
+            embedding, prefix = text_model.get_submodule(place.module), place.prefix
+        else:
+            embedding = text_model.rotary_emb
+            prefix = f"{layer_types[layer]}_" if hasattr(embedding, f"{layer_types[layer]}_inv_freq") else ""
         fixed = exact_length(model.config) is None
         name = "inv_freq" if fixed else "original_inv_freq"  # the other one remembers long inputs
         frequencies = getattr(embedding, prefix + name).detach().to("cpu", torch.float64)
@@ -247,16 +298,19 @@ def rotary_layers(model: PreTrainedModel) -> list[Rotary | None]:
             raise InputError(
                 f"layer {layer} has rotary frequencies that are not positive and finite; check the model's rope_theta"
             )
-        _require_factors(model.config)
-        scaling = float(getattr(embedding, f"{prefix}attention_scaling"))
-        return Rotary(inv_freq=frequencies, scaling=scaling, layout=architecture.layout)
+        _require_factors(config)
+        scaling = float(getattr(embedding, f"{prefix}attention_scaling", 1.0))
+        found = architecture.by_measurement
+        if found is None:
+            return Rotary(frequencies, scaling, architecture.layout)
+        return Rotary(frequencies, scaling, architecture.layout, found.start, found.backwards)
 
-    return [rotary(layer) for layer in range(model.config.num_hidden_layers)]
+    return [rotary(layer) for layer in range(config.num_hidden_layers)]
 
 
 def _require_factors(config: PreTrainedConfig) -> None:
     """That longrope's factors are one a pair; transformers finds that out when it rotates, if at all."""
-    rope = config.rope_parameters
+    rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") != "longrope":
         return
     pairs = int(heads_of(config).width * rope.get("partial_rotary_factor", 1.0)) // 2
@@ -269,12 +323,13 @@ def _require_factors(config: PreTrainedConfig) -> None:
 
 def exact_length(config: PreTrainedConfig) -> int | None:
     """Number of positions up to which a model's frequencies do not depend on its input; None where they never do."""
-    parameters = config.rope_parameters
-    per_type = [parameters] if "rope_type" in parameters else [p for p in parameters.values() if p is not None]
+    config = text_config_of(config)
+    parameters = getattr(config, "rope_parameters", None) or {}
+    per_type = [parameters] if "rope_type" in parameters else [p for p in parameters.values() if isinstance(p, dict)]
     limits = []
     for rope in per_type:
-        if rope["rope_type"] == "dynamic":
+        if rope.get("rope_type") == "dynamic":
             limits.append(config.max_position_embeddings)
-        elif rope["rope_type"] == "longrope":
+        elif rope.get("rope_type") == "longrope":
             limits.append(rope["original_max_position_embeddings"])
     return min(limits, default=None)

@@ -7,7 +7,9 @@
 - Documents come as `document_bounds` (cu_seqlens as integers), a keyword argument that transformers' layers hand on,
   to the second forward of gradient checkpointing too; never through `position_ids`, where a jump reads as a boundary.
 - Kernels are transformers' own, except "eager": scores and patterns exist only there, with hooks on them, and its
-  softmax keeps float64. A soft cap, which sdpa has no kernel for, runs in exact blocks of queries.
+  softmax keeps float64. A soft cap and attention sinks (a score per head that takes weight and gives no value), which
+  sdpa has no kernel for, run in exact blocks of queries.
+- An argument that the seam does not know is refused, never dropped.
 """
 
 import copy
@@ -31,6 +33,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rope_probe.errors import InputError
 from rope_probe.models.architectures import attention_modules
+from rope_probe.models.measured import require_no_chunks, unknown_arguments
 from rope_probe.names import KERNELS
 
 QUERY_BLOCK = 512
@@ -62,11 +65,14 @@ class Seam:
 
     Shapes are TransformerLens': rot_q, z [B, T, H, D]; rot_k, v [B, T, K, D]; scores, pattern [B, H, T, S]. `handles`
     are the wrapper's hooks on modules of this layer; `hooks_now` tells which hooks are attached to its hook points.
-    `scoring` is that of the forward pass under way, from before its first hook on.
+    are the wrapper's hooks on modules of this layer; `hooks_now` tells which hooks are attached to its hook points.
+    `scoring` is that of the forward pass under way, from before its first hook on. `kept` are the seam's own arguments
+    of a layer that keeps them from its attention.
     """
 
     native: str
     handles: list[RemovableHandle] = field(default_factory=list)
+    kept: dict[str, Any] = field(default_factory=dict)
     hooks_now: Callable[[], tuple[int, ...]] = tuple
     scoring: Scoring | None = None
     hook_rot_q: HookPoint = field(default_factory=HookPoint)
@@ -75,6 +81,10 @@ class Seam:
     hook_z: HookPoint = field(default_factory=HookPoint)
     hook_attn_scores: HookPoint = field(default_factory=HookPoint)
     hook_pattern: HookPoint = field(default_factory=HookPoint)
+
+    def keep_arguments(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """A hook before a layer: keep what the layer was told for the seam."""
+        self.kept = {name: kwargs.get(name) for name in ("document_bounds", "tail", "hooks_of_forward")}
 
 
 @dataclass(frozen=True)
@@ -200,6 +210,8 @@ def _attend(
     **kwargs: Any,
 ) -> tuple[Float[Tensor, "B T H D"], None]:
     seam = module.rope_probe_seam
+    if seam.kept:
+        document_bounds, tail, hooks_of_forward = seam.kept.values()
     if attention_mask is not None:
         raise InputError("a 4D attention mask cannot pass the seam; say where documents end with cu_seqlens")
     if hooks_of_forward is not None and hooks_of_forward != seam.hooks_now():
@@ -207,6 +219,14 @@ def _attend(
             "gradient checkpointing computes this layer again, with other hooks than in the forward pass; call "
             "backward() where the hooks are still attached"
         )
+    if unknown := unknown_arguments(kwargs):
+        raise InputError(
+            f"attention of a {module.config.model_type} model is given {unknown[0]}, which the seam does not know"
+        )
+    if kernel.startswith("flash") and kwargs.get("s_aux") is not None:
+        raise InputError(f"attention kernel {kernel!r} runs without sinks here, and this model has them; use 'sdpa'")
+    if kwargs.get("scaling") is None:
+        kwargs["scaling"] = query.shape[-1] ** -0.5
     bounds = None if document_bounds is None else tuple(document_bounds)
     seam.scoring = Scoring(kwargs["scaling"], kwargs.get("softcap"), sliding_window, bounds, kwargs.get("s_aux"))
     query = seam.hook_rot_q(query.transpose(1, 2)).transpose(1, 2)
@@ -268,7 +288,7 @@ def _flash(
 
 def _kernel_of(name: str, module: Any, sliding_window: int | None, kwargs: dict[str, Any]) -> Kernel:
     """Causal attention over one document: of its last positions, or all of them, to the whole of it."""
-    softcap = kwargs.get("softcap")
+    exact = kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None
 
     def eager(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         return _eager(None, query, key, value, mask, kwargs)
@@ -277,7 +297,7 @@ def _kernel_of(name: str, module: Any, sliding_window: int | None, kwargs: dict[
         mask = mask if mask is None else mask[None, None]
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, **kwargs)[0]
 
-    run = sdpa if softcap is None and name != "eager" else eager
+    run = eager if exact or name == "eager" else sdpa
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if name.startswith("flash"):
@@ -309,11 +329,18 @@ def _eager(
     scores = scores.masked_fill(~mask, float("-inf"))
     if seam is not None:
         scores = seam.hook_attn_scores(scores)
-    pattern = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
+    sinks = kwargs.get("s_aux")
+    if sinks is None:
+        pattern = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
+    else:
+        of_sinks = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)  # [B, H, T, 1]
+        scores = torch.cat([scores, of_sinks], -1)
+        pattern = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
+        pattern = pattern[..., :-1]
     if seam is not None:
         pattern = seam.hook_pattern(pattern)
     pattern = nn.functional.dropout(pattern, kwargs.get("dropout", 0.0), training=kwargs.get("dropout", 0.0) > 0)
-    return (pattern @ value).transpose(1, 2)
+    return (pattern @ value).transpose(1, 2).contiguous()
 
 
 def _by_segment(attend: Kernel, query: Tensor, key: Tensor, value: Tensor, tail: Tail) -> Tensor:
@@ -368,7 +395,11 @@ def _full_mask(query: Tensor, bounds: list[int] | None, sliding_window: int | No
     return mask
 
 
-def _no_mask(*, attention_mask: Tensor | None = None, q_length: int, kv_length: int, **kwargs: Any) -> None:
+def _no_mask(
+    *, attention_mask: Tensor | None = None, q_length: int, kv_length: int, config: Any = None, **kwargs: Any
+) -> None:
+    if config is not None:
+        require_no_chunks(config, kv_length)
     if attention_mask is not None and not attention_mask.all():
         raise InputError("a padding mask cannot pass the seam; pack documents and give cu_seqlens")
     if q_length != kv_length:

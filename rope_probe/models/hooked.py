@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from rope_probe.errors import InputError
 from rope_probe.models import attention, checkpoints, offloaded, pretrained
@@ -39,7 +38,9 @@ from rope_probe.models.architectures import (
     output_projection_of,
     rotary_layers,
 )
+from rope_probe.models.configs import text_config_of
 from rope_probe.models.hook_names import Cache, require_known
+from rope_probe.models.measured import FinalStates, returning
 from rope_probe.models.tokens import plain_ids, prompt_ids
 from rope_probe.precision import promote_float32
 from rope_probe.windows.packing import Batch, Window
@@ -56,7 +57,7 @@ class HookedCausalLM(HookedRootModule):
     thread at a time runs it: others wait. Make one with `rope_probe.load_model`. It reads and writes text by its
     `tokenizer`, where it has one.
 
-    Raises InputError for a model type whose layout of rotary pairs is unknown (GPT-2 and others without RoPE too), and
+    Raises InputError for a model type that is not of the form that can be measured (GPT-2 and others without RoPE), and
     for weights that are no floating-point numbers of 16 bits or more.
     """
 
@@ -65,7 +66,7 @@ class HookedCausalLM(HookedRootModule):
         self._load_tokenizer: Callable[[], PreTrainedTokenizerBase | None] | None = None
         self._own_tokenizer: PreTrainedTokenizerBase | None = None
         self.origin: dict[str, Any] | None = None
-        sequential = architecture_of(model.config).resid_mid is not None
+        architecture = architecture_of(model.config)
         _require_float_weights(model)
         self.original_model = model
         self.attn = attn
@@ -73,32 +74,49 @@ class HookedCausalLM(HookedRootModule):
         self.exact_length = exact_length(model.config)
         self._one_thread = _OneThread()
         native = attention.native_kernel(model)
-        self._seams = [attention.Seam(native, hooks_now=self._hooks_now) for _ in self.rotary]
+        layers = range(len(self.rotary))
+        self._seam_of = {
+            layer: attention.Seam(native, hooks_now=self._hooks_now) for layer in layers if architecture.attends(layer)
+        }
+        self._seams = list(self._seam_of.values())
         self.hook_embed = HookPoint()
-        self.blocks = nn.ModuleList(_Block(seam, sequential, attn) for seam in self._seams)
+        self.blocks = nn.ModuleList(
+            _Block(self._seam_of.get(layer), architecture.parts(layer).resid_mid is not None, attn) for layer in layers
+        )
         self.ln_final = _FinalNorm()
         self._install()
         self.setup()
 
     def _install(self) -> None:
-        model, architecture = self.original_model, architecture_of(self.config)
+        model = self.original_model
+        architecture = architecture_of(model.config)
         if self.dtype == torch.float64:
             offloaded.keep_stored_dtype(model)
             model.set_experts_implementation("eager")  # the grouped kernels of mixtures of experts stop at float32
         attention.attach(model, self.attn, self._seams)
         on_embedding = partial(_on_output, self.hook_embed)
+        for seam in self._seams:
+            seam.handles = []
         self._seams[0].handles = [embedding_of(model).register_forward_hook(on_embedding)]
-        for seam, block, layer in zip(self._seams, self.blocks, layers_of(model), strict=True):
-            inputs, outputs = [(layer, block.hook_resid_pre)], [(layer, block.hook_resid_post)]
-            outputs.append((layer.get_submodule(architecture.attn_out), block.hook_attn_out))
-            outputs.append((layer.get_submodule(architecture.mlp_out), block.hook_mlp_out))
-            if architecture.resid_mid is not None:
-                inputs.append((layer.get_submodule(architecture.resid_mid), block.hook_resid_mid))
+        for index, (block, layer) in enumerate(zip(self.blocks, layers_of(model), strict=True)):
+            seam = self._seam_of.get(index, self._seams[0])
+            keep_shape: Any = block.keep_shape
+            seam.handles.append(layer.register_forward_pre_hook(keep_shape, with_kwargs=True))
+            parts = architecture.parts(index)
+            of_attention, of_mlp = parts.scales
+            if architecture.drops_arguments and index in self._seam_of:
+                seam.handles.append(layer.register_forward_pre_hook(seam.keep_arguments, with_kwargs=True))
+            inputs, outputs = [(layer, block.hook_resid_pre)], [(layer, block.hook_resid_post, 1.0)]
+            outputs.append((layer.get_submodule(parts.attn_out), block.hook_attn_out, of_attention))
+            outputs.append((layer.get_submodule(parts.mlp_out), block.hook_mlp_out, of_mlp))
+            if parts.resid_mid is not None:
+                inputs.append((layer.get_submodule(parts.resid_mid), block.hook_resid_mid))
             for module, hook_point in inputs:
                 hook = partial(_on_input, hook_point)
                 seam.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-            for module, hook_point in outputs:
-                seam.handles.append(module.register_forward_hook(partial(_on_output, hook_point)))
+            for module, hook_point, scale in outputs:
+                hook = partial(_reshaped, block, partial(_on_output, hook_point, scale=scale))
+                seam.handles.append(module.register_forward_hook(hook))
 
     def setup(self) -> None:
         """Name the hook points, and only them: the wrapped modules stay as they are."""
@@ -205,8 +223,13 @@ class HookedCausalLM(HookedRootModule):
 
     @property
     def config(self) -> Any:
-        """The transformers config."""
-        return self.original_model.config
+        """The transformers config, of a model that reads images or sound too that of its text model."""
+        return text_config_of(self.original_model.config)
+
+    @property
+    def all_layers_attend(self) -> bool:
+        """Whether every layer has attention: no recurrences, no convolutions."""
+        return len(self._seams) == len(self.blocks)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -309,6 +332,11 @@ class HookedCausalLM(HookedRootModule):
             if ids.ndim != 2 or not ids.numel():
                 raise InputError(f"tokens must be [batch, positions], but their shape is {tuple(ids.shape)}")
             positions, bounds = torch.arange(ids.shape[1]).unsqueeze(0), None
+        if bounds is not None and len(bounds) > 2 and not self.all_layers_attend:
+            raise InputError(
+                f"documents cannot be masked from each other in a {self.config.model_type} model: it has layers "
+                "without attention, whose state runs through all of them"
+            )
         with self._one_thread, self._precision():
             self._check(ids, positions)
             state = backbone_of(self.original_model)(
@@ -414,7 +442,7 @@ class HookedCausalLM(HookedRootModule):
 
     def unembed(self, hidden: Float[Tensor, "B T M"]) -> Float[Tensor, "B T V"]:
         """Logits of final hidden states, by the model's own head: bias, soft cap and logit scale included."""
-        state = MoeModelOutputWithPast(last_hidden_state=hidden)
+        state = FinalStates(last_hidden_state=hidden)
         with self._one_thread, self._precision(), returning(backbone_of(self.original_model), state):
             return self.original_model(inputs_embeds=hidden, use_cache=False).logits
 
@@ -517,18 +545,25 @@ def _require_float_weights(model: PreTrainedModel) -> None:
 
 
 class _Block(nn.Module):
-    def __init__(self, seam: attention.Seam, sequential: bool, attn: str) -> None:
+    def __init__(self, seam: attention.Seam | None, sequential: bool, attn: str) -> None:
         super().__init__()
+        self.shape = torch.Size()
         self.hook_resid_pre, self.hook_resid_post = HookPoint(), HookPoint()
         self.hook_attn_out, self.hook_mlp_out = HookPoint(), HookPoint()
         if sequential:
             self.hook_resid_mid = HookPoint()
+        if seam is None:
+            return
         self.attn = nn.Module()
         for name in ("hook_rot_q", "hook_rot_k", "hook_v", "hook_z"):
             self.attn.add_module(name, getattr(seam, name))
         if attn == "eager":
             self.attn.add_module("hook_attn_scores", seam.hook_attn_scores)
             self.attn.add_module("hook_pattern", seam.hook_pattern)
+
+    def keep_shape(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
+        """A hook before a layer: how many windows of how many positions it reads."""
+        self.shape = (args[0] if args else kwargs["hidden_states"]).shape[:2]
 
 
 class _FinalNorm(nn.Module):
@@ -543,24 +578,28 @@ def _on_input(hook_point: HookPoint, module: nn.Module, args: tuple, kwargs: dic
     return args, {**kwargs, "hidden_states": hook_point(kwargs["hidden_states"])}
 
 
-def _on_output(hook_point: HookPoint, module: nn.Module, args: tuple, output: Any) -> Any:
+def _on_output(hook_point: HookPoint, module: nn.Module, args: tuple, output: Any, *, scale: float = 1.0) -> Any:
     if isinstance(output, tuple):
-        return (hook_point(output[0]), *output[1:])
-    return hook_point(output)
+        return (_hooked(hook_point, output[0], scale), *output[1:])
+    return _hooked(hook_point, output, scale)
 
 
-@contextmanager
-def returning(module: nn.Module, output: Any) -> Iterator[None]:
-    """Within it, `module` returns `output` whatever it is given; so a causal LM's forward is what comes after it."""
-    before = {
-        name: value for name, value in module.__dict__.items() if name == "forward"
-    }  # accelerate's hooks sit here
-    module.__dict__["forward"] = lambda *args, **kwargs: output
-    try:
-        yield
-    finally:
-        del module.__dict__["forward"]
-        module.__dict__.update(before)
+def _hooked(hook_point: HookPoint, x: Tensor, scale: float) -> Tensor:
+    """What a hook point makes of `x`, which it sees times `scale`, as it is added to the residual stream."""
+    if scale == 1:
+        return hook_point(x)
+    if not hook_point.has_hooks():
+        return x
+    return hook_point(x * scale) / scale
+
+
+def _reshaped(block: Any, inner: Any, module: nn.Module, args: tuple, output: Any) -> Any:
+    """For a module that returns [B T, M]: what `inner` makes of its output as [B, T, M]."""
+    flat = output[0] if isinstance(output, tuple) else output
+    if flat.ndim != 2:
+        return inner(module, args, output)
+    after = inner(module, args, flat.view(*block.shape, -1)).view(flat.shape)
+    return (after, *output[1:]) if isinstance(output, tuple) else after
 
 
 def load_model(

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from rope_probe.errors import InputError
 from rope_probe.models.architectures import (
@@ -39,9 +39,23 @@ class Rows(NamedTuple):
     module: str
 
 
+def require_projections(config: PreTrainedConfig) -> None:
+    """Raises InputError for a model type whose projections to q, k and v are not known by name: measured ones."""
+    if not architecture_of(config).query_key_value:
+        raise InputError(
+            f"model type {config.model_type!r} is known by measurement alone, which does not say which rows of its "
+            "weights make which head; it can be traced, but its weights cannot be compared or transplanted by head and "
+            "pair; rope_probe.models.architectures.register names its projections"
+        )
+
+
 def query_key_value_rows(model: PreTrainedModel, layer: int) -> dict[str, Rows]:
-    """Where W_Q, W_K and W_V of a layer are: for "q", "k", "v", a weight and the rows of it, head by head."""
+    """Where W_Q, W_K and W_V of a layer are: for "q", "k", "v", a weight and the rows of it, head by head.
+
+    Raises InputError for a model type whose projections are not known by name.
+    """
     architecture, heads = architecture_of(model.config), heads_of(model.config)
+    require_projections(model.config)
     prefix = f"{_name_of_layer(model, layer)}.{architecture.attn}"
     names = [f"{prefix}.{name}" for name in architecture.query_key_value]
     weights = [module.weight for module in query_key_value_modules(model, layer)]
@@ -82,7 +96,7 @@ class Projection:
 
 
 def projections_of(model: PreTrainedModel) -> list[Projection]:
-    """W_Q, W_K, W_V and W_O of every layer."""
+    """W_Q, W_K, W_V and W_O of every layer. Raises InputError as `query_key_value_rows` does."""
     architecture, heads = architecture_of(model.config), heads_of(model.config)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     projections = []
@@ -126,6 +140,7 @@ def part_of(model: PreTrainedModel, name: str) -> tuple[Part | None, int | None]
     `name` is that of a parameter, or of a tensor in a file. Raises InputError for one that is in no part.
     """
     architecture = architecture_of(model.config)
+    require_projections(model.config)
     base = model.base_model_prefix
     module = name.rpartition(".")[0]
     if match := re.match(rf"{base}\.layers\.(\d+)\.(.+)", name):

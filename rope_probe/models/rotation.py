@@ -23,7 +23,7 @@ _UNCHANGING_BUFFER = "original_inv_freq"  # the other one follows the input in d
 _SAME = 1e-5
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Rotation(Rotary):
     """A layer's `Rotary` that knows the model it is of, and so its theta, and what another theta would make of it."""
 
@@ -45,7 +45,7 @@ class Rotation(Rotary):
             raise InputError(f"theta must be a positive finite number, but it is {theta}")
         prefix = self._prefix()
         if theta == self.theta:
-            return Rotary(self.inv_freq, self.scaling, self.layout)
+            return self._with(self.inv_freq, self.scaling)
         own_frequencies, own_scaling = self._made_with(prefix, self.theta)
         if not _close(own_frequencies, self.inv_freq) or not math.isclose(own_scaling, self.scaling, rel_tol=_SAME):
             raise InputError(
@@ -53,7 +53,10 @@ class Rotation(Rotary):
                 f"{self.theta:g}, so what another theta makes is unknown"
             )
         frequencies, scaling = self._made_with(prefix, theta)
-        return Rotary(frequencies, scaling, self.layout)
+        return self._with(frequencies, scaling)
+
+    def _with(self, frequencies: Tensor, scaling: float) -> Rotary:
+        return Rotary(frequencies, scaling, self.layout, self.start, self.backwards)
 
     def _made_with(self, prefix: str, theta: float) -> tuple[Tensor, float]:
         """Frequencies, [P] in float64, and scaling of the rotary module that this theta would make."""

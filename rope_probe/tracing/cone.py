@@ -120,7 +120,8 @@ class _Passes(ExitStack):
         super().__init__()
         self.model, self.sites, self.read, self.progress = model, sites, read, progress
         self.length, self.count = len(window), len(perturbations)
-        whole = any(point.has_hooks() for point in model.hook_dict.values())
+        hooked = any(point.has_hooks() for point in model.hook_dict.values())
+        whole = hooked or not model.all_layers_attend  # what is no attention carries its state through whole windows
         self.passes = []
         for index, perturbation in enumerate(perturbations):
             turns = perturbation.turns(model.original_model, len(window), window)
@@ -144,6 +145,8 @@ class _Passes(ExitStack):
             )
             for handle in handles:
                 self.callback(handle.remove)
+            if f"blocks.{layer}.attn.hook_rot_q" not in self.model.hook_dict:
+                continue  # a layer without attention
             hooks += [(f"blocks.{layer}.attn.hook_rot_{side}", partial(self._turn, (side, layer))) for side in "qk"]
             if any(one.cone.layer == layer for one in self.passes):
                 for projection in query_key_value_modules(self.model.original_model, layer):
@@ -230,7 +233,11 @@ class _Passes(ExitStack):
         narrow["tail"] = Tail(self.running[0].cone.segments, tuple(earlier))
         if kwargs.get("position_ids") is not None:
             narrow["position_ids"] = self._taken_at(kwargs["position_ids"])
-        narrow["position_embeddings"] = tuple(self._taken_at(x) for x in kwargs["position_embeddings"])
+        rotation = kwargs.get("position_embeddings")  # cos and sin, or complex numbers; none where the layer makes them
+        if isinstance(rotation, Tensor):
+            narrow["position_embeddings"] = self._taken_at(rotation)
+        elif rotation is not None:
+            narrow["position_embeddings"] = tuple(self._taken_at(x) for x in rotation)
         return narrow
 
     def finish(self, hidden: Float[Tensor, "1 T M"]) -> None:

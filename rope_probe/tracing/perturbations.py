@@ -24,7 +24,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rope_probe import rope
 from rope_probe.errors import InputError
 from rope_probe.models.architectures import Rotary, heads_of
 from rope_probe.models.hooked import HookedCausalLM
@@ -46,12 +45,12 @@ class Turn:
     angles: Float[Tensor, "T P"]
     scale: Float[Tensor, "T P"]
     heads: list[int] | None
-    layout: rope.Layout
+    rotary: Rotary
 
     def __call__(self, x: Float[Tensor, "B n N D"], at: slice | Int[Tensor, " n"] = WHOLE) -> Float[Tensor, "B n N D"]:
         """`x`, whose positions are those of the window `at` these indices, turned."""
         angles, scale = (table[at].unsqueeze(1).to(x.device) for table in (self.angles, self.scale))  # [n, 1, P]
-        turned = rope.rotate(x if self.heads is None else x[:, :, self.heads], angles, self.layout, scale)
+        turned = self.rotary.turn(x if self.heads is None else x[:, :, self.heads], angles, scale)
         if self.heads is None:
             return turned
         changed = x.clone()
@@ -139,7 +138,7 @@ class Perturbation(ABC):
             key = (rotary.inv_freq.numpy().tobytes(), rotary.scaling)
             if key not in tables:
                 tables[key] = self._tables(rotary, positions.double(), window)
-            return Turn(*tables[key], self._heads(side, model.config), rotary.layout)
+            return Turn(*tables[key], self._heads(side, model.config), rotary)
 
         rotating = self._rotating(model)
         return {(side, layer): turn(side, rotary) for layer, rotary in rotating.items() for side in self.side}

@@ -252,8 +252,9 @@ def is_rounding(frame: pd.DataFrame) -> pd.Series:
 
 
 def default_sites(model: HookedCausalLM) -> list[str]:
-    """Rotated q and k, attention output and residual stream of every layer, then the logits."""
-    return [f"blocks.{layer}.{site}" for layer in range(len(model.blocks)) for site in LAYER_SITES] + [LOGITS]
+    """Rotated q and k, where a layer has them, attention output and residual stream of every layer, then the logits."""
+    sites = [f"blocks.{layer}.{site}" for layer in range(len(model.blocks)) for site in LAYER_SITES]
+    return [site for site in sites if site in model.hook_dict] + [LOGITS]
 
 
 def _concatenate(blocks: list[Deltas]) -> Deltas:
