@@ -252,25 +252,38 @@ def config_of(part: Part, name: str, seed: int) -> dict:
 
 
 def stages(options: Options) -> dict[str, Stage]:
-    """Every part, of the models that are installed, on a document for each seed and one more; first figures first."""
+    """Every part, of the models that are installed, on a document for each seed and one more; first figures first.
+
+    In full the heads of every document, else of the first alone.
+    """
     planned = {}
     for name in filter(is_available, MODELS):
         for seed in range(options.seeds + 1):
-            for part in ("layers", "heads", "silence"):
-                if part == "silence" and seed == 0:
-                    continue  # its heads are chosen on another document
-                run = options.out / "pretrained" / f"{part}-{name}-{seed}"
-                chosen_on = options.out / "pretrained" / f"heads-{name}-{seed - 1}"
-                more = ("--heads", str(chosen_on)) if part == "silence" else ()
-                seconds = {"layers": 60.0, "heads": 120.0, "silence": 60.0}[part]
-                planned[f"pretrained/{run.name}"] = Stage(
-                    ("pretrained", part, name, str(seed), str(run), *more),
-                    run,
-                    partial(config_of, part, name, seed),
-                    (f"pretrained/{chosen_on.name}",) if part == "silence" else (),
-                    seconds=seconds,
-                )
+            parts: tuple[Part, ...] = ("layers", "heads") if options.full or seed == 0 else ("layers",)
+            for part in parts:
+                planned |= _stage(part, name, seed, options)
+            if seed > 0:
+                planned |= _stage("silence", name, seed, options, chosen_on=seed - 1 if options.full else 0)
     return planned
+
+
+def _stage(part: Part, name: str, seed: int, options: Options, chosen_on: int | None = None) -> dict[str, Stage]:
+    folder = options.out / "pretrained"
+    run = folder / f"{part}-{name}-{seed}"
+    command: tuple[str, ...] = ("pretrained", part, name, str(seed), str(run))
+    needs: tuple[str, ...] = ()
+    if chosen_on is not None:
+        heads = f"heads-{name}-{chosen_on}"
+        command, needs = (*command, "--heads", str(folder / heads)), (f"pretrained/{heads}",)
+    stage = Stage(
+        command,
+        run,
+        partial(config_of, part, name, seed),
+        needs,
+        seconds={"layers": 50.0, "heads": 120.0, "silence": 90.0}[part],
+        urgent=part == "layers" and seed < 2 and name == MODELS[0],
+    )
+    return {f"pretrained/{run.name}": stage}
 
 
 def report(results: Mapping[str, Tables]) -> Section:
