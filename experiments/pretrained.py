@@ -51,7 +51,7 @@ from rope_probe.runs.verdicts import Section, verdict, verdicts
 from rope_probe.seeds import derive
 from rope_probe.tracing.cone import LOGITS
 from rope_probe.tracing.heads import HEADS
-from rope_probe.tracing.propagation import DELTAS
+from rope_probe.tracing.propagation import DELTAS, trace_work
 from rope_probe.tracing.silence import Head
 from rope_probe.tracing.sweeps import sweep
 from rope_probe.windows import embedded_text
@@ -128,7 +128,8 @@ def measure(
             run.record(SILENCE, silencing(model, window, strongest(heads_from), seed), model=name, seed=seed)
         else:
             arms = _perturbations(model, part, len(window))
-            with progress(f"{part} of {name}", sum(map(len, arms.values())) * len(model.blocks)) as advance:
+            work = sum(trace_work(model, len(arms[arm]), sites=_sites(model, arm)) for arm in arms)
+            with progress(f"{part} of {name}", work) as advance:
                 for arm, perturbations in arms.items():
                     frame = trace(model, window, perturbations, sites=_sites(model, arm), progress=advance, by="window")
                     run.record(DELTAS, frame, model=name, seed=seed, arm=arm)

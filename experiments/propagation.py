@@ -33,7 +33,7 @@ from rope_probe.runs.results import Run, new_run, read_manifest
 from rope_probe.runs.tables import Tables
 from rope_probe.runs.verdicts import Kind, Section, verdict, verdicts
 from rope_probe.tracing.perturbations import Perturbation, Side
-from rope_probe.tracing.propagation import COPY, DELTAS
+from rope_probe.tracing.propagation import COPY, DELTAS, trace_work
 from rope_probe.tracing.sweeps import sweep
 
 QUESTION = "How does a perturbation of position travel to the logits, and what else explains it?"
@@ -189,7 +189,7 @@ def _traced(
     masked: bool,
     what: str,
 ) -> pd.DataFrame:
-    with progress(f"{what}, layers", 2 * len(perturbations) * len(model.blocks)) as advance:
+    with progress(f"{what}, layers", trace_work(model, len(perturbations), control=twin)) as advance:
         return trace(model, window, perturbations, masked=masked, control=twin, progress=advance)
 
 

@@ -3,10 +3,11 @@
 import dataclasses
 import os
 import re
+import shutil
 import sys
 import warnings
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -38,6 +39,8 @@ if TYPE_CHECKING:  # what takes seconds to import is imported by the commands th
 
 BAD_INPUT = 2
 _LONGEST_LINE = 560
+_QUICK_TASKS = ("passkey", "niah_single_1", "fwe")
+"""Tasks in text that end within minutes together; retrieval's default."""
 _NEEDS_LESS_MEMORY = {
     "trace": "a shorter --window, --no-control or --dtype bfloat16 needs less",
     "spans": "a shorter --window, or no --states, needs less",
@@ -164,7 +167,7 @@ def trace(
     from rope_probe.models.hooked import load_model
     from rope_probe.runs.progress import progress
     from rope_probe.runs.results import new_run
-    from rope_probe.tracing.propagation import DELTAS
+    from rope_probe.tracing.propagation import DELTAS, trace_work
     from rope_probe.tracing.propagation import trace as trace_deltas
 
     source = _Source(text, packed, random, document, document_length, tokens)
@@ -173,9 +176,9 @@ def trace(
         _tell_origin(model)
         read = _window(hooked, window, source, seed)
         arms = _perturbations(hooked, len(read), sweep, shift, side, layer, head, pair)
-        passes = sum(map(len, arms.values())) * (2 if control and hooked.dtype != torch.float64 else 1)
+        work = trace_work(hooked, sum(map(len, arms.values())), control=control)
         twin = hooked.double() if control and hooked.dtype != torch.float64 else control
-        with progress("layers of perturbed passes", passes * len(hooked.blocks)) as advance:
+        with progress("layers of perturbed passes", work) as advance:
             traced = [
                 trace_deltas(hooked, read, arm, masked=masked, control=twin, progress=advance).assign(arm=name)
                 for name, arm in arms.items()
@@ -377,16 +380,18 @@ def retrieval(
     out: Out,
     task: Annotated[
         list[_Task] | None,
-        typer.Option(help="Task [default: all in text, or key_value where the checkpoint has no tokenizer]."),
+        typer.Option(
+            help="Task [default: passkey, niah_single_1 and fwe, or key_value where the checkpoint has no tokenizer]."
+        ),
     ] = None,
-    window: Annotated[
-        int | None,
-        typer.Option(min=4, max=LONGEST_WINDOW, help="Tokens of a trial [default: 1024, or 2048 with a task in text]."),
-    ] = None,
+    window: Annotated[int, typer.Option(min=4, max=LONGEST_WINDOW, help="Tokens of a trial.")] = 1024,
     distance: Annotated[
-        list[int] | None, typer.Option(help="Distances, in tokens [default: powers of two in the window].")
+        list[int] | None,
+        typer.Option(help="Distances, in tokens [default: three in text, all powers of two for key_value]."),
     ] = None,
-    trials: Annotated[int, typer.Option(min=1, help="Trials of each task and distance.")] = 128,
+    trials: Annotated[
+        int | None, typer.Option(min=1, help="Trials of each task and distance [default: 8 in text, 128 of key_value].")
+    ] = None,
     keys: Annotated[int, typer.Option(min=2, help="Key tokens of key_value's vocabulary, from id 4 on.")] = 256,
     values: Annotated[int, typer.Option(min=1, help="Value tokens of key_value, after the keys.")] = 256,
     seed: Seed = 0,
@@ -401,6 +406,7 @@ def retrieval(
     """Probe retrieval by distance: accuracy and log-probability of the answer, with 95% intervals.
 
     key_value is for toy vocabularies; the others are text, passkey and tasks of RULER, read by the model's tokenizer.
+    Trials are kept at OUT.trials.jsonl as they are done, so the same command goes on after it was cut short.
     """
     config = _recorded(locals())
     import pandas as pd
@@ -415,25 +421,54 @@ def retrieval(
         hooked = load_model(model, **_how(attn, dtype, device, device_map, adapter))
         _tell_origin(model)
         tasks = _tasks(model, task, window, keys, values)
-        sweeps = [one.distances() for one in tasks]
+        sweeps = [one.default_distances() for one in tasks]
         if distance and all(sweep == [None] for sweep in sweeps):
             raise InputError(f"--distance says nothing to {', '.join(one.name for one in tasks)}; leave it out")
         sweeps = [distance if distance and sweep != [None] else sweep for sweep in sweeps]
+        counts = [trials or one.default_trials for one in tasks]
+        plan = list(zip(tasks, sweeps, counts, strict=True))
         hashes = {  # before anything is measured, since this is where a distance or a window that does not fit is found
-            one.name: {d: trials_hash(one, d, trials, seed=seed) for d in sweep}
-            for one, sweep in zip(tasks, sweeps, strict=True)
+            one.name: {d: trials_hash(one, d, count, seed=seed) for d in sweep} for one, sweep, count in plan
         }
-        frames = []
-        with progress("trials", trials * sum(map(len, sweeps))) as advance:
-            for one, sweep in zip(tasks, sweeps, strict=True):
-                frame = retrieval_accuracy(hooked, one, sweep, trials=trials, seed=seed, progress=advance)
+        with (
+            _kept_trials(out, run) as kept,
+            progress("trials", sum(count * len(sweep) for _, sweep, count in plan)) as advance,
+        ):
+            frames = []
+            for one, sweep, count in plan:
+                frame = retrieval_accuracy(
+                    hooked, one, sweep, trials=count, seed=seed, progress=advance, trials_file=kept
+                )
                 frames.append(run.record(RETRIEVAL, frame, model=model))
         _describe(run, hooked, model, adapter)
         for name, by_distance in hashes.items():
             for digest in by_distance.values():
                 run.provenance.add_read(name, Read(digest))
+    kept.unlink(missing_ok=True)  # only now: had the run failed at its end, its trials would still be there
     shown = pd.concat(frames)[["task", "distance", "metric", "value", "low", "high"]]
     _show(out, shown.to_string(index=False, float_format="{:.3f}".format, na_rep="-"))
+
+
+@contextmanager
+def _kept_trials(out: Path, run: "Run") -> Iterator[Path]:
+    """The file beside `out` where trials are kept as they are done; it is copied into the run at the end.
+
+    What was begun here is removed where input turns out to be bad; where the work is cut short, it stays.
+    """
+    target = out.resolve()
+    kept = target.with_name(f"{target.name}.trials.jsonl")
+    begun_before = kept.exists()
+    try:
+        yield kept
+    except InputError:
+        if not begun_before:
+            kept.unlink(missing_ok=True)
+        raise
+    except KeyboardInterrupt:
+        if kept.exists():
+            _tell(f"what is done so far is in {str(kept)!r}; the same command goes on from there")
+        raise
+    shutil.copyfile(kept, run.folder / "trials.jsonl")
 
 
 @app.command(name="distill")
@@ -618,7 +653,7 @@ def _torch_dtype(dtype: _Dtype | None) -> "torch.dtype | None":
     return None if dtype is None else getattr(torch, dtype.value)
 
 
-def _tasks(model: str, asked: list[_Task] | None, window: int | None, keys: int, values: int) -> "list[RetrievalTask]":
+def _tasks(model: str, asked: list[_Task] | None, window: int, keys: int, values: int) -> "list[RetrievalTask]":
     from rope_probe.models import checkpoints
     from rope_probe.retrieval.probe import KeyValueTask
     from rope_probe.retrieval.tasks import TextTask
@@ -626,9 +661,8 @@ def _tasks(model: str, asked: list[_Task] | None, window: int | None, keys: int,
 
     tokenizer = None if asked == [KEY_VALUE] else checkpoints.load_tokenizer(model)
     tasks: list[RetrievalTask] = []
-    default = [KEY_VALUE] if tokenizer is None else TEXT_TASKS
+    default = (KEY_VALUE,) if tokenizer is None else _QUICK_TASKS
     names = list(dict.fromkeys(map(str, asked) if asked else default))
-    window = window or (1024 if names == [KEY_VALUE] else 2048)
     for name in names:
         if name == KEY_VALUE:
             stream = KeyValueStream(window, distinct=(1, keys), keys=keys, values=values)

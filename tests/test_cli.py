@@ -1,3 +1,4 @@
+import json
 import multiprocessing
 import os
 import resource
@@ -8,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,8 +18,11 @@ from transformers import ByT5Tokenizer, GPT2Config, GPT2LMHeadModel
 import rope_probe as rope_probe_package
 from rope_probe import cli
 from rope_probe.models import checkpoints, weight_files
-from rope_probe.names import SWEEPS, TEXT_TASKS
+from rope_probe.names import SWEEPS
+from rope_probe.retrieval import probe
+from rope_probe.runs.provenance import hash_tokens
 from rope_probe.runs.results import read_run
+from rope_probe.windows.natural import text_window
 from tests import zoo
 
 
@@ -174,17 +179,76 @@ def test_retrieval_measures_text_tasks_by_the_models_own_tokenizer(reader, tmp_p
     assert all("passkey" in name or "key-value" in name for name in drawn)
 
 
-def test_the_tasks_by_default_are_all_in_text_where_there_is_a_tokenizer(reader, checkpoint, tmp_path, capsys):
-    code, _, _ = rope_probe(capsys, "retrieval", reader, "--out", tmp_path / "run", "--window", 1600, "--trials", 1,
-                            "--distance", 600)  # fmt: skip
+def test_the_tasks_by_default_are_quick_ones_in_text_where_there_is_a_tokenizer(reader, checkpoint, tmp_path, capsys):
+    code, _, _ = rope_probe(capsys, "retrieval", reader, "--out", tmp_path / "run", "--trials", 1)
     assert code == 0
-    assert tuple(read_run(tmp_path / "run")[0]["retrieval"]["task"].unique()) == TEXT_TASKS
+    frame = read_run(tmp_path / "run")[0]["retrieval"]
+    assert list(frame["task"].unique()) == ["passkey", "niah_single_1", "fwe"]
+    assert set(frame["seq_len"]) == {1024}
+    assert frame["distance"].nunique() <= 2 * 3
     assert cli._tasks(str(checkpoint), None, 32, 20, 30)[0].name == "key_value"
+
+
+QUICK_TRIALS = ("--window", "32", "--distance", "4", "--distance", "16", "--keys", "20", "--values", "30")
+
+
+def transcripts(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_a_retrieval_that_is_cut_short_goes_on_where_it_was(checkpoint, tmp_path, capsys, monkeypatch):
+    asked = (checkpoint, *QUICK_TRIALS, "--trials", "5")
+    assert rope_probe(capsys, "retrieval", *asked, "--out", tmp_path / "whole")[0] == 0
+    measured = probe._measured
+
+    def cut_short(model, task, batch):
+        if batch[0].distance == 16:
+            raise KeyboardInterrupt
+        yield from measured(model, task, batch)
+
+    monkeypatch.setattr(probe, "_measured", cut_short)
+    code, _, stderr = rope_probe(capsys, "retrieval", *asked, "--out", tmp_path / "run")
+    kept = tmp_path / "run.trials.jsonl"
+    assert code == 130
+    assert str(kept) in stderr
+    assert not (tmp_path / "run").exists()
+    assert [trial["distance"] for trial in transcripts(kept)] == [4] * 5
+
+    batches = []
+    monkeypatch.setattr(probe, "_measured", lambda *given: batches.append(given[2]) or measured(*given))
+    assert rope_probe(capsys, "retrieval", *asked, "--out", tmp_path / "run")[0] == 0
+    assert [trial.distance for batch in batches for trial in batch] == [16] * 5
+    resumed, whole = (read_run(tmp_path / run)[0]["retrieval"].drop(columns="run_id") for run in ("run", "whole"))
+    pd.testing.assert_frame_equal(resumed, whole)
+    assert not kept.exists()
+    assert transcripts(tmp_path / "run" / "trials.jsonl") == transcripts(tmp_path / "whole" / "trials.jsonl")
+
+
+def test_transcripts_of_retrieval_are_in_the_run(reader, tmp_path, capsys):
+    options = "--task passkey --window 420 --distance 150 --trials 2"
+    assert rope_probe(capsys, "retrieval", reader, "--out", tmp_path / "run", *options.split())[0] == 0
+    trials = transcripts(tmp_path / "run" / "trials.jsonl")
+    assert [trial["trial"] for trial in trials] == [0, 1]
+    assert all(trial["references"] and isinstance(trial["written"], str) for trial in trials)
+    assert not list(tmp_path.glob("*.jsonl"))
+
+
+def test_a_retrieval_that_is_refused_leaves_no_trials_but_those_that_were_there(checkpoint, tmp_path, capsys):
+    asked = (broken(checkpoint, tmp_path, "nan"), *QUICK_TRIALS, "--out", tmp_path / "run")
+    assert rope_probe(capsys, "retrieval", *asked)[0] == 2
+    assert not list(tmp_path.glob("*.jsonl"))
+    mine = tmp_path / "run.trials.jsonl"
+    mine.write_text("my notes\n")
+    code, _, stderr = rope_probe(capsys, "retrieval", checkpoint, *asked[1:])
+    assert (code, stderr.count("\n")) == (2, 1)
+    assert "line 1 is no trial" in stderr
+    assert mine.read_text() == "my notes\n"
 
 
 @pytest.mark.parametrize(("options", "named"), [
     ("--task passkey --window 90", "passkey needs a window"), ("--task passkey --distance 900", "900"),
-    ("--task vt --task cwe --distance 64", "vt, cwe"), ("--task niah", "niah"), ("--window 600", "vt needs a window"),
+    ("--task vt --task cwe --distance 64", "vt, cwe"), ("--task niah", "niah"),
+    ("--task vt --window 600", "vt needs a window"), ("--window 300", "niah_single_1 needs a window"),
 ])  # fmt: skip
 def test_bad_input_of_text_tasks_is_one_line(reader, tmp_path, capsys, options, named):
     given = ["--window", "800", "--trials", "1", *options.split()]
@@ -541,3 +605,170 @@ def test_help_loads_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
     assert all(getattr(rope_probe_package, name) is not None for name in rope_probe_package.__all__)
+
+
+# What a window is made of
+
+
+def read_by(capsys, model, out, *options):
+    """The hash of the tokens that trace read."""
+    code, _, stderr = rope_probe(capsys, "trace", model, "--out", out, *QUICK, *options)
+    assert code == 0, stderr
+    (read,) = read_run(out)[1]["read"]["window"]
+    return read["tokens_sha256"]
+
+
+def text_hash(**options):
+    window = text_window(ByT5Tokenizer(extra_ids=0), 20, document_length=10, **options)
+    return hash_tokens(window.tokens)
+
+
+WORDS = "The quick brown fox jumps over the lazy dog, and the dog does not so much as open an eye."
+
+
+def test_natural_text_is_read_by_default_where_there_is_a_tokenizer(reader, tmp_path, capsys):
+    assert read_by(capsys, reader, tmp_path / "run") == text_hash()
+    assert read_by(capsys, reader, tmp_path / "other", "--seed", "1") == text_hash(seed=1) != text_hash()
+
+
+def test_a_file_of_text_is_read_if_given(reader, tmp_path, capsys):
+    (tmp_path / "words.txt").write_text(WORDS)
+    assert read_by(capsys, reader, tmp_path / "run", "--text", tmp_path / "words.txt") == text_hash(text=WORDS)
+
+
+def test_packed_text_is_different_documents(reader, tmp_path, capsys):
+    (tmp_path / "words.txt").write_text(WORDS)
+    given = ("--text", tmp_path / "words.txt", "--packed")
+    assert read_by(capsys, reader, tmp_path / "run", *given) == text_hash(text=WORDS, packed=True)
+    assert read_by(capsys, reader, tmp_path / "embedded", "--packed") == text_hash(packed=True) != text_hash()
+
+
+def test_random_ids_are_read_if_asked_for_or_where_there_is_no_tokenizer(reader, checkpoint, tmp_path, capsys):
+    ids = torch.randint(259, (10,), generator=torch.Generator().manual_seed(0)).repeat(1, 2)
+    assert read_by(capsys, reader, tmp_path / "run", "--random") == hash_tokens(ids)
+    ids = torch.randint(64, (10,), generator=torch.Generator().manual_seed(0)).repeat(1, 2)
+    assert read_by(capsys, checkpoint, tmp_path / "bare") == hash_tokens(ids)
+    assert read_by(capsys, checkpoint, tmp_path / "asked", "--random") == hash_tokens(ids)
+
+
+def binary(tmp_path):
+    (tmp_path / "binary.dat").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(range(256)))
+    return tmp_path / "binary.dat"
+
+
+def torn_gguf(tmp_path):
+    (tmp_path / "torn.gguf").write_bytes(b"GGUF" + (3).to_bytes(4, "little") + (9).to_bytes(8, "little"))
+    return tmp_path / "torn.gguf"
+
+
+BAD_SOURCES = {
+    "binary text": (lambda r, c, t: [r, "--text", binary(t)], "is no text: byte 0 is not UTF-8"),
+    "text that is not there": (lambda r, c, t: [r, "--text", t / "absent"], "cannot read the text"),
+    "empty text": (lambda r, c, t: [r, "--text", documents(t, "")], "must have 64 tokens or more, but it has 0"),
+    "text without a tokenizer": (lambda r, c, t: [c, "--text", documents(t, WORDS)], "--random reads random token ids"),
+    "packed without a tokenizer": (lambda r, c, t: [c, "--packed"], "text needs a tokenizer"),
+    "text and random ids": (lambda r, c, t: [r, "--text", documents(t, WORDS), "--random"], "--text and --random both"),
+    "text and tokens": (
+        lambda r, c, t: [r, "--text", documents(t, WORDS), "--tokens", documents(t, "5")],
+        "--text and --tokens both",
+    ),
+    "packed random ids": (lambda r, c, t: [r, "--random", "--packed"], "--packed packs text, but --random is no text"),
+    "torn .gguf": (lambda r, c, t: [torn_gguf(t)], "torn.gguf' is truncated or corrupt"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_SOURCES)
+def test_bad_sources_are_one_line_exit_code_2_and_nothing_written(case, reader, checkpoint, tmp_path, capsys):
+    arguments, named = BAD_SOURCES[case]
+    given = arguments(reader, checkpoint, tmp_path)
+    is_refused(capsys, tmp_path, "trace", given, named)
+    is_refused(capsys, tmp_path, "heads", given, named)
+
+
+# Sweeps, and what is printed of them
+
+
+def test_a_sweep_is_narrowed_to_the_layers_and_heads_named(checkpoint, tmp_path, capsys):
+    options = "--sweep head --layer 1 --window 20 --document-length 10 --no-control"
+    assert rope_probe(capsys, "trace", checkpoint, "--out", tmp_path / "run", *options.split())[0] == 0
+    frame = read_run(tmp_path / "run")[0]["deltas"]
+    assert set(frame["inject_layer"]) == {1}
+    assert frame.groupby("side")["head"].nunique().to_dict() == {"k": 2, "q": 4}
+
+
+def test_what_was_found_is_printed_without_the_control_too(checkpoint, tmp_path, capsys):
+    code, stdout, _ = rope_probe(capsys, "trace", checkpoint, "--out", tmp_path / "run", *QUICK)
+    assert code == 0
+    lines = stdout.splitlines()
+    assert lines[0] == "dose: KL of the logits, nats, mean over documents"
+    assert lines[1].split() == ["perturbation", "KL"]
+    deltas = read_run(tmp_path / "run")[0]["deltas"].query("metric == 'kl_nats'")
+    printed = [float(line.split()[-1]) for line in lines[2:-1]]
+    assert printed == pytest.approx(deltas.groupby("side", sort=False)["value"].mean().tolist(), rel=1e-2)
+
+
+def test_a_deep_model_is_told_in_a_page(tmp_path, capsys):
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
+    zoo.llama(num_hidden_layers=30, **sizes).save_pretrained(tmp_path / "deep")
+    code, stdout, _ = rope_probe(capsys, "trace", tmp_path / "deep", "--out", tmp_path / "run", "--window", "16",
+                                 "--document-length", "8", "--no-control")  # fmt: skip
+    assert code == 0
+    assert len(read_run(tmp_path / "run")[0]["deltas"]["inject_layer"].dropna().unique()) == 30
+    assert len(stdout.splitlines()) <= 60
+    assert "the 10 largest of 60 on each side" in stdout
+
+
+# Heads
+
+
+def test_heads_writes_what_each_head_does_and_prints_the_largest(reader, tmp_path, capsys):
+    code, stdout, _ = rope_probe(capsys, "heads", reader, "--out", tmp_path / "run", "--window", "40",
+                                 "--document-length", "20")  # fmt: skip
+    assert code == 0
+    assert stdout.splitlines()[-1] == str(tmp_path / "run")
+    assert "previous_token, share of attention to" in stdout
+    tables, manifest = read_run(tmp_path / "run")
+    assert set(tables) == {"heads"}
+    assert set(zip(tables["heads"]["layer"], tables["heads"]["head"], strict=True)) == {
+        (layer, head) for layer in (0, 1) for head in range(4)
+    }
+    assert {"previous_token", "induction", "entropy", "sink"} <= set(tables["heads"]["metric"])
+    assert "retrieval_head" not in set(tables["heads"]["metric"])
+    assert manifest["models"][str(reader)]["attention_kernel"] == "sdpa"
+    assert len(manifest["read"]["window"]) == 1
+
+
+def test_heads_of_one_layer_and_their_pairs_if_asked(checkpoint, tmp_path, capsys):
+    code, _, _ = rope_probe(capsys, "heads", checkpoint, "--out", tmp_path / "run", "--window", "40",
+                            "--document-length", "20", "--layer", "1", "--pairs")  # fmt: skip
+    assert code == 0
+    tables = read_run(tmp_path / "run")[0]
+    assert set(tables) == {"heads", "head_pairs"}
+    assert set(tables["heads"]["layer"]) == {1}
+    assert set(tables["head_pairs"]["layer"]) == {1}
+    assert set(tables["head_pairs"]["pair"].dropna()) == set(range(4))
+
+
+def test_heads_score_retrieval_heads_on_trials(reader, tmp_path, capsys):
+    code, _, _ = rope_probe(capsys, "heads", reader, "--out", tmp_path / "run", "--window", "420",
+                                 "--document-length", "42", "--trials", "2")  # fmt: skip
+    assert code == 0
+    copied = read_run(tmp_path / "run")[0]["heads"].query("metric == 'retrieval_head'")
+    assert len(copied) == 2 * 4
+    assert set(copied["trials"]) == {2}
+    assert set(copied["distance"]) == {210}
+    assert copied["value"].between(0, 1).all()
+
+
+@pytest.mark.parametrize(("options", "named"), [
+    ("--distance 16", "--distance is that of --trials"), ("--trials -1", "--trials"), ("--layer 2", "layers are 0..1"),
+    ("--window 41", "whole documents of 20 tokens"), ("--trials 2", "passkey needs a window"),
+    ("--document 5,6", "--document"),
+])  # fmt: skip
+def test_bad_input_to_heads_is_one_line(reader, tmp_path, capsys, options, named):
+    given = [reader, "--window", "40", "--document-length", "20", *options.split()]
+    is_refused(capsys, tmp_path, "heads", given, named)
+
+
+def test_trials_of_heads_need_a_tokenizer(checkpoint, tmp_path, capsys):
+    is_refused(capsys, tmp_path, "heads", [checkpoint, "--trials", "2"], "has no tokenizer")

@@ -2,8 +2,10 @@ import pytest
 import torch
 
 from rope_probe import DocumentOffset, PositionShift, ThetaSwap, load_model, pack, trace
+from rope_probe.runs import progress as progress_module
 from rope_probe.tracing import cone
 from rope_probe.tracing.cone import Cone, cone_of
+from rope_probe.tracing.propagation import trace_work
 from tests import zoo
 
 WINDOW = pack([zoo.tokens(1, n, seed=n)[0] for n in (10, 13, 7)], 30)
@@ -73,7 +75,38 @@ def test_no_hook_is_left_behind_even_after_an_error():
     assert all(len(m._forward_hooks) == 1 for m in model.original_model.model.layers)
 
 
-def test_progress_counts_the_layers_of_every_pass():
+def test_progress_sums_to_the_work_of_layers_and_logits_in_every_pass():
     model, told = load_model(zoo.llama()), []
-    trace(model, WINDOW, [PositionShift("q", float(n)) for n in range(5)], rows=2, control=True, progress=told.append)
-    assert sum(told) == 2 * 5 * 2
+    shifts = [PositionShift("q", float(n)) for n in range(5)]  # the first is no shift, and still counts
+    trace(model, WINDOW, shifts, rows=2, control=True, progress=told.append)
+    assert sum(told) == trace_work(model, 5, control=True)
+    told.clear()
+    trace(model, WINDOW, shifts, sites=["blocks.1.hook_resid_post"], progress=told.append)
+    assert sum(told) == trace_work(model, 5, sites=["blocks.1.hook_resid_post"]) == 5 * 2
+
+
+def test_progress_goes_on_while_logits_are_made(monkeypatch):
+    """A head of many weights is many layers of work, told block by block."""
+    monkeypatch.setattr(cone, "LOGIT_TOKENS", 10)
+    monkeypatch.setattr(cone, "LOGIT_ELEMENTS", {"cpu": 1, "cuda": 1})
+    model, told = load_model(zoo.llama(vocab_size=5000)), []
+    trace(model, WINDOW, PositionShift("q", 1.0), progress=told.append)
+    weights_of_layer = sum(p.numel() for p in model.original_model.model.layers[0].parameters())
+    head = round(5000 * 32 / weights_of_layer)
+    assert told[:2] == [1, 1]
+    assert sum(told[2:]) == head
+    assert len(told[2:]) == len(WINDOW) // 5  # blocks of 10 tokens, half of them the clean pass's
+
+
+def test_nothing_to_run_is_all_done():
+    model, told = load_model(zoo.llama()), []
+    trace(model, WINDOW, PositionShift("q", 0.0), progress=told.append)
+    assert sum(told) == trace_work(model, 1)
+
+
+def test_trace_shows_a_bar_of_its_own_if_asked(monkeypatch, capsys):
+    monkeypatch.setattr(progress_module, "_PLAIN_SHORTEST_S", 0.0)
+    model = load_model(zoo.llama())
+    trace(model, WINDOW, PositionShift("q", 1.0), progress=True)
+    work = trace_work(model, 1)
+    assert f"layers of perturbed passes: {work}/{work}" in capsys.readouterr().err

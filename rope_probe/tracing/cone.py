@@ -85,8 +85,8 @@ def run_beside(
 
     `which` are indices into `perturbations`, one per row of `perturbed`; `at` are positions as indices into the window;
     the activations are those of `site` there, alive only while it reads them. What it is not told of is the same in
-    both passes. Logits come in blocks of positions. `progress` is called after each layer, with the number of
-    perturbations.
+    both passes. Logits come in blocks of positions. `progress` is called with the work just done, in layers:
+    `work_of_one` for each perturbation in all, so the blocks of logits count as it says.
 
     Hooks of the user's own hold in every pass; they see whole windows, so cones then have all positions. A layer whose
     weights are offloaded is loaded once for all passes.
@@ -94,6 +94,16 @@ def run_beside(
     with torch.no_grad(), _Passes(model, window, perturbations, sites, read, masked, progress) as passes:
         hidden = model.hidden(window, masked=masked)
         passes.finish(hidden)
+
+
+def work_of_one(model: HookedCausalLM, sites: Sequence[str]) -> int:
+    """How much work a perturbed pass is, in layers: its own, and for logits as many as their head has weights of."""
+    layers = layers_of(model.original_model)
+    if LOGITS not in sites:
+        return len(layers)
+    of_layers = sum(parameter.numel() for layer in layers for parameter in layer.parameters())
+    of_head = output_projection_of(model.original_model).weight.numel()
+    return len(layers) + max(1, round(of_head * len(layers) / of_layers))
 
 
 @dataclass
@@ -207,8 +217,7 @@ class _Passes(ExitStack):
         self.clean.clear()
         self.projected.clear()
         self.weights.close()
-        if self.progress is not None:
-            self.progress(self.count)
+        self._tell(self.count)
 
     def _taken_at(self, x: Float[Tensor, "1 T *shape"]) -> Float[Tensor, "1 n *shape"]:
         """A tensor of the clean pass at the positions of the running ones."""
@@ -259,6 +268,9 @@ class _Passes(ExitStack):
 
     def _read_logits(self, hidden: Float[Tensor, "1 T M"]) -> None:
         groups = list(self._groups(len(self.model.blocks), LOGIT_ROWS * self.length))
+        work = self.count * (work_of_one(self.model, self.sites) - len(self.model.blocks))
+        all_logits = sum(len(one.cone.at) for one in self.passes)
+        done = told = 0
         size = logit_block(self.model, 1 + max(map(len, groups), default=0))
         for start in range(0, self.length, size):
             end = min(start + size, self.length)
@@ -272,6 +284,15 @@ class _Passes(ExitStack):
                 logits = self.model.unembed(_stacked([one.state[low:high] for one in group]))
                 mine = clean if high - low == end - start else clean[(at[low:high] - start).to(clean.device)]
                 self.read([one.index for one in group], LOGITS, at[low:high], mine, logits)
+                done += len(group) * (high - low)
+                share = work * done // all_logits
+                self._tell(share - told)
+                told = share
+        self._tell(work - told)
+
+    def _tell(self, work: int) -> None:
+        if self.progress is not None and work:
+            self.progress(work)
 
 
 def logit_block(model: HookedCausalLM, rows: int = 1) -> int:

@@ -20,8 +20,9 @@ from rope_probe import rope
 from rope_probe.errors import InputError
 from rope_probe.models.hooked import HookedCausalLM
 from rope_probe.models.offloaded import is_offloaded
+from rope_probe.runs.progress import progress as progress_bar
 from rope_probe.runs.tables import Metric, declare
-from rope_probe.tracing.cone import LOGITS, logit_block, run_beside
+from rope_probe.tracing.cone import LOGITS, logit_block, run_beside, work_of_one
 from rope_probe.tracing.deltas import LOGIT_METRICS, VECTOR_METRICS, Deltas, logit_deltas, vector_deltas
 from rope_probe.tracing.perturbations import Perturbation, Selection
 from rope_probe.windows.packing import Window
@@ -64,7 +65,7 @@ def trace(
     control: bool | HookedCausalLM | None = None,
     by: By = "document",
     rows: int | None = None,
-    progress: Callable[[int], Any] | None = None,
+    progress: Callable[[int], Any] | bool = False,
 ) -> pd.DataFrame:
     """Deltas (perturbed minus clean) at every site, for every perturbation; a tidy frame.
 
@@ -74,8 +75,9 @@ def trace(
     each document, or the whole window. `control` measures everything again in float64 beside it; by default where
     `masked`, the setting in which much of what is seen is rounding. It needs a float64 copy of the model in memory:
     give `model.double()` itself where several traces share one.
-    `rows` perturbations share one clean pass (default: as many as half a gigabyte of float32 states holds). `progress`
-    is called with the layers just done, `len(model.blocks)` per perturbation, and as many again for the control.
+    `rows` perturbations share one clean pass (default: as many as half a gigabyte of float32 states holds). With
+    `progress` a bar on stderr shows how far it is; a function is called with the work just done instead, in layers,
+    which sums to `trace_work`.
 
     Equals two plain forward passes to rounding, at the cost of each perturbation's causal cone (see `cone`). Raises
     InputError for an unknown site, a perturbation that does not fit the model (see `Perturbation.hooks`), and
@@ -86,6 +88,20 @@ def trace(
     sites = _known(model, default_sites(model) if sites is None else sites)
     if by not in get_args(By):
         raise InputError(f"by must be 'position', 'document' or 'window', but it is {by!r}")
+    if progress is True:
+        work = trace_work(model, len(perturbations), sites=sites, masked=masked, control=control)
+        with progress_bar("layers of perturbed passes", work) as advance:
+            return trace(
+                model,
+                window,
+                perturbations,
+                sites=sites,
+                masked=masked,
+                control=control,
+                by=by,
+                rows=rows,
+                progress=advance,
+            )
     if rows is None:
         rows = max(1, _STATE_ELEMENTS // (len(window) * model.config.hidden_size))
         if is_offloaded(model.original_model):  # its weights are read once for each group of perturbations
@@ -95,7 +111,7 @@ def trace(
         group = perturbations[first : first + rows]
         add = partial(means.add, first)
         with model.measuring():
-            run_beside(model, window, group, sites, add, masked=masked, progress=progress)
+            run_beside(model, window, group, sites, add, masked=masked, progress=progress or None)
     frame = means.frame([_columns(perturbation, model) for perturbation in perturbations]).assign(masked=masked)
     frame = DELTAS.frame(frame)
     if control is None:
@@ -109,6 +125,23 @@ def trace(
             )
             frame["value_float64"] = checked["value"]
     return frame
+
+
+def trace_work(
+    model: HookedCausalLM,
+    perturbations: int,
+    *,
+    sites: Sequence[str] | None = None,
+    masked: bool = False,
+    control: bool | HookedCausalLM | None = None,
+) -> int:
+    """The work of a `trace` with these arguments, in layers, as its `progress` counts it.
+
+    A perturbation is as many layers as the model has, and where logits are read the head counts as so many more as it
+    has weights of. The float64 control is as much again.
+    """
+    passes = 2 if (masked if control is None else control) and model.dtype != torch.float64 else 1
+    return perturbations * passes * work_of_one(model, default_sites(model) if sites is None else sites)
 
 
 class _Means:
