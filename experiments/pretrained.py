@@ -9,8 +9,8 @@ a text. A *seed* here is a document of its own.
 - `heads`: a shift of q by 16 tokens in one head alone, and each pair turned by 1 radian.
 - `silence`: the heads with the largest effect, chosen on another document, are silenced, and random heads of the same
   layers; what is left of the effect of a shift, of the gain of later copies over the first, and of passkey retrieval.
-- `kinds`, where there are local and global layers: passkeys beyond the local window, with layers of either kind shifted,
-  without position, or silenced.
+- `kinds`, where there are local and global layers: passkeys beyond the local window, with layers of either kind
+  shifted, without position, or silenced.
 
     python -m experiments.pretrained layers smollm2-135m 0 runs/pretrained/layers-smollm2-135m-0
 """

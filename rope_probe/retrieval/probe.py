@@ -345,9 +345,9 @@ def forced_answers(
 ) -> pd.DataFrame:
     """A row for each trial: whether every token of the answer is the most likely one, given those before it.
 
-    Columns: `trial`, `hit` (0 or 1) and `answer_logprob_nats`. One pass over each trial and nothing is written, so it is
-    the quick measurement where hooks are attached. Raises InputError for a distance that does not fit the window, and
-    for logits that are not finite.
+    Columns: `trial`, `hit` (0 or 1) and `answer_logprob_nats`. One pass over each trial and nothing is written, so it
+    is the quick measurement where hooks are attached. Raises InputError for a distance that does not fit the window,
+    and for logits that are not finite.
     """
     rows = []
     for number, trial in enumerate(task.draw(distance, trials, seed=seed)):
