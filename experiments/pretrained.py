@@ -52,7 +52,7 @@ from rope_probe.retrieval.probe import forced_answers, student_interval
 from rope_probe.runs.progress import progress
 from rope_probe.runs.results import new_run, read_tables
 from rope_probe.runs.tables import Column, Metric, Tables, declare
-from rope_probe.runs.verdicts import Section, verdict, verdicts
+from rope_probe.runs.verdicts import Section, beside, verdict, verdicts
 from rope_probe.seeds import derive
 from rope_probe.tracing.cone import LOGITS
 from rope_probe.tracing.heads import HEADS
@@ -352,12 +352,8 @@ def report(results: Mapping[str, Tables]) -> Section:
     mine = results["pretrained"]
     deltas, silence = mine["deltas"], mine["silence"]
     logits = deltas[(deltas["site"] == LOGITS) & (deltas["metric"] == "kl_nats")]
-    heads = logits[logits["arm"] == "head"].groupby(["model", "inject_layer", "head"])["value"].mean()
     tables = {
-        "logit KL of a shift by 16 tokens in one head, nats, the eight largest": heads.groupby("model")
-        .nlargest(8)
-        .droplevel(0)
-        .to_frame("nats"),
+        "the heads whose shift by 16 tokens costs most, and what they attend to": _carriers(logits, mine["heads"]),
         "logit KL by tokens shifted, nats": logits[logits["arm"] == "dose"].pivot_table(
             index=["model", "side"], columns="delta_tokens", values="value"
         ),
@@ -368,7 +364,18 @@ def report(results: Mapping[str, Tables]) -> Section:
             index=["model", "silenced"], columns="metric", values="value"
         ),
     }
-    return Section(judged(mine), tables)
+    return Section(judged(mine), {title: table for title, table in tables.items() if len(table)})
+
+
+def _carriers(logits: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
+    """The heads of the largest effect, means over documents, with their share of it and their scores."""
+    rows = logits[logits["arm"] == "head"]
+    rows = rows.assign(layer=rows["inject_layer"])
+    effects = rows.groupby(["model", "layer", "head"])["value"].mean()
+    most = effects.groupby("model", group_keys=False).nlargest(8).to_frame("nats")
+    most["share"] = most["nats"] / effects.groupby("model").sum()
+    attends = scores.pivot_table(index=["model", "layer", "head"], columns="metric", values="value")
+    return most.join(attends.reindex(columns=["previous_token", "induction", "duplicate_token", "sink"]))
 
 
 def judged(mine: Tables) -> pd.DataFrame:
@@ -393,21 +400,31 @@ def judged(mine: Tables) -> pd.DataFrame:
         carriers = [layer for layer, _ in CARRIERS]
         ratio = by_layer[carriers].min(axis=1) / by_layer.drop(columns=carriers).max(axis=1)
         judge(1, "KL of layer 16 or 19, the smaller, over the largest of the others, above 1", ratio, low=1.0)
-    shares, correlations = [], []
-    scores = mine["heads"].query("model == @MODELS[0] and metric == 'previous_token'")
+    shares: list[float] = []
+    correlations: dict[str, list[float]] = {"previous_token": [], "induction": []}
+    of_heads = mine["heads"].query("model == @MODELS[0]")
+    scores = of_heads[of_heads["metric"] == "previous_token"]
     for seed, rows_of_seed in smollm[smollm["arm"] == "head"].groupby("seed"):
         effects = head_effects(rows_of_seed)
         shares.append(effects[[(layer, head) for layer, head in CARRIERS]].sum() / effects.sum())
-        look_back = scores[scores["seed"] == seed].set_index(["layer", "head"])["value"]
-        if len(look_back):
-            correlations.append(stats.spearmanr(effects, look_back.reindex(effects.index)).statistic)
+        for metric, found in correlations.items():
+            of_metric = of_heads[(of_heads["seed"] == seed) & (of_heads["metric"] == metric)]
+            if len(of_metric):
+                attends = of_metric.set_index(["layer", "head"])["value"].reindex(effects.index)
+                found.append(stats.spearmanr(effects, attends).statistic)
     judge(2, "share of the two heads in the summed effect of single heads, .5 or more", shares, low=0.5)
     by_head = scores.groupby(["layer", "head", "seed"])["value"].mean()
     for layer, head in CARRIERS if len(by_head) else ():
         judge(
             3, f"attention of head {head} of layer {layer} to the token before, .5 or more", by_head[layer, head], 0.5
         )
-    judge(4, "rank correlation of effect and attention to the token before, above .3", correlations, low=0.3)
+    judge(
+        4, "rank correlation of effect and attention to the token before, above .3", correlations["previous_token"], 0.3
+    )
+    if of_induction := correlations["induction"]:
+        claim = "rank correlation of effect and induction, to compare with"
+        low, high = student_interval(pd.Series(of_induction))
+        rows.append(beside(claim, float(np.mean(of_induction)), n=len(of_induction), low=low, high=high))
     left = mine["silence"].query("model == @MODELS[0]").groupby(["metric", "silenced", "seed"])["value"].mean()
     if len(left):
         gain = left["copy_gain_nats"]
