@@ -53,7 +53,7 @@ class Stage:
     """A script and its arguments, the run directory it makes, the config it makes it with, and the stages it needs.
 
     The script is a module of this folder by name, or the path of a file elsewhere. `seconds` is about what it takes,
-    of which the order and the remaining time are made. What is `urgent` goes before everything else, and is shown first.
+    of which the order and the remaining time are made. What is `urgent` goes first, and is shown before the rest runs.
     """
 
     command: tuple[str, ...]

@@ -470,7 +470,7 @@ def test_the_head_map_shows_the_numbers_of_the_frame():
 
 
 def test_layers_without_attention_have_no_heads_to_score_or_silence():
-    model = load_model(every_type.tiny_model("lfm2"))
+    model = load_model(every_type.tiny_model("lfm2_moe"))
     window = pack([list(range(4, 20))], 16)
     attending = model.attending_layers
     assert 0 < len(attending) < len(model.blocks)
