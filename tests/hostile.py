@@ -69,6 +69,7 @@ PLAIN: dict[str, dict[str, Any]] = {
     "trace": {"--window": "16", "--document-length": "8", "--shift": "1", "--side": "q", "--no-control": None},
     "spans": {"--short": "8", "--long": "16"},
     "retrieval": {"--window": "16", "--trials": "2", "--keys": "10", "--values": "10"},
+    "heads": {"--window": "16", "--document-length": "8"},
     "distill": {},
     "report": {},
 }
@@ -78,6 +79,7 @@ POSITIONAL = {
     "trace": ("model",),
     "spans": ("model", "after"),
     "retrieval": ("model",),
+    "heads": ("model",),
     "distill": ("config.toml",),
     "report": ("found",),
 }
@@ -85,6 +87,7 @@ NEEDS = {
     "trace": ("model",),
     "spans": ("model", "after"),
     "retrieval": ("model",),
+    "heads": ("model",),
     "distill": ("model", "config.toml"),
     "report": ("found",),
 }
@@ -354,6 +357,33 @@ def file_words(rng: random.Random) -> Iterator[tuple[str, Expect]]:
     yield from shuffled_forever(rng, [(word, MUST_REFUSE) for word in [*never, "-", "loop", "\x1b[31m"]])
 
 
+def text_words(rng: random.Random) -> Iterator[tuple[str, Expect]]:
+    """Values for --text, of a model with a tokenizer or without."""
+    never = ["", ".", "..", "absent.txt", "model", "x" * 300, "/dev/null", "a\nb", "\udcff", "~", SHARD, "loop"]
+    yield from shuffled_forever(rng, [(word, MUST_REFUSE) for word in [*never, "-", "model/config.json/", "\x1b[31m"]])
+
+
+def count_words(rng: random.Random) -> Iterator[tuple[str, Expect]]:
+    """Values for an option that takes a whole number of 0 or more, of what the plain model cannot do."""
+    never = [
+        "-1",
+        "1",
+        "1e300",
+        "nan",
+        "inf",
+        "1.5",
+        "",
+        " ",
+        "q",
+        "--window",
+        "x" * 3000,
+        "\udcff",
+        str(HUGE),
+        "9" * 40,
+    ]
+    yield from shuffled_forever(rng, [(word, MUST_REFUSE) for word in never] + [("-0", ANY), ("\u0660", ANY)])
+
+
 def device_words(rng: random.Random) -> Iterator[tuple[str, Expect]]:
     never = ["", "gpu", "cuda:99", "meta", "hpu", "cpu:x", "x" * 3000, "\udcff", "xla", "cpu;rm", "mps", "vulkan"]
     yield from shuffled_forever(rng, [(word, MUST_REFUSE) for word in never] + [("cpu:0", ANY), ("cpu:7", ANY)])
@@ -375,6 +405,8 @@ WORDS = {
     "choice": choice_words,
     "ids": ids_words,
     "file": file_words,
+    "text": text_words,
+    "count": count_words,
     "device": device_words,
     "seed": seed_words,
 }
@@ -385,6 +417,7 @@ OPTIONS: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {
         "--document": ("ids", ("5", "5,6", "1,2,3,4")),
         "--document-length": ("int", ("1", "4", "8", "16")),
         "--tokens": ("file", ("docs.txt",)),
+        "--text": ("text", ("words.txt",)),
         "--sweep": ("choice", ("dose", "layer", "head", "pair", "pair-tokens", "jitter", "theta")),
         "--shift": ("float", ("0", "0.25", "-3", "16", "100000")),
         "--side": ("choice", ("q", "k", "qk")),
@@ -402,6 +435,7 @@ OPTIONS: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {
         "--window": ("int", ("8", "16")),
         "--document-length": ("int", ("1", "8")),
         "--tokens": ("file", ("docs.txt",)),
+        "--text": ("text", ("words.txt",)),
         "--seed": ("seed", ("0", str(HUGE - 1))),
         "--device": ("device", ("cpu",)),
         "--dtype": ("choice", ("float64", "float32", "bfloat16")),
@@ -425,20 +459,36 @@ OPTIONS: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {
         "--dtype": ("choice", ("float32", "bfloat16")),
         "--attn": ("choice", ("sdpa", "eager")),
     },
+    "heads": {
+        "--window": ("int", ("8", "16", "32")),
+        "--document-length": ("int", ("1", "4", "8")),
+        "--tokens": ("file", ("docs.txt",)),
+        "--text": ("text", ("words.txt",)),
+        "--layer": ("index", ("0", "1")),
+        "--trials": ("count", ("0",)),
+        "--distance": ("int", ("8",)),
+        "--seed": ("seed", ("0", str(HUGE - 1))),
+        "--device": ("device", ("cpu",)),
+        "--dtype": ("choice", ("float64", "float32", "bfloat16", "float16")),
+        "--attn": ("choice", ("sdpa", "eager")),
+    },
 }
 FLAGS = {
-    "trace": ("--masked", "--control", "--no-control", "--unmasked"),
-    "spans": ("--masked", "--unmasked"),
+    "trace": ("--masked", "--control", "--no-control", "--unmasked", "--packed", "--random"),
+    "spans": ("--masked", "--unmasked", "--packed", "--random"),
     "retrieval": (),
     "distill": (),
+    "heads": ("--masked", "--pairs", "--unmasked", "--packed", "--random"),
 }
 REPEATED = ("--sweep", "--shift", "--side", "--layer", "--head", "--pair", "--task", "--distance")
+PROSE = "The quick brown fox jumps over the lazy dog, and the dog does not so much as open an eye. " * 3
+TEXT_FILE = put("words.txt", PROSE)
 DOCS = put("docs.txt", "5 6 7 8\n\n9 10 11 12 13\n14 15\n")
 
 
 def odd_options(rng: random.Random) -> Iterator[Case]:
     """One option with a value that it cannot take, or with one at its edge."""
-    each = {"trace": 5, "spans": 4, "retrieval": 5, "distill": 4}
+    each = {"trace": 5, "spans": 4, "retrieval": 5, "distill": 4, "heads": 5}
     for command, options in OPTIONS.items():
         for option, (kind, _) in options.items():
             clash = {"--shift": None, "--side": None} if option == "--sweep" else {}
@@ -449,12 +499,12 @@ def odd_options(rng: random.Random) -> Iterator[Case]:
                     told = f"{option} {word[:30]!a} ({len(word)} characters)"
                 else:
                     told = f"{option} {word!r}"
-                yield case(command, expectation, told, DOCS, loop("loop"), options={**clash, option: word})
+                yield case(command, expectation, told, DOCS, TEXT_FILE, loop("loop"), options={**clash, option: word})
 
 
 def mixed_options(rng: random.Random) -> Iterator[Case]:
     """Several options at once, each right by itself; of those that can be repeated, one or two."""
-    for command, count in (("trace", 36), ("spans", 10), ("retrieval", 24)):
+    for command, count in (("trace", 36), ("spans", 10), ("retrieval", 24), ("heads", 16)):
         options = OPTIONS[command]
         for _ in range(count):
             given: dict[str, Any] = {}
@@ -470,7 +520,7 @@ def mixed_options(rng: random.Random) -> Iterator[Case]:
             if command == "spans":
                 given.pop("--short", None)
             told = " ".join(f"{key} {' '.join(map(str, value))}".strip() for key, value in given.items())
-            yield case(command, ANY, told, DOCS, options={**base, **given})
+            yield case(command, ANY, told, DOCS, TEXT_FILE, options={**base, **given})
 
 
 def command_lines(rng: random.Random) -> Iterator[Case]:
@@ -499,7 +549,9 @@ def command_lines(rng: random.Random) -> Iterator[Case]:
     yield refused("trace", "an option of spans", extra=["--states"])
     yield refused("trace", "an option of retrieval", extra=["--trials", "2"])
     yield refused("trace", "--sweep and --shift", options=on(sweep="pair"))
-    yield refused("trace", "--sweep and --layer", options=on(shift=None, sweep="pair", layer="0"))
+    yield case("trace", ANY, "--sweep and --layer", options=on(shift=None, sweep="pair", layer="0"))
+    yield refused("trace", "--sweep and --pair", options=on(shift=None, sweep="layer", pair="0"))
+    yield refused("trace", "--sweep and a --layer that is not there", options=on(shift=None, sweep="head", layer="2"))
     yield refused("trace", "--tokens and --document", options=on(tokens="docs.txt", document="5"))
     yield refused("trace", "a window shorter than its document", options=on(window="4"))
     yield refused("trace", "a window of broken documents", options=on(window="20"))
@@ -549,6 +601,9 @@ def command_lines(rng: random.Random) -> Iterator[Case]:
         on(attn="eager"),
         on(document_length="8"),
         on(device="cuda"),
+        on(text="docs.txt"),
+        on(packed=True),
+        on(random=True),
     ):
         yield refused("spans", f"{next(iter(given))} without --states", options=given)
     yield refused("spans", "a window of broken documents", options=on(states=True, window="20", document_length="8"))
@@ -576,6 +631,139 @@ def command_lines(rng: random.Random) -> Iterator[Case]:
     yield case("retrieval", ANY, "keys and window of all defaults", options=on(keys=None, values=None))
     for task in ("passkey", "niah_single_1", "vt", "fwe"):
         yield refused("retrieval", f"--task {task} without a tokenizer", options=on(task=task))
+
+    for words in ([], ["--out", "run"], ["model"], ["model", "after", "--out", "run"]):
+        yield replace(refused("heads", f"arguments {words}"), arguments=tuple(words))
+    yield refused("heads", "--distance without --trials", options=on(distance="8"), says="--trials")
+    yield refused("heads", "--trials without a tokenizer", options=on(trials="2"), says="tokenizer")
+    yield refused("heads", "a window of broken documents", options=on(window="20"))
+    yield refused("heads", "--head, which heads has not", options=on(head="0"))
+    yield refused("heads", "--layer good and then bad", options=on(layer=("0", "9")))
+    yield case("heads", ANY, "--layer 0 twice", options=on(layer=("0", "0")))
+    yield case("heads", ANY, "one token, with pairs", options=on(window="1", document_length="1", pairs=True))
+    yield case("heads", ANY, "every document one token, masked", options=on(document_length="1", masked=True))
+    yield case("heads", ANY, "a window beyond max_position_embeddings", options=on(window="256"))
+    yield case("heads", SAME, "--window twice, the last one plain", extra=["--window", "16"], options=on(window="32"))
+
+
+def sources(rng: random.Random) -> Iterator[Case]:
+    """What a window is made of: text, random ids, documents; none, one or two of them, with a tokenizer or without."""
+    given = {"--text": "words.txt", "--tokens": "docs.txt", "--random": [], "--packed": [], "--document": "5,6"}
+    for command in ("trace", "heads", "spans"):
+        base = STATES_ON if command == "spans" else {}
+        words = {name: value for name, value in given.items() if command == "trace" or name != "--document"}
+        models = {
+            "with a tokenizer": ["reader"] if command != "spans" else ["reader", "reader"],
+            "without a tokenizer": list(POSITIONAL[command]),
+        }
+        for told, positional in models.items():
+            for size in (1, 2, 3):
+                for _ in range(3):
+                    names = rng.sample(sorted(words), size)
+                    options = {**base, **{name: words[name] for name in names}}
+                    if "--tokens" in names:
+                        options |= {"--window": None, "--document-length": None}
+                    two = len({"--text", "--tokens", "--random", "--document"} & set(names)) > 1
+                    expectation = MUST_REFUSE if two else ANY
+                    yield case(
+                        command,
+                        expectation,
+                        f"{' and '.join(names)}, {told}",
+                        DOCS,
+                        TEXT_FILE,
+                        options=options,
+                        positional=positional,
+                        needs=["reader"],
+                    )
+
+
+def odd_texts(rng: random.Random) -> Iterator[Case]:
+    """Files for --text, read by a model with a tokenizer: what is no text, and what is too little."""
+
+    def read(expectation: Expect, told: str, content: str | bytes) -> Case:
+        command = rng.choice(["trace", "heads", "spans"])
+        base = STATES_ON if command == "spans" else {}
+        return case(
+            command,
+            expectation,
+            f"text: {told}",
+            put("words.txt", content),
+            options={**base, "--text": "words.txt"},
+            positional=["reader", "reader"] if command == "spans" else ["reader"],
+            needs=["reader"],
+        )
+
+    never: dict[str, str | bytes] = {
+        "nothing": "",
+        "seven bytes, of eight that are needed": "seven b",
+        "NUL bytes": b"\0" * 100,
+        "text and one NUL byte": b"words " * 9 + b"\0",
+        "binary": bytes(rng.randrange(256) for _ in range(500)),
+        "Latin-1": "caf\u00e9 ".encode("latin-1") * 20,
+        "UTF-16": PROSE.encode("utf-16"),
+        "a picture": b"\x89PNG\r\n\x1a\n" + bytes(range(256)),
+    }
+    for told, content in never.items():
+        yield read(MUST_REFUSE, told, content)
+    maybe: dict[str, str | bytes] = {
+        "eight bytes, just enough": "eight by",
+        "blanks": " \n\t\n" * 20,
+        "a byte-order mark": "\ufeff" + PROSE,
+        "escape characters": "\x1b[31m" * 20,
+        "emoji": "\U0001f600" * 40,
+        "one line of 100,000 letters": "x" * 100_000,
+        "the names of special tokens": "<pad></s><unk>" * 20,
+    }
+    for told, content in maybe.items():
+        yield read(ANY, told, content)
+
+
+def odd_ggufs(rng: random.Random) -> Iterator[Case]:
+    """Files called .gguf that are none, or torn."""
+    start = b"GGUF" + (3).to_bytes(4, "little")
+    contents = {
+        "nothing": b"",
+        "text": b"GGUF is a format",
+        "its magic alone": b"GGUF",
+        "of version 99": b"GGUF" + (99).to_bytes(4, "little") + bytes(16),
+        "torn in its counts": start + bytes(7),
+        "no tensors": start + bytes(16),
+        "of 2^63 tensors": start + b"\xff" * 8 + bytes(8),
+        "of a name of 2^60 letters": start + (1).to_bytes(8, "little") * 2 + (2**60).to_bytes(8, "little"),
+        "noise": start + bytes(rng.randrange(256) for _ in range(500)),
+        "a zip file": b"PK\x03\x04" + bytes(100),
+    }
+    for told, content in contents.items():
+        for command in rng.sample(["trace", "heads", "retrieval", "spans"], 2):
+            positional = ["torn.gguf", "after"] if command == "spans" else ["torn.gguf"]
+            yield case(command, MUST_REFUSE, f"GGUF file: {told}", put("torn.gguf", content), positional=positional)
+    yield case("trace", MUST_REFUSE, "GGUF file: a folder", folder("torn.gguf"), positional=["torn.gguf"])
+    yield case("heads", MUST_REFUSE, "GGUF file: not there", positional=["torn.gguf"])
+
+
+TRIAL_KEYS = ("task", "seq_len", "distance", "seed", "trial", "tokens_sha256", "model", "needle_distance", "accuracy",
+              "answer_logprob_nats", "references", "written")  # fmt: skip
+
+
+def kept_trials(rng: random.Random) -> Iterator[Case]:
+    """What lies where retrieval keeps its trials while they are done."""
+    file = "run.trials.jsonl"
+    never: dict[str, str | bytes] = {
+        "notes of mine": "precious\n",
+        "a list": "[]\n",
+        "a number": "5\n",
+        "an object of other keys": '{"a": 1}\n',
+        "no UTF-8": b"\xff\xfe\n",
+        "brackets": "[" * 100_000 + "\n",
+        "a trial of another model": json.dumps(dict.fromkeys(TRIAL_KEYS)) + "\n",
+    }
+    for told, content in never.items():
+        yield case("retrieval", MUST_REFUSE, f"kept trials: {told}", put(file, content))
+    yield case("retrieval", MUST_REFUSE, "kept trials: a folder", folder(file))
+    yield case("retrieval", MUST_REFUSE, "kept trials: a symlink loop", loop(file))
+    yield case("retrieval", SAME, "kept trials: nothing", put(file, ""), replaces=file)
+    yield case("retrieval", SAME, "kept trials: of another run", put("other.trials.jsonl", "precious\n"))
+    yield case("retrieval", SAME, "kept trials: a symlink to nowhere", link(file, "nowhere"), replaces=file)
 
 
 # Paths of models
@@ -2134,7 +2322,7 @@ def resumed_complete_runs() -> Iterator[Case]:
 
 def outs(rng: random.Random) -> Iterator[Case]:
     """--out is a place where nothing can be, must not be, or where something of ours or of the user's lies."""
-    for command in ("trace", "spans", "retrieval"):
+    for command in ("trace", "spans", "retrieval", "heads"):
         yield from places(command, rng)
         yield from earlier_runs(command, rng)
     yield from places("distill", rng)
@@ -2207,7 +2395,7 @@ def places(command: str, rng: random.Random) -> Iterator[Case]:
             )
 
 
-OWN_RUN = {"trace": "traced", "spans": "compared", "retrieval": "found"}
+OWN_RUN = {"trace": "traced", "spans": "compared", "retrieval": "found", "heads": "looked"}
 
 
 ODD_MARKS: dict[str, str | bytes] = {
@@ -2250,7 +2438,7 @@ def earlier_runs(command: str, rng: random.Random) -> Iterator[Case]:
     yield over(MUST_REFUSE, "is an earlier run with a symlink of mine", link(f"{own}/mine", "../model"))
     yield from damaged_runs(own, plainly, over)
     inside = f"{own}/model"
-    within = {"trace": [inside], "spans": [inside, "after"], "retrieval": [inside]}[command]
+    within = [inside, "after"] if command == "spans" else [inside]
     yield over(MUST_REFUSE, "is an earlier run that holds the model", copy("model", inside), positional=within)
     moved = (move("model", inside), link("model", inside))
     yield over(MUST_REFUSE, "is an earlier run that the model leads to", *moved)
@@ -2347,6 +2535,10 @@ FAMILIES = (
     odd_options,
     mixed_options,
     command_lines,
+    sources,
+    odd_texts,
+    odd_ggufs,
+    kept_trials,
     model_paths,
     odd_configs,
     odd_ropes,

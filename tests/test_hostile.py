@@ -70,7 +70,7 @@ def make_kit(kit: Path) -> None:
     zoo.llama(**TINY, vocab_size=259).save_pretrained(kit / "reader", max_shard_size="9KB")
     ByT5Tokenizer(extra_ids=0).save_pretrained(kit / "reader")
     (kit / "config.toml").write_text(hostile.as_toml(hostile.CONFIG))
-    for command, run in (("trace", "traced"), ("spans", "compared"), ("retrieval", "found")):
+    for command, run in (("trace", "traced"), ("spans", "compared"), ("retrieval", "found"), ("heads", "looked")):
         plain = hostile.case(
             command, ANY, "plain", out=run, options={"--shift": ("1", "4")} if command == "trace" else {}
         )
@@ -360,7 +360,8 @@ def judge_accepted(result: Result, work: Path) -> None:
         return
     if frame.empty:
         result.wrong.append(("silently wrong", "accepted, but its frame is empty"))
-    odd = frame[~frame["value"].map(lambda value: isinstance(value, float) and math.isfinite(value))]
+    finite = frame["value"].map(lambda value: isinstance(value, float) and math.isfinite(value))
+    odd = frame[~finite & (frame["queries"] != 0).fillna(True)]  # a mean over no queries is none
     if len(odd):
         result.wrong.append(("silently wrong", f"{len(odd)} values are not finite, the first {odd['metric'].iloc[0]}"))
     for file in (work / case.out).glob("checkpoints/*/*.safetensors"):
@@ -375,7 +376,7 @@ def judge_accepted(result: Result, work: Path) -> None:
 def measured_in(run: Path) -> pd.DataFrame:
     """Everything that a run measured, its tables one under the other."""
     tables = read_run(run)[0]
-    columns = ["arm", "task", "site", "layer", "head", "pair", "phase", "metric", "value"]
+    columns = ["arm", "task", "site", "layer", "head", "pair", "distance", "queries", "phase", "metric", "value"]
     frames = [frame.reindex(columns=columns).astype({"value": "float64"}) for frame in tables.values() if len(frame)]
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=columns)
 
@@ -384,7 +385,7 @@ def numbers(frame: pd.DataFrame) -> list[tuple[str, float]]:
     """What was measured, but for time: the values by name, whatever the order of the rows."""
     rows = frame[frame["metric"] != "tokens_per_s"]
     names = (
-        rows[["arm", "task", "site", "layer", "head", "pair", "phase", "metric"]]
+        rows[["arm", "task", "site", "layer", "head", "pair", "distance", "phase", "metric"]]
         .astype("string")
         .fillna("-")
         .agg(" ".join, axis=1)
@@ -427,6 +428,7 @@ def references() -> dict[str, Case]:
     return {
         **roles,
         "spans": hostile.case("spans", SAME, "plain"),
+        "heads": hostile.case("heads", SAME, "plain"),
         "distill": hostile.case("distill", SAME, "plain"),
         "resume": hostile.resume(SAME, "plain"),
         "trained": hostile.resume(SAME, "plain", run="trained"),
