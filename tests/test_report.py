@@ -18,10 +18,13 @@ from rope_probe import InputError, PositionShift, copy_deltas, load_model, repea
 from rope_probe.distillation import distillation_signal
 from rope_probe.distillation.log import LOSSES
 from rope_probe.gallery import figures as plots
-from rope_probe.gallery.report import _slug, gallery, write_figure
+from rope_probe.gallery.report import _figures, _slug, gallery, write_figure
 from rope_probe.retrieval.probe import RETRIEVAL
-from rope_probe.runs.results import new_run, read_run
+from rope_probe.runs.results import new_run, read_manifest, read_run, read_tables
 from rope_probe.runs.tables import TABLES
+from rope_probe.spans.statistics import LANDMARKS
+from rope_probe.spans.weights import SPANS
+from rope_probe.tracing.heads import HEADS
 from rope_probe.tracing.propagation import DELTAS
 from tests import zoo
 from tests.frames import rows_for, rows_of
@@ -99,7 +102,7 @@ def test_shifts_back_and_by_nothing_are_drawn():
 def test_frames_without_the_rows_are_refused(drawing):
     frame = rows_for(drawing.name, [{"metric": "accuracy", "value": 1.0}, {"metric": "ce_nats", "value": 1.0}])
     assert not drawing.rows(frame).any()
-    with pytest.raises(InputError, match="hold no"):
+    with pytest.raises(InputError, match="these results hold no"):
         drawing.draw(frame, "")
 
 
@@ -223,6 +226,98 @@ def test_runs_of_one_experiment_are_drawn_together(tmp_path):
     assert '"name":"kd"' in drawn
     assert '"name":"ce"' in drawn
     assert page.count("<h3>phase_scaling") == 2
+
+
+def drawn_from(runs):
+    """(drawing, label, figure) of each figure that the gallery draws of these runs."""
+    configs = {manifest["run_id"]: manifest["config"] for manifest in map(read_manifest, runs)}
+    return _figures(read_tables(runs), configs)[0]
+
+
+def doses(value, **columns):
+    """Logit KL of shifts by 1 and 4 tokens, the same for both."""
+    row = {"site": "logits", "metric": "kl_nats", "kind": "PositionShift", "side": "q", "document": 0, "seq_len": 64}
+    return [{**row, "delta_tokens": dose, "value": value, **columns} for dose in (1.0, 4.0)]
+
+
+def traced_runs(folder, made):
+    """A trace run of one model for each (config, value)."""
+    runs = []
+    for config, value in made:
+        run = folder / f"run-{len(runs)}"
+        with new_run(run, "trace", config) as recorded:
+            recorded.record(DELTAS, doses(value), model="tiny", seed=config.get("seed", 0))
+        runs.append(run)
+    return runs
+
+
+def test_runs_of_one_model_that_differ_in_more_than_the_seed_are_not_averaged(tmp_path):
+    settings = [{"window": 64, "text": None}, {"window": 128, "text": None}, {"window": 64, "text": "prose.txt"}]
+    runs = traced_runs(tmp_path, zip(settings, (9.0, 3.8, 4.4), strict=True))
+    figures = {label: figure for _, label, figure in drawn_from(runs)}
+    assert {label: figure.data[-1].y[0] for label, figure in figures.items()} == {
+        "tiny (window=64, text=None)": 9.0,
+        "tiny (window=128, text=None)": 3.8,
+        "tiny (window=64, text=prose.txt)": 4.4,
+    }
+    page = gallery(runs, tmp_path / "gallery").read_text()
+    assert len(re.findall("<iframe", page)) == 3
+
+
+def test_runs_that_differ_in_the_seed_and_what_was_trained_by_it_are_pooled(tmp_path):
+    settings = [{"window": 64, "seed": seed, "teacher": {"weights_sha256": f"{seed}"}} for seed in (0, 1)]
+    runs = traced_runs(tmp_path, zip(settings, (9.0, 4.0), strict=True))
+    ((name, label, figure),) = drawn_from(runs)
+    assert (name, label) == ("dose_response", "tiny")
+    assert list(figure.data[-1].y) == [6.5, 6.5]
+    assert "seeds 0, 1" in notes(figure)[-1]
+
+
+def test_runs_of_one_configuration_and_seed_are_told_apart_by_their_ids(tmp_path):
+    runs = traced_runs(tmp_path, [({"window": 64}, 9.0), ({"window": 64}, 4.0)])
+    ids = [read_manifest(run)["run_id"].rpartition("-")[2] for run in runs]
+    assert [label for _, label, _ in drawn_from(runs)] == [f"tiny (run {run})" for run in ids]
+
+
+def test_one_part_of_a_model_is_not_called_by_what_only_others_differ_in(tmp_path):
+    """Runs that no figure shares need no telling apart."""
+    runs = traced_runs(tmp_path, [({"part": "doses"}, 9.0)])
+    with new_run(tmp_path / "other", "trace", {"part": "losses"}) as other:
+        other.record(LOSSES, losses("tiny", 0, (2, 1)))
+    assert [label for _, label, _ in drawn_from([*runs, tmp_path / "other"])] == ["", "tiny"]
+
+
+def test_lines_of_runs_of_one_model_are_not_averaged(tmp_path):
+    for steps, values in ((75, (1, 0.8, 0.6)), (250, (0.2, 0.1, 0))):
+        with new_run(tmp_path / str(steps), "distill", {"steps": steps, "phases": [{"steps": steps}]}) as made:
+            made.record(RETRIEVAL, only("retrieval", accuracy("student", 0, values)))
+            made.record(LOSSES, losses("student", 0, (2, 1)))
+    figures = {name: figure for name, _, figure in drawn_from([tmp_path / "75", tmp_path / "250"])}
+    for figure in figures.values():
+        assert [line.name for line in figure.data] == [
+            f"student (steps={steps}, phases.0.steps={steps})" for steps in (75, 250)
+        ]
+    np.testing.assert_allclose(figures["retrieval_by_distance"].data[0].y, (1, 0.8, 0.6))
+
+
+def test_the_landmarks_in_a_figure_are_those_of_its_run_and_model(tmp_path):
+    def record(run, model, turning):
+        change = {"site": "blocks.0.attn.W_Q", "layer": 0, "head": 0, "wavelength": 6.0, "wavelength_after": 9.0}
+        rows = [{**change, "pair": pair, "metric": "rel_change", "value": 0.1} for pair in range(4)]
+        run.record(SPANS, rows, model=model)
+        ends = {"metric": "turning_pairs", "seq_len": 64, "phase": "after"}
+        run.record(LANDMARKS, [{**ends, "value": turning}], model=model)
+
+    with new_run(tmp_path / "0", "spans", {"before": "a"}) as run:
+        record(run, "one", 1.0)
+        record(run, "other", 2.0)
+    with new_run(tmp_path / "1", "spans", {"before": "b"}) as run:
+        record(run, "one", 3.0)
+    figures = [(label, figure) for name, label, figure in drawn_from([tmp_path / "0", tmp_path / "1"])
+               if name == "span_heatmap"]  # fmt: skip
+    assert {label: {shape.x0 for shape in figure.layout.shapes} for label, figure in figures} == {
+        "one (before=a)": {0.5}, "other": {1.5}, "one (before=b)": {2.5},
+    }  # fmt: skip
 
 
 def geometry(arm, seed=0):
@@ -458,6 +553,13 @@ def test_the_signal_shows_the_numbers_of_the_frame():
     assert marks["1, W_K"] == pytest.approx(of_keys["signal_gradient"] / of_keys["loss_gradient"])
 
 
+def test_head_maps_say_what_they_are_means_over():
+    rows = every(0, metric=["previous_token"], layer=[0, 1], head=[0, 1], seed=[0, 3])
+    figure = plots.head_map(rows_of(HEADS.name, rows=rows))
+    np.testing.assert_allclose(figure.data[0].z, [[0.05, 0.25], [0.45, 0.65]])
+    assert "seeds 0, 3" in notes(figure)[-1]
+
+
 HOSTILE = "<a href='http://127.0.0.1/'>x</a><b>bold</b>&amp;%{y}$x$<br>"
 SHOWN = ("name", "text", "ticktext", "hovertemplate", "customdata", "x", "y", "title", "categoryarray")
 
@@ -533,6 +635,7 @@ def what_each_drawing_draws(name):
             head=[None, 0], layer=[0, None], delta_tokens=[4.0],
         ),
         "sensitivity_by_pair": every(1, **shifts, metric=["kl_nats"], pair=[0], wavelength=[6.0], delta_tokens=[4.0]),
+        "head_map": every(0, **runs, metric=list(plots.heads.PANELS), layer=[0, 1], head=[0, 1]),
         "transplants": every(0, **accuracies, into=[name], group=[name, "nothing"]),
         "causal_curves": every(0, **curves, order=[name, "greedy"])
         + every(0, **curves, order=["random"], draw=[0, 1]),
@@ -565,7 +668,7 @@ def numbers(figure):
 ODD_NAME = '<a href="#">odd</a>&lt;%{y}$z$'
 ODD_NAME_AS_TEXT = '&lt;a href="#"&gt;odd&lt;/a&gt;&amp;lt;&#37;{y}&#36;z&#36;'
 NAMELESS = {"theta_grid", "copy_heatmap", "dose_response", "injected_by_read", "sensitivity_by_pair", "change_by_part",
-            "span_heatmap", "span_heads", "trace_cost"}  # fmt: skip
+            "span_heatmap", "span_heads", "trace_cost", "head_map"}  # fmt: skip
 
 
 @pytest.mark.parametrize("drawing", plots.DRAWINGS, ids=lambda drawing: drawing.name)

@@ -63,7 +63,9 @@ class Drawing:
     """A figure by name: the tables it reads, which of their rows it draws, and how, given those and a label.
 
     `split` says what it is drawn once for, beside the experiment: rows with other values there get their own figure.
-    `context` are rows that every one of these is given as well, whatever they are split by; alone they draw nothing.
+    `per_model` says that it is drawn for each model by itself; otherwise models are told apart within the figure.
+    `context` are rows that a figure is given as well, those of the runs that it draws, and of its model where it is
+    drawn per model; alone they draw nothing.
     """
 
     name: str
@@ -72,6 +74,7 @@ class Drawing:
     draw: Callable[[pd.DataFrame, str], go.Figure]
     split: Callable[[pd.DataFrame], list[pd.Series]] = lambda rows: []
     context: Callable[[pd.DataFrame], pd.Series] = _nothing
+    per_model: bool = False
 
 
 def _task(frame: pd.DataFrame) -> pd.Series:
@@ -84,10 +87,6 @@ def _phase(frame: pd.DataFrame) -> pd.Series:
     """The phase after which something was measured, "" where that is the same throughout."""
     phase = frame["phase"].fillna("")
     return phase if phase.nunique() > 1 else phase.mask(phase != "", "")
-
-
-def _model(frame: pd.DataFrame) -> list[pd.Series]:
-    return [frame["model"]]
 
 
 def _kind(frame: pd.DataFrame) -> pd.Series:
@@ -119,31 +118,48 @@ DRAWINGS = [
         ("deltas",),
         propagation.is_copy,
         copy_heatmap,
-        lambda rows: [rows["model"], rows["arm"], _masked(rows)],
+        lambda rows: [rows["arm"], _masked(rows)],
+        per_model=True,
     ),
     Drawing(
         "dose_response",
         ("deltas",),
         propagation.is_dose,
         dose_response,
-        lambda rows: [rows["model"], rows["arm"], _masked(rows), _kind(rows), rows["restriction"]],
+        lambda rows: [rows["arm"], _masked(rows), _kind(rows), rows["restriction"]],
+        per_model=True,
     ),
-    Drawing("head_map", ("heads",), heads.is_head_score, head_map, _model),
-    Drawing("injected_by_read", ("deltas",), sensitivity.is_of_layer, injected_by_read, _model),
+    Drawing("head_map", ("heads",), heads.is_head_score, head_map, per_model=True),
+    Drawing("injected_by_read", ("deltas",), sensitivity.is_of_layer, injected_by_read, per_model=True),
     Drawing(
         "sensitivity_by_pair",
         ("deltas",),
         sensitivity.is_of_pair,
         sensitivity_by_pair,
-        lambda rows: [rows["model"], _kind(rows)],
+        lambda rows: [_kind(rows)],
+        per_model=True,
     ),
-    Drawing("transplants", ("span_effects",), spans.is_transplant, transplants, _model),
-    Drawing("causal_curves", ("span_effects",), spans.is_curve, causal_curves, _model),
-    Drawing("change_by_part", ("spans",), spans.is_change_of_part, change_by_part, _model),
-    Drawing("span_heatmap", ("spans", "landmarks"), spans.is_change_of_pair, span_heatmap, _model, spans.is_landmark),
-    Drawing("span_heads", ("spans", "landmarks"), spans.is_change_of_pair, span_heads, _model, spans.is_landmark),
+    Drawing("transplants", ("span_effects",), spans.is_transplant, transplants, per_model=True),
+    Drawing("causal_curves", ("span_effects",), spans.is_curve, causal_curves, per_model=True),
+    Drawing("change_by_part", ("spans",), spans.is_change_of_part, change_by_part, per_model=True),
+    Drawing(
+        "span_heatmap",
+        ("spans", "landmarks"),
+        spans.is_change_of_pair,
+        span_heatmap,
+        context=spans.is_landmark,
+        per_model=True,
+    ),
+    Drawing(
+        "span_heads",
+        ("spans", "landmarks"),
+        spans.is_change_of_pair,
+        span_heads,
+        context=spans.is_landmark,
+        per_model=True,
+    ),
     Drawing("signal_of_distillation", ("signal",), signal.is_signal, signal_of_distillation),
-    Drawing("trace_cost", ("trace_cost",), cost.is_cost, trace_cost),
+    Drawing("trace_cost", ("trace_cost",), cost.is_cost, trace_cost, per_model=True),
 ]
 """What the gallery draws, in order."""
 

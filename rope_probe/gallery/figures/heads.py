@@ -5,7 +5,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from rope_probe.errors import InputError
-from rope_probe.gallery.figures.style import drawing, styled
+from rope_probe.gallery.figures.style import drawing, listed, styled
 
 PANELS = {
     "previous_token": "to the token before",
@@ -68,4 +68,6 @@ def head_map(frame: pd.DataFrame, label: str = "") -> go.Figure:
     note = "share of a query's attention, mean over queries"
     if "retrieval_head" in metrics:
         note += "; last panel: share of a needle's tokens that the head copies into the answer, mean over trials"
+    if seeds := listed(rows["seed"]):
+        note += f"; seeds {seeds}"
     return styled(figure, "What each head attends to", label, note, height=height + 240)
