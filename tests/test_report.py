@@ -530,6 +530,136 @@ def test_injected_by_read_shows_the_numbers_of_the_frame(narrow):
     assert table[2, 2] == pytest.approx(value)
 
 
+def shifted_heads(layers, heads, *, whole_layers=True, value=1.0):
+    """Rows of a shift of q in each head of each layer, read after the last layer and at the logits."""
+    row = {"run_id": "a", "seq_len": 64, "document": 0, "side": "q", "kind": "PositionShift", "delta_tokens": 16.0}
+    reads = [
+        {"site": f"blocks.{layers - 1}.hook_resid_post", "layer": layers - 1, "metric": "rel_l2"},
+        {"site": "logits", "metric": "rel_l2"},
+        {"site": "logits", "metric": "kl_nats"},
+    ]
+    injected = [(layer, head) for layer in range(layers) for head in [*[None] * whole_layers, *range(heads)]]
+    return rows_of("deltas", rows=[
+        {**row, **read, "inject_layer": layer, "head": head, "value": value + layer + (head or 0) / 100}
+        for layer, head in injected for read in reads
+    ])  # fmt: skip
+
+
+def test_injected_by_read_has_room_for_deep_models():
+    figure = plots.injected_by_read(shifted_heads(30, 9))
+    assert list(figure.data[0].y) == [f"layer {layer}" for layer in range(30)]
+    assert figure.layout.height < 1200
+    assert "270 single heads are left out" in notes(figure)[-1]
+    assert "left out" not in notes(plots.injected_by_read(shifted_heads(6, 9)))[-1]
+    assert plots.injected_by_read(shifted_heads(80, 0)).layout.height < 1200
+    assert len(plots.injected_by_read(shifted_heads(80, 0)).layout.yaxis.tickvals) <= 45
+
+
+def test_many_heads_and_no_whole_layer_are_left_to_the_map_of_heads():
+    frame = shifted_heads(30, 9, whole_layers=False)
+    assert not plots.sensitivity.is_of_layer(frame).any()
+    assert plots.sensitivity.is_effect_of_head(frame).sum() == 270
+    with pytest.raises(InputError, match="these results hold no"):
+        plots.injected_by_read(frame)
+    assert plots.sensitivity.is_of_layer(shifted_heads(6, 9, whole_layers=False)).sum() == 2 * 54
+
+
+def test_effects_of_heads_show_the_numbers_of_the_frame():
+    frame = pd.concat([shifted_heads(30, 9), shifted_heads(30, 9, value=3.0).assign(document=1)])
+    frame = pd.concat([frame, frame.assign(delta_tokens=1.0, value=0.1)])  # only the largest dose is drawn
+    figure = plots.head_effects(frame, "tiny")
+    (panel,) = figure.data
+    assert (len(panel.y), len(panel.x)) == (30, 9)
+    table = np.asarray(panel.customdata, dtype=float)
+    assert table[19, 8] == pytest.approx(2 + 19 + 0.08)
+    np.testing.assert_allclose(np.asarray(panel.z, dtype=float), np.log10(table))
+    assert "head 8 of layer 29, 31 nats" in notes(figure)[-1]
+    rounding = plots.head_effects(frame.assign(value_float64=0.0)).data[0]
+    assert np.isnan(np.asarray(rounding.z, dtype=float)).all()
+
+
+def test_effects_of_heads_have_room_for_large_models():
+    rows = shifted_heads(80, 128)
+    figure = plots.head_effects(rows)
+    assert figure.layout.height < 1300
+    assert len(figure.layout.xaxis.tickvals) <= 20
+    assert len(figure.layout.yaxis.tickvals) <= 60
+
+
+def test_effects_of_layers_show_the_numbers_of_the_frame():
+    frame = pd.concat([shifted_heads(30, 2), shifted_heads(30, 2, value=3.0).assign(document=1)])
+    keys = frame.assign(side="k", value=0.5)
+    figure = plots.layer_effects(pd.concat([frame, keys]))
+    bars = {bar.name: bar for bar in figure.data}
+    np.testing.assert_allclose(bars["queries only"].y, 2.0 + np.arange(30))
+    np.testing.assert_allclose(bars["queries only"].error_y.array, 1.0)
+    np.testing.assert_allclose(bars["keys only"].y, 0.5)
+    assert len(plots.layer_effects(shifted_heads(80, 0)).layout.xaxis.tickvals) <= 32
+
+
+def test_the_gallery_maps_heads_and_layers_of_real_shifts(tmp_path):
+    model, window = load_model(zoo.llama()), repeated_window(zoo.tokens(1, 10)[0], 2)
+    shifts = [PositionShift("q", 4.0, layers=layer, **heads) for layer in (0, 1) for heads in ({}, {"heads": 1})]
+    with new_run(tmp_path / "run", "trace", {}) as made:
+        frame = made.record(DELTAS, trace(model, window, shifts), model="tiny", seed=0)
+    figures = {name: figure for name, _, figure in drawn_from([tmp_path / "run"])}
+    rows = frame[(frame["site"] == "logits") & (frame["metric"] == "kl_nats")]
+    value = rows["value"].groupby([rows["inject_layer"], rows["head"].fillna(-1)]).mean()
+    np.testing.assert_allclose(figures["layer_effects"].data[0].y, [value[0, -1], value[1, -1]])
+    np.testing.assert_allclose(figures["head_effects"].data[0].customdata, [[value[0, 1]], [value[1, 1]]])
+
+
+def test_pairs_of_two_kinds_of_layers_are_two_lines():
+    local, whole = (0, 1, 2, 3, 4, 6, 7, 8, 9, 10, 12, 13, 14, 15, 16), (5, 11, 17)
+    row = {"kind": "PairTurn", "side": "q", "site": "logits", "metric": "kl_nats", "document": 0, "seq_len": 64}
+    rows = [
+        {**row, "pair": pair, "wavelength": 2 * np.pi * theta ** (pair / 4), "value": value + pair,
+         "restriction": f"layers={layers}, pairs={pair}"}
+        for layers, theta, value in ((local, 1e4, 1.0), (whole, 1e6, 10.0))
+        for pair in range(4)
+    ]  # fmt: skip
+    lines = plots.sensitivity_by_pair(rows_of("deltas", rows=rows)).data
+    assert [line.name for line in lines] == [
+        "queries only,<br>layers=(0-4, 6-10, 12-16)", "queries only,<br>layers=(5, 11, 17)"
+    ]  # fmt: skip
+    np.testing.assert_allclose(lines[0].y, [1, 2, 3, 4])
+    np.testing.assert_allclose(lines[1].y, [10, 11, 12, 13])
+    assert lines[0].line.dash != lines[1].line.dash
+    (line,) = plots.sensitivity_by_pair(rows_of("deltas", rows=rows[:4])).data
+    assert line.name == "queries only"
+
+
+def test_tasks_without_a_distance_are_points_with_their_intervals(tmp_path):
+    rows = [
+        {"task": task, "metric": "accuracy", "value": value, "low": value - 0.1, "high": value + 0.2, "seq_len": 2048}
+        for task, value in (("vt", 0.5), ("fwe", 0.25))
+    ]
+    passkey = {"task": "passkey", "metric": "accuracy", "value": 1.0, "distance": 64, "seq_len": 2048}
+    with new_run(tmp_path / "run", "retrieval", {}) as made:
+        made.record(RETRIEVAL, [*rows, passkey], model="one", seed=0)
+        for seed in (0, 1):
+            made.record(RETRIEVAL, [{**row, "value": row["value"] + seed / 5} for row in rows], model="two", seed=seed)
+    figures = {(name, label): figure for name, label, figure in drawn_from([tmp_path / "run"])}
+    assert set(figures) == {("retrieval_by_distance", "passkey, window 2048"), ("retrieval_by_task", "window 2048")}
+    one, two, seeds = figures["retrieval_by_task", "window 2048"].data
+    assert (one.name, list(one.x)) == ("one", ["fwe", "vt"])
+    np.testing.assert_allclose(one.y, [0.25, 0.5])
+    np.testing.assert_allclose(one.error_y.array, 0.2)
+    np.testing.assert_allclose(one.error_y.arrayminus, 0.1)
+    np.testing.assert_allclose(two.y, [0.35, 0.6])
+    assert not two.error_y.visible
+    assert sorted(seeds.y) == pytest.approx([0.25, 0.45, 0.5, 0.7])
+
+
+def test_figures_of_deep_models_have_a_height_that_can_be_read():
+    layers, documents = range(80), [1, 2]
+    row = {"kind": ["Copy"], "metric": ["rel_l2"], "document": documents, "layer": layers, "seq_len": [64]}
+    copies = rows_of("deltas", rows=every(1, **row, site=[f"blocks.0.{site}" for site in plots.propagation.PANELS]))
+    assert plots.copy_heatmap(copies).layout.height < 2400
+    heads = rows_of(HEADS.name, rows=every(0, metric=["sink"], layer=layers, head=range(128)))
+    assert len(plots.head_map(heads).layout.yaxis.tickvals) <= 50
+
+
 def test_single_shifts_of_parts_are_no_dose_response(narrow):
     with pytest.raises(InputError, match="PositionShift"):
         plots.dose_response(narrow)
@@ -635,6 +765,15 @@ def what_each_drawing_draws(name):
             head=[None, 0], layer=[0, None], delta_tokens=[4.0],
         ),
         "sensitivity_by_pair": every(1, **shifts, metric=["kl_nats"], pair=[0], wavelength=[6.0], delta_tokens=[4.0]),
+        "layer_effects": every(
+            1, **shifts, metric=["kl_nats"], site=["logits"], inject_layer=[0, 1], delta_tokens=[4.0]
+        ),
+        "head_effects": every(
+            1, **shifts, metric=["kl_nats"], site=["logits"], inject_layer=[0, 1], head=[0, 1], delta_tokens=[4.0]
+        ),
+        "retrieval_by_task": every(
+            0, **runs, metric=["accuracy"], task=[name, "vt"], seq_len=[64], low=[0.0], high=[1.0]
+        ),
         "head_map": every(0, **runs, metric=list(plots.heads.PANELS), layer=[0, 1], head=[0, 1]),
         "transplants": every(0, **accuracies, into=[name], group=[name, "nothing"]),
         "causal_curves": every(0, **curves, order=[name, "greedy"])
@@ -668,7 +807,7 @@ def numbers(figure):
 ODD_NAME = '<a href="#">odd</a>&lt;%{y}$z$'
 ODD_NAME_AS_TEXT = '&lt;a href="#"&gt;odd&lt;/a&gt;&amp;lt;&#37;{y}&#36;z&#36;'
 NAMELESS = {"theta_grid", "copy_heatmap", "dose_response", "injected_by_read", "sensitivity_by_pair", "change_by_part",
-            "span_heatmap", "span_heads", "trace_cost", "head_map"}  # fmt: skip
+            "span_heatmap", "span_heads", "trace_cost", "head_map", "layer_effects", "head_effects"}  # fmt: skip
 
 
 @pytest.mark.parametrize("drawing", plots.DRAWINGS, ids=lambda drawing: drawing.name)

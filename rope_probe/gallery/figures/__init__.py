@@ -24,8 +24,13 @@ from rope_probe.gallery.figures.geometry import rotations_by_pair
 from rope_probe.gallery.figures.grid import theta_grid
 from rope_probe.gallery.figures.heads import head_map
 from rope_probe.gallery.figures.propagation import copy_heatmap, dose_response
-from rope_probe.gallery.figures.retrieval import retrieval_by_distance
-from rope_probe.gallery.figures.sensitivity import injected_by_read, sensitivity_by_pair
+from rope_probe.gallery.figures.retrieval import retrieval_by_distance, retrieval_by_task
+from rope_probe.gallery.figures.sensitivity import (
+    head_effects,
+    injected_by_read,
+    layer_effects,
+    sensitivity_by_pair,
+)
 from rope_probe.gallery.figures.signal import signal_of_distillation
 from rope_probe.gallery.figures.spans import causal_curves, change_by_part, span_heads, span_heatmap, transplants
 from rope_probe.gallery.figures.training import loss_curves
@@ -38,11 +43,14 @@ __all__ = [
     "change_by_part",
     "copy_heatmap",
     "dose_response",
+    "head_effects",
     "head_map",
     "injected_by_read",
+    "layer_effects",
     "loss_curves",
     "register",
     "retrieval_by_distance",
+    "retrieval_by_task",
     "rotations_by_pair",
     "sensitivity_by_pair",
     "signal_of_distillation",
@@ -108,6 +116,13 @@ DRAWINGS = [
         lambda rows: [_task(rows), _phase(rows), "window " + rows["seq_len"].astype("string")],
         retrieval.is_document_length,
     ),
+    Drawing(
+        "retrieval_by_task",
+        ("retrieval",),
+        retrieval.is_accuracy_of_task,
+        retrieval_by_task,
+        lambda rows: [_phase(rows), "window " + rows["seq_len"].astype("string")],
+    ),
     Drawing("theta_grid", ("theta_grid",), grid.is_cell, theta_grid, context=grid.is_gate),
     Drawing(
         "rotations_by_pair", ("geometry",), geometry.is_rotations, rotations_by_pair, context=geometry.is_spectrum_use
@@ -127,6 +142,22 @@ DRAWINGS = [
         propagation.is_dose,
         dose_response,
         lambda rows: [rows["arm"], _masked(rows), _kind(rows), rows["restriction"]],
+        per_model=True,
+    ),
+    Drawing(
+        "layer_effects",
+        ("deltas",),
+        sensitivity.is_effect_of_layer,
+        layer_effects,
+        lambda rows: [_masked(rows)],
+        per_model=True,
+    ),
+    Drawing(
+        "head_effects",
+        ("deltas",),
+        sensitivity.is_effect_of_head,
+        head_effects,
+        lambda rows: [_masked(rows)],
         per_model=True,
     ),
     Drawing("head_map", ("heads",), heads.is_head_score, head_map, per_model=True),
