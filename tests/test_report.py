@@ -514,6 +514,11 @@ def test_sensitivity_by_pair_shows_the_numbers_of_the_frame(narrow):
     np.testing.assert_allclose(lines["keys only"].x, expected.index)
     np.testing.assert_allclose(lines["keys only"].y, expected)
     assert list(lines["queries only"].customdata) == [0, 1, 2, 3]
+    assert not [
+        symbol for line in ("queries only", "keys only") for symbol in lines[line].marker.symbol if "open" in symbol
+    ]
+    rounding = plots.sensitivity_by_pair(narrow.assign(value_float64=0.0)).data[1]
+    assert set(rounding.marker.symbol) == {"diamond-open"}
     floor = next(line for name, line in lines.items() if name.startswith("noise floor"))
     assert (np.asarray(floor.y) < expected.to_numpy()).all()
 

@@ -16,7 +16,7 @@ from rope_probe.tracing.propagation import is_rounding
 MOST_INJECTED = 64
 """Lines that `injected_by_read` has room for; with more of them it draws whole layers alone."""
 _READ = ("hook_resid_post", "logits")
-_DASHES_OF_KINDS = {"q": ("solid", "dot"), "k": ("dash", "dashdot"), "qk": ("solid", "dot")}
+_SECOND_KIND = {"q": ("triangle-up", "dot"), "k": ("triangle-down", "dashdot"), "qk": ("star", "dot")}
 _OF_ONE_PAIR = re.compile(r"(, )?pairs=(\d+|[(\[]\d+,?[)\]])")
 _CONSECUTIVE = re.compile(r"\d+(?:, \d+)+")
 _LONGEST_KIND = 40
@@ -94,10 +94,13 @@ def sensitivity_by_pair(frame: pd.DataFrame, label: str = "") -> go.Figure:
                 continue
             name, colour, symbol, dash = SIDES[side]
             if len(kinds) > 1:
-                name, dash = f"{name},<br>{_with_ranges(kind)}", _DASHES_OF_KINDS[side][i % 2]
+                name = f"{name},<br>{_with_ranges(kind)}"
+            if i % 2:
+                symbol, dash = _SECOND_KIND[side]
             curve = part.groupby("wavelength")["value"].agg(["mean", "min", "max"])
             bars = {"array": curve["max"] - curve["mean"], "arrayminus": curve["mean"] - curve["min"], "width": 0}
             hollow = is_rounding(part).groupby(part["wavelength"]).all()
+            filled = symbol.removesuffix("-open")
             figure.add_trace(
                 go.Scatter(
                     x=curve.index,
@@ -106,7 +109,7 @@ def sensitivity_by_pair(frame: pd.DataFrame, label: str = "") -> go.Figure:
                     name=name,
                     mode="lines+markers",
                     line={"color": colour, "dash": dash},
-                    marker={"symbol": np.where(hollow, f"{symbol.removesuffix('-open')}-open", symbol), "size": 9},
+                    marker={"symbol": np.where(hollow, f"{filled}-open", filled), "size": 9},
                     customdata=part.groupby("wavelength")["pair"].first(),
                     hovertemplate="pair %{customdata}, wavelength %{x:,.4g} tokens: %{y:.3g} nats<extra></extra>",
                 )
