@@ -18,10 +18,13 @@ from rope_probe import InputError, PositionShift, copy_deltas, load_model, repea
 from rope_probe.distillation import distillation_signal
 from rope_probe.distillation.log import LOSSES
 from rope_probe.gallery import figures as plots
-from rope_probe.gallery.report import _slug, gallery, write_figure
+from rope_probe.gallery.report import _figures, _slug, gallery, write_figure
 from rope_probe.retrieval.probe import RETRIEVAL
-from rope_probe.runs.results import new_run, read_run
+from rope_probe.runs.results import new_run, read_manifest, read_run, read_tables
 from rope_probe.runs.tables import TABLES
+from rope_probe.spans.statistics import LANDMARKS
+from rope_probe.spans.weights import SPANS
+from rope_probe.tracing.heads import HEADS
 from rope_probe.tracing.propagation import DELTAS
 from tests import zoo
 from tests.frames import rows_for, rows_of
@@ -99,7 +102,7 @@ def test_shifts_back_and_by_nothing_are_drawn():
 def test_frames_without_the_rows_are_refused(drawing):
     frame = rows_for(drawing.name, [{"metric": "accuracy", "value": 1.0}, {"metric": "ce_nats", "value": 1.0}])
     assert not drawing.rows(frame).any()
-    with pytest.raises(InputError, match="hold no"):
+    with pytest.raises(InputError, match="these results hold no"):
         drawing.draw(frame, "")
 
 
@@ -223,6 +226,98 @@ def test_runs_of_one_experiment_are_drawn_together(tmp_path):
     assert '"name":"kd"' in drawn
     assert '"name":"ce"' in drawn
     assert page.count("<h3>phase_scaling") == 2
+
+
+def drawn_from(runs):
+    """(drawing, label, figure) of each figure that the gallery draws of these runs."""
+    configs = {manifest["run_id"]: manifest["config"] for manifest in map(read_manifest, runs)}
+    return _figures(read_tables(runs), configs)[0]
+
+
+def doses(value, **columns):
+    """Logit KL of shifts by 1 and 4 tokens, the same for both."""
+    row = {"site": "logits", "metric": "kl_nats", "kind": "PositionShift", "side": "q", "document": 0, "seq_len": 64}
+    return [{**row, "delta_tokens": dose, "value": value, **columns} for dose in (1.0, 4.0)]
+
+
+def traced_runs(folder, made):
+    """A trace run of one model for each (config, value)."""
+    runs = []
+    for config, value in made:
+        run = folder / f"run-{len(runs)}"
+        with new_run(run, "trace", config) as recorded:
+            recorded.record(DELTAS, doses(value), model="tiny", seed=config.get("seed", 0))
+        runs.append(run)
+    return runs
+
+
+def test_runs_of_one_model_that_differ_in_more_than_the_seed_are_not_averaged(tmp_path):
+    settings = [{"window": 64, "text": None}, {"window": 128, "text": None}, {"window": 64, "text": "prose.txt"}]
+    runs = traced_runs(tmp_path, zip(settings, (9.0, 3.8, 4.4), strict=True))
+    figures = {label: figure for _, label, figure in drawn_from(runs)}
+    assert {label: figure.data[-1].y[0] for label, figure in figures.items()} == {
+        "tiny (window=64, text=None)": 9.0,
+        "tiny (window=128, text=None)": 3.8,
+        "tiny (window=64, text=prose.txt)": 4.4,
+    }
+    page = gallery(runs, tmp_path / "gallery").read_text()
+    assert len(re.findall("<iframe", page)) == 3
+
+
+def test_runs_that_differ_in_the_seed_and_what_was_trained_by_it_are_pooled(tmp_path):
+    settings = [{"window": 64, "seed": seed, "teacher": {"weights_sha256": f"{seed}"}} for seed in (0, 1)]
+    runs = traced_runs(tmp_path, zip(settings, (9.0, 4.0), strict=True))
+    ((name, label, figure),) = drawn_from(runs)
+    assert (name, label) == ("dose_response", "tiny")
+    assert list(figure.data[-1].y) == [6.5, 6.5]
+    assert "seeds 0, 1" in notes(figure)[-1]
+
+
+def test_runs_of_one_configuration_and_seed_are_told_apart_by_their_ids(tmp_path):
+    runs = traced_runs(tmp_path, [({"window": 64}, 9.0), ({"window": 64}, 4.0)])
+    ids = [read_manifest(run)["run_id"].rpartition("-")[2] for run in runs]
+    assert [label for _, label, _ in drawn_from(runs)] == [f"tiny (run {run})" for run in ids]
+
+
+def test_one_part_of_a_model_is_not_called_by_what_only_others_differ_in(tmp_path):
+    """Runs that no figure shares need no telling apart."""
+    runs = traced_runs(tmp_path, [({"part": "doses"}, 9.0)])
+    with new_run(tmp_path / "other", "trace", {"part": "losses"}) as other:
+        other.record(LOSSES, losses("tiny", 0, (2, 1)))
+    assert [label for _, label, _ in drawn_from([*runs, tmp_path / "other"])] == ["", "tiny"]
+
+
+def test_lines_of_runs_of_one_model_are_not_averaged(tmp_path):
+    for steps, values in ((75, (1, 0.8, 0.6)), (250, (0.2, 0.1, 0))):
+        with new_run(tmp_path / str(steps), "distill", {"steps": steps, "phases": [{"steps": steps}]}) as made:
+            made.record(RETRIEVAL, only("retrieval", accuracy("student", 0, values)))
+            made.record(LOSSES, losses("student", 0, (2, 1)))
+    figures = {name: figure for name, _, figure in drawn_from([tmp_path / "75", tmp_path / "250"])}
+    for figure in figures.values():
+        assert [line.name for line in figure.data] == [
+            f"student (steps={steps}, phases.0.steps={steps})" for steps in (75, 250)
+        ]
+    np.testing.assert_allclose(figures["retrieval_by_distance"].data[0].y, (1, 0.8, 0.6))
+
+
+def test_the_landmarks_in_a_figure_are_those_of_its_run_and_model(tmp_path):
+    def record(run, model, turning):
+        change = {"site": "blocks.0.attn.W_Q", "layer": 0, "head": 0, "wavelength": 6.0, "wavelength_after": 9.0}
+        rows = [{**change, "pair": pair, "metric": "rel_change", "value": 0.1} for pair in range(4)]
+        run.record(SPANS, rows, model=model)
+        ends = {"metric": "turning_pairs", "seq_len": 64, "phase": "after"}
+        run.record(LANDMARKS, [{**ends, "value": turning}], model=model)
+
+    with new_run(tmp_path / "0", "spans", {"before": "a"}) as run:
+        record(run, "one", 1.0)
+        record(run, "other", 2.0)
+    with new_run(tmp_path / "1", "spans", {"before": "b"}) as run:
+        record(run, "one", 3.0)
+    figures = [(label, figure) for name, label, figure in drawn_from([tmp_path / "0", tmp_path / "1"])
+               if name == "span_heatmap"]  # fmt: skip
+    assert {label: {shape.x0 for shape in figure.layout.shapes} for label, figure in figures} == {
+        "one (before=a)": {0.5}, "other": {1.5}, "one (before=b)": {2.5},
+    }  # fmt: skip
 
 
 def geometry(arm, seed=0):
@@ -419,6 +514,11 @@ def test_sensitivity_by_pair_shows_the_numbers_of_the_frame(narrow):
     np.testing.assert_allclose(lines["keys only"].x, expected.index)
     np.testing.assert_allclose(lines["keys only"].y, expected)
     assert list(lines["queries only"].customdata) == [0, 1, 2, 3]
+    assert not [
+        symbol for line in ("queries only", "keys only") for symbol in lines[line].marker.symbol if "open" in symbol
+    ]
+    rounding = plots.sensitivity_by_pair(narrow.assign(value_float64=0.0)).data[1]
+    assert set(rounding.marker.symbol) == {"diamond-open"}
     floor = next(line for name, line in lines.items() if name.startswith("noise floor"))
     assert (np.asarray(floor.y) < expected.to_numpy()).all()
 
@@ -433,6 +533,136 @@ def test_injected_by_read_shows_the_numbers_of_the_frame(narrow):
     rows = narrow[(narrow["side"] == "q") & (narrow["inject_layer"] == 1) & narrow["head"].notna()]
     value = rows[(rows["site"] == "logits") & (rows["metric"] == "rel_l2")]["value"].mean()
     assert table[2, 2] == pytest.approx(value)
+
+
+def shifted_heads(layers, heads, *, whole_layers=True, value=1.0):
+    """Rows of a shift of q in each head of each layer, read after the last layer and at the logits."""
+    row = {"run_id": "a", "seq_len": 64, "document": 0, "side": "q", "kind": "PositionShift", "delta_tokens": 16.0}
+    reads = [
+        {"site": f"blocks.{layers - 1}.hook_resid_post", "layer": layers - 1, "metric": "rel_l2"},
+        {"site": "logits", "metric": "rel_l2"},
+        {"site": "logits", "metric": "kl_nats"},
+    ]
+    injected = [(layer, head) for layer in range(layers) for head in [*[None] * whole_layers, *range(heads)]]
+    return rows_of("deltas", rows=[
+        {**row, **read, "inject_layer": layer, "head": head, "value": value + layer + (head or 0) / 100}
+        for layer, head in injected for read in reads
+    ])  # fmt: skip
+
+
+def test_injected_by_read_has_room_for_deep_models():
+    figure = plots.injected_by_read(shifted_heads(30, 9))
+    assert list(figure.data[0].y) == [f"layer {layer}" for layer in range(30)]
+    assert figure.layout.height < 1200
+    assert "270 single heads are left out" in notes(figure)[-1]
+    assert "left out" not in notes(plots.injected_by_read(shifted_heads(6, 9)))[-1]
+    assert plots.injected_by_read(shifted_heads(80, 0)).layout.height < 1200
+    assert len(plots.injected_by_read(shifted_heads(80, 0)).layout.yaxis.tickvals) <= 45
+
+
+def test_many_heads_and_no_whole_layer_are_left_to_the_map_of_heads():
+    frame = shifted_heads(30, 9, whole_layers=False)
+    assert not plots.sensitivity.is_of_layer(frame).any()
+    assert plots.sensitivity.is_effect_of_head(frame).sum() == 270
+    with pytest.raises(InputError, match="these results hold no"):
+        plots.injected_by_read(frame)
+    assert plots.sensitivity.is_of_layer(shifted_heads(6, 9, whole_layers=False)).sum() == 2 * 54
+
+
+def test_effects_of_heads_show_the_numbers_of_the_frame():
+    frame = pd.concat([shifted_heads(30, 9), shifted_heads(30, 9, value=3.0).assign(document=1)])
+    frame = pd.concat([frame, frame.assign(delta_tokens=1.0, value=0.1)])  # only the largest dose is drawn
+    figure = plots.head_effects(frame, "tiny")
+    (panel,) = figure.data
+    assert (len(panel.y), len(panel.x)) == (30, 9)
+    table = np.asarray(panel.customdata, dtype=float)
+    assert table[19, 8] == pytest.approx(2 + 19 + 0.08)
+    np.testing.assert_allclose(np.asarray(panel.z, dtype=float), np.log10(table))
+    assert "head 8 of layer 29, 31 nats" in notes(figure)[-1]
+    rounding = plots.head_effects(frame.assign(value_float64=0.0)).data[0]
+    assert np.isnan(np.asarray(rounding.z, dtype=float)).all()
+
+
+def test_effects_of_heads_have_room_for_large_models():
+    rows = shifted_heads(80, 128)
+    figure = plots.head_effects(rows)
+    assert figure.layout.height < 1300
+    assert len(figure.layout.xaxis.tickvals) <= 20
+    assert len(figure.layout.yaxis.tickvals) <= 60
+
+
+def test_effects_of_layers_show_the_numbers_of_the_frame():
+    frame = pd.concat([shifted_heads(30, 2), shifted_heads(30, 2, value=3.0).assign(document=1)])
+    keys = frame.assign(side="k", value=0.5)
+    figure = plots.layer_effects(pd.concat([frame, keys]))
+    bars = {bar.name: bar for bar in figure.data}
+    np.testing.assert_allclose(bars["queries only"].y, 2.0 + np.arange(30))
+    np.testing.assert_allclose(bars["queries only"].error_y.array, 1.0)
+    np.testing.assert_allclose(bars["keys only"].y, 0.5)
+    assert len(plots.layer_effects(shifted_heads(80, 0)).layout.xaxis.tickvals) <= 32
+
+
+def test_the_gallery_maps_heads_and_layers_of_real_shifts(tmp_path):
+    model, window = load_model(zoo.llama()), repeated_window(zoo.tokens(1, 10)[0], 2)
+    shifts = [PositionShift("q", 4.0, layers=layer, **heads) for layer in (0, 1) for heads in ({}, {"heads": 1})]
+    with new_run(tmp_path / "run", "trace", {}) as made:
+        frame = made.record(DELTAS, trace(model, window, shifts), model="tiny", seed=0)
+    figures = {name: figure for name, _, figure in drawn_from([tmp_path / "run"])}
+    rows = frame[(frame["site"] == "logits") & (frame["metric"] == "kl_nats")]
+    value = rows["value"].groupby([rows["inject_layer"], rows["head"].fillna(-1)]).mean()
+    np.testing.assert_allclose(figures["layer_effects"].data[0].y, [value[0, -1], value[1, -1]])
+    np.testing.assert_allclose(figures["head_effects"].data[0].customdata, [[value[0, 1]], [value[1, 1]]])
+
+
+def test_pairs_of_two_kinds_of_layers_are_two_lines():
+    local, whole = (0, 1, 2, 3, 4, 6, 7, 8, 9, 10, 12, 13, 14, 15, 16), (5, 11, 17)
+    row = {"kind": "PairTurn", "side": "q", "site": "logits", "metric": "kl_nats", "document": 0, "seq_len": 64}
+    rows = [
+        {**row, "pair": pair, "wavelength": 2 * np.pi * theta ** (pair / 4), "value": value + pair,
+         "restriction": f"layers={layers}, pairs={pair}"}
+        for layers, theta, value in ((local, 1e4, 1.0), (whole, 1e6, 10.0))
+        for pair in range(4)
+    ]  # fmt: skip
+    lines = plots.sensitivity_by_pair(rows_of("deltas", rows=rows)).data
+    assert [line.name for line in lines] == [
+        "queries only,<br>layers=(0-4, 6-10, 12-16)", "queries only,<br>layers=(5, 11, 17)"
+    ]  # fmt: skip
+    np.testing.assert_allclose(lines[0].y, [1, 2, 3, 4])
+    np.testing.assert_allclose(lines[1].y, [10, 11, 12, 13])
+    assert lines[0].line.dash != lines[1].line.dash
+    (line,) = plots.sensitivity_by_pair(rows_of("deltas", rows=rows[:4])).data
+    assert line.name == "queries only"
+
+
+def test_tasks_without_a_distance_are_points_with_their_intervals(tmp_path):
+    rows = [
+        {"task": task, "metric": "accuracy", "value": value, "low": value - 0.1, "high": value + 0.2, "seq_len": 2048}
+        for task, value in (("vt", 0.5), ("fwe", 0.25))
+    ]
+    passkey = {"task": "passkey", "metric": "accuracy", "value": 1.0, "distance": 64, "seq_len": 2048}
+    with new_run(tmp_path / "run", "retrieval", {}) as made:
+        made.record(RETRIEVAL, [*rows, passkey], model="one", seed=0)
+        for seed in (0, 1):
+            made.record(RETRIEVAL, [{**row, "value": row["value"] + seed / 5} for row in rows], model="two", seed=seed)
+    figures = {(name, label): figure for name, label, figure in drawn_from([tmp_path / "run"])}
+    assert set(figures) == {("retrieval_by_distance", "passkey, window 2048"), ("retrieval_by_task", "window 2048")}
+    one, two, seeds = figures["retrieval_by_task", "window 2048"].data
+    assert (one.name, list(one.x)) == ("one", ["fwe", "vt"])
+    np.testing.assert_allclose(one.y, [0.25, 0.5])
+    np.testing.assert_allclose(one.error_y.array, 0.2)
+    np.testing.assert_allclose(one.error_y.arrayminus, 0.1)
+    np.testing.assert_allclose(two.y, [0.35, 0.6])
+    assert not two.error_y.visible
+    assert sorted(seeds.y) == pytest.approx([0.25, 0.45, 0.5, 0.7])
+
+
+def test_figures_of_deep_models_have_a_height_that_can_be_read():
+    layers, documents = range(80), [1, 2]
+    row = {"kind": ["Copy"], "metric": ["rel_l2"], "document": documents, "layer": layers, "seq_len": [64]}
+    copies = rows_of("deltas", rows=every(1, **row, site=[f"blocks.0.{site}" for site in plots.propagation.PANELS]))
+    assert plots.copy_heatmap(copies).layout.height < 2400
+    heads = rows_of(HEADS.name, rows=every(0, metric=["sink"], layer=layers, head=range(128)))
+    assert len(plots.head_map(heads).layout.yaxis.tickvals) <= 50
 
 
 def test_single_shifts_of_parts_are_no_dose_response(narrow):
@@ -456,6 +686,13 @@ def test_the_signal_shows_the_numbers_of_the_frame():
     marks = dict(zip(lines["tiny"].x, lines["tiny"].y, strict=True))
     assert list(marks) == [f"{i}, W_{matrix}" for i in (0, 1) for matrix in "QKV"]
     assert marks["1, W_K"] == pytest.approx(of_keys["signal_gradient"] / of_keys["loss_gradient"])
+
+
+def test_head_maps_say_what_they_are_means_over():
+    rows = every(0, metric=["previous_token"], layer=[0, 1], head=[0, 1], seed=[0, 3])
+    figure = plots.head_map(rows_of(HEADS.name, rows=rows))
+    np.testing.assert_allclose(figure.data[0].z, [[0.05, 0.25], [0.45, 0.65]])
+    assert "seeds 0, 3" in notes(figure)[-1]
 
 
 HOSTILE = "<a href='http://127.0.0.1/'>x</a><b>bold</b>&amp;%{y}$x$<br>"
@@ -533,6 +770,16 @@ def what_each_drawing_draws(name):
             head=[None, 0], layer=[0, None], delta_tokens=[4.0],
         ),
         "sensitivity_by_pair": every(1, **shifts, metric=["kl_nats"], pair=[0], wavelength=[6.0], delta_tokens=[4.0]),
+        "layer_effects": every(
+            1, **shifts, metric=["kl_nats"], site=["logits"], inject_layer=[0, 1], delta_tokens=[4.0]
+        ),
+        "head_effects": every(
+            1, **shifts, metric=["kl_nats"], site=["logits"], inject_layer=[0, 1], head=[0, 1], delta_tokens=[4.0]
+        ),
+        "retrieval_by_task": every(
+            0, **runs, metric=["accuracy"], task=[name, "vt"], seq_len=[64], low=[0.0], high=[1.0]
+        ),
+        "head_map": every(0, **runs, metric=list(plots.heads.PANELS), layer=[0, 1], head=[0, 1]),
         "transplants": every(0, **accuracies, into=[name], group=[name, "nothing"]),
         "causal_curves": every(0, **curves, order=[name, "greedy"])
         + every(0, **curves, order=["random"], draw=[0, 1]),
@@ -565,7 +812,7 @@ def numbers(figure):
 ODD_NAME = '<a href="#">odd</a>&lt;%{y}$z$'
 ODD_NAME_AS_TEXT = '&lt;a href="#"&gt;odd&lt;/a&gt;&amp;lt;&#37;{y}&#36;z&#36;'
 NAMELESS = {"theta_grid", "copy_heatmap", "dose_response", "injected_by_read", "sensitivity_by_pair", "change_by_part",
-            "span_heatmap", "span_heads", "trace_cost"}  # fmt: skip
+            "span_heatmap", "span_heads", "trace_cost", "head_map", "layer_effects", "head_effects"}  # fmt: skip
 
 
 @pytest.mark.parametrize("drawing", plots.DRAWINGS, ids=lambda drawing: drawing.name)

@@ -1,6 +1,7 @@
 """Run directories in, an offline HTML gallery out: one page per figure, one shared plotly script, an index."""
 
 import itertools
+import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,13 +14,14 @@ from jinja2 import Environment, PackageLoader
 
 from rope_probe.errors import InputError
 from rope_probe.gallery import figures as plots
-from rope_probe.gallery.figures.style import LONGEST_LABEL, listed, measured, short
+from rope_probe.gallery.figures.style import LONGEST_LABEL, LONGEST_NAME, listed, measured, short
 from rope_probe.runs.folders import whole_folder
 from rope_probe.runs.results import read_manifest, read_tables
 from rope_probe.runs.tables import Tables
 from rope_probe.runs.verdicts import Section
 
-_LONGEST_NAME = 60
+_LONGEST_SLUG = 60
+_LEAST_OF_MODEL = 20
 _PAGE = Environment(
     loader=PackageLoader("rope_probe", "gallery"), autoescape=True, trim_blocks=True, lstrip_blocks=True
 )
@@ -42,7 +44,8 @@ def gallery(
 
     `reports` are what experiments say of their runs, by name: question and verdicts stand above the figures.
     Experiments that no figure is drawn from are listed with how they were made; what a drawing refuses is listed too.
-    A run given twice is there once. An older gallery at `out` is replaced.
+    Runs of one model that differ in nothing but their seed are pooled, as its seeds; others are told apart by what
+    differs in their configurations. A run given twice is there once. An older gallery at `out` is replaced.
 
     Raises InputError for a run that is not complete, runs that all hold nothing to draw, or an `out` that is something
     else than a gallery or cannot be written.
@@ -52,7 +55,10 @@ def gallery(
     for run in runs:
         manifest = read_manifest(run)
         experiments.setdefault(manifest["experiment"], []).append((run, manifest))
-    drawn = {experiment: _figures(read_tables([run for run, _ in made])) for experiment, made in experiments.items()}
+    drawn = {}
+    for experiment, made in experiments.items():
+        configs = {manifest["run_id"]: manifest["config"] for _, manifest in made}
+        drawn[experiment] = _figures(read_tables([run for run, _ in made]), configs)
     if not any(figures for figures, _ in drawn.values()):
         refused = [refusal for _, remarks in drawn.values() for refusal in remarks]
         why = refused[0] if refused else "trace some perturbations first"
@@ -76,10 +82,13 @@ def gallery(
     return Path(out) / "index.html"
 
 
-def _figures(tables: Tables) -> tuple[list[tuple[str, str, go.Figure]], list[str]]:
+def _figures(
+    tables: Tables, configs: Mapping[str, dict[str, Any]]
+) -> tuple[list[tuple[str, str, go.Figure]], list[str]]:
     """(drawing, label, figure) for each drawing, and each of what it is split by, that the tables have rows for.
 
-    And what is to be remarked: how many rows measure nothing, and what cannot be drawn and why.
+    And what is to be remarked: how many rows measure nothing, and what cannot be drawn and why. `configs` are the
+    runs' configurations, by run id.
     """
     finite = Tables({name: measured(frame) for name, frame in tables.items()})
     figures: list[tuple[str, str, go.Figure]] = []
@@ -90,19 +99,87 @@ def _figures(tables: Tables) -> tuple[list[tuple[str, str, go.Figure]], list[str
         frame = finite.joined(drawing.tables)
         if frame.empty:
             continue
-        rows, context = frame[drawing.rows(frame)], frame[drawing.context(frame)]
-        split = drawing.split(rows)
+        drawn = drawing.rows(frame)
+        frame = _told_apart(frame, frame[drawn], configs)
+        rows, context = frame[drawn], frame[drawing.context(frame)]
+        split = [*([rows["model"]] if drawing.per_model else []), *drawing.split(rows)]
         parts = rows.groupby(split, dropna=False, sort=False) if split else [((), rows)]
         for labels, part in parts:
             if part.empty:
                 continue
             label = ", ".join(str(value) for value in labels if pd.notna(value) and value != "")
+            beside = context[context["run_id"].isin(part["run_id"])]
+            if drawing.per_model:
+                beside = beside[beside["model"].isin(part["model"])]
             try:
-                figures.append((drawing.name, label, drawing.draw(pd.concat([part, context]), label)))
+                figures.append((drawing.name, label, drawing.draw(pd.concat([part, beside]), label)))
             except InputError as error:
                 runs = short(listed(part["run_id"]), LONGEST_LABEL)
                 remarks.append(f"{_summary(drawing.name, label)} cannot be drawn from {runs}: {error}")
     return figures, remarks
+
+
+def _told_apart(frame: pd.DataFrame, drawn: pd.DataFrame, configs: Mapping[str, dict[str, Any]]) -> pd.DataFrame:
+    """The frame, its models named so that rows of one name may be pooled.
+
+    Where a model's runs were made in several ways, judged by the rows that are drawn, what sets a run apart is added to
+    the model's name.
+    """
+    names = frame["model"].copy()
+    for model, rows in drawn.groupby("model", dropna=False, sort=False):
+        ways = _ways(rows, configs)
+        if len(ways) == 1:
+            continue
+        named = frame["model"].isna() if pd.isna(model) else (frame["model"] == model).fillna(False)
+        for runs, difference in zip(ways, _differences(ways, configs), strict=True):
+            if pd.isna(model):
+                name = short(difference)
+            else:
+                room = max(_LEAST_OF_MODEL, LONGEST_NAME - len(" ()") - len(difference))
+                name = f"{short(model, room)} ({short(difference, LONGEST_NAME - _LEAST_OF_MODEL - len(' ()'))})"
+            names[named & frame["run_id"].isin(runs)] = name
+    return frame.assign(model=names)
+
+
+def _ways(rows: pd.DataFrame, configs: Mapping[str, dict[str, Any]]) -> list[list[str]]:
+    """Run ids of a model's rows, those together whose runs are seeds of one another.
+
+    Such runs have the same configuration but for the seed and the hashes of what was trained by it, and no seed twice.
+    """
+    alike: dict[str, list[str]] = {}
+    for run in rows["run_id"].unique():
+        alike.setdefault(json.dumps(_settings(configs.get(run, {})), sort_keys=True), []).append(run)
+    ways = []
+    for runs in alike.values():
+        seeds = rows.loc[rows["run_id"].isin(runs), ["run_id", "seed"]].drop_duplicates()["seed"]
+        ways += [[run] for run in runs] if seeds.duplicated().any() else [runs]
+    return ways
+
+
+def _differences(ways: Sequence[Sequence[str]], configs: Mapping[str, dict[str, Any]]) -> list[str]:
+    """What each of several sets of runs has otherwise than the others, in a few words; at the least the run's id."""
+    settings = [_settings(configs.get(runs[0], {})) for runs in ways]
+    keys = dict.fromkeys(key for one in settings for key in one)
+    differing = [key for key in keys if len({one.get(key) for one in settings}) > 1]
+    texts = [", ".join(f"{key}={one.get(key, 'none')}" for key in differing) for one in settings]
+    told = []
+    for runs, text in zip(ways, texts, strict=True):
+        of_run = f"run {str(runs[0]).rpartition('-')[2]}"
+        told.append(text if texts.count(text) == 1 else f"{of_run}, {text}" if text else of_run)
+    return told
+
+
+def _settings(config: Any, key: str = "") -> dict[str, str]:
+    """A configuration by dotted keys, as text, without seeds and hashes."""
+    if isinstance(config, list) and any(isinstance(value, dict) for value in config):
+        config = {str(i): value for i, value in enumerate(config)}
+    if not isinstance(config, dict):
+        return {key: str(config)}
+    flat: dict[str, str] = {}
+    for name, value in config.items():
+        if name != "seed" and not name.endswith("sha256"):
+            flat |= _settings(value, f"{key}.{name}" if key else name)
+    return flat
 
 
 def _frames(
@@ -156,4 +233,4 @@ def _facts(manifest: dict[str, Any]) -> dict[str, Any]:
 def _slug(text: str) -> str:
     """The letters and digits of a name, as far as a file's name has room for them."""
     words = "".join(c if c.isascii() and c.isalnum() else " " for c in text.lower()).split()
-    return "-".join(words)[:_LONGEST_NAME].strip("-")
+    return "-".join(words)[:_LONGEST_SLUG].strip("-")

@@ -24,8 +24,13 @@ from rope_probe.gallery.figures.geometry import rotations_by_pair
 from rope_probe.gallery.figures.grid import theta_grid
 from rope_probe.gallery.figures.heads import head_map
 from rope_probe.gallery.figures.propagation import copy_heatmap, dose_response
-from rope_probe.gallery.figures.retrieval import retrieval_by_distance
-from rope_probe.gallery.figures.sensitivity import injected_by_read, sensitivity_by_pair
+from rope_probe.gallery.figures.retrieval import retrieval_by_distance, retrieval_by_task
+from rope_probe.gallery.figures.sensitivity import (
+    head_effects,
+    injected_by_read,
+    layer_effects,
+    sensitivity_by_pair,
+)
 from rope_probe.gallery.figures.signal import signal_of_distillation
 from rope_probe.gallery.figures.spans import causal_curves, change_by_part, span_heads, span_heatmap, transplants
 from rope_probe.gallery.figures.training import loss_curves
@@ -38,11 +43,14 @@ __all__ = [
     "change_by_part",
     "copy_heatmap",
     "dose_response",
+    "head_effects",
     "head_map",
     "injected_by_read",
+    "layer_effects",
     "loss_curves",
     "register",
     "retrieval_by_distance",
+    "retrieval_by_task",
     "rotations_by_pair",
     "sensitivity_by_pair",
     "signal_of_distillation",
@@ -63,7 +71,9 @@ class Drawing:
     """A figure by name: the tables it reads, which of their rows it draws, and how, given those and a label.
 
     `split` says what it is drawn once for, beside the experiment: rows with other values there get their own figure.
-    `context` are rows that every one of these is given as well, whatever they are split by; alone they draw nothing.
+    `per_model` says that it is drawn for each model by itself; otherwise models are told apart within the figure.
+    `context` are rows that a figure is given as well, those of the runs that it draws, and of its model where it is
+    drawn per model; alone they draw nothing.
     """
 
     name: str
@@ -72,6 +82,7 @@ class Drawing:
     draw: Callable[[pd.DataFrame, str], go.Figure]
     split: Callable[[pd.DataFrame], list[pd.Series]] = lambda rows: []
     context: Callable[[pd.DataFrame], pd.Series] = _nothing
+    per_model: bool = False
 
 
 def _task(frame: pd.DataFrame) -> pd.Series:
@@ -84,10 +95,6 @@ def _phase(frame: pd.DataFrame) -> pd.Series:
     """The phase after which something was measured, "" where that is the same throughout."""
     phase = frame["phase"].fillna("")
     return phase if phase.nunique() > 1 else phase.mask(phase != "", "")
-
-
-def _model(frame: pd.DataFrame) -> list[pd.Series]:
-    return [frame["model"]]
 
 
 def _kind(frame: pd.DataFrame) -> pd.Series:
@@ -109,6 +116,13 @@ DRAWINGS = [
         lambda rows: [_task(rows), _phase(rows), "window " + rows["seq_len"].astype("string")],
         retrieval.is_document_length,
     ),
+    Drawing(
+        "retrieval_by_task",
+        ("retrieval",),
+        retrieval.is_accuracy_of_task,
+        retrieval_by_task,
+        lambda rows: [_phase(rows), "window " + rows["seq_len"].astype("string")],
+    ),
     Drawing("theta_grid", ("theta_grid",), grid.is_cell, theta_grid, context=grid.is_gate),
     Drawing(
         "rotations_by_pair", ("geometry",), geometry.is_rotations, rotations_by_pair, context=geometry.is_spectrum_use
@@ -119,31 +133,64 @@ DRAWINGS = [
         ("deltas",),
         propagation.is_copy,
         copy_heatmap,
-        lambda rows: [rows["model"], rows["arm"], _masked(rows)],
+        lambda rows: [rows["arm"], _masked(rows)],
+        per_model=True,
     ),
     Drawing(
         "dose_response",
         ("deltas",),
         propagation.is_dose,
         dose_response,
-        lambda rows: [rows["model"], rows["arm"], _masked(rows), _kind(rows), rows["restriction"]],
+        lambda rows: [rows["arm"], _masked(rows), _kind(rows), rows["restriction"]],
+        per_model=True,
     ),
-    Drawing("head_map", ("heads",), heads.is_head_score, head_map, _model),
-    Drawing("injected_by_read", ("deltas",), sensitivity.is_of_layer, injected_by_read, _model),
+    Drawing(
+        "layer_effects",
+        ("deltas",),
+        sensitivity.is_effect_of_layer,
+        layer_effects,
+        lambda rows: [_masked(rows)],
+        per_model=True,
+    ),
+    Drawing(
+        "head_effects",
+        ("deltas",),
+        sensitivity.is_effect_of_head,
+        head_effects,
+        lambda rows: [_masked(rows)],
+        per_model=True,
+    ),
+    Drawing("head_map", ("heads",), heads.is_head_score, head_map, per_model=True),
+    Drawing("injected_by_read", ("deltas",), sensitivity.is_of_layer, injected_by_read, per_model=True),
     Drawing(
         "sensitivity_by_pair",
         ("deltas",),
         sensitivity.is_of_pair,
         sensitivity_by_pair,
-        lambda rows: [rows["model"], _kind(rows)],
+        lambda rows: [_kind(rows)],
+        per_model=True,
     ),
-    Drawing("transplants", ("span_effects",), spans.is_transplant, transplants, _model),
-    Drawing("causal_curves", ("span_effects",), spans.is_curve, causal_curves, _model),
-    Drawing("change_by_part", ("spans",), spans.is_change_of_part, change_by_part, _model),
-    Drawing("span_heatmap", ("spans", "landmarks"), spans.is_change_of_pair, span_heatmap, _model, spans.is_landmark),
-    Drawing("span_heads", ("spans", "landmarks"), spans.is_change_of_pair, span_heads, _model, spans.is_landmark),
+    Drawing("transplants", ("span_effects",), spans.is_transplant, transplants, per_model=True),
+    Drawing("causal_curves", ("span_effects",), spans.is_curve, causal_curves, per_model=True),
+    Drawing("change_by_part", ("spans",), spans.is_change_of_part, change_by_part, per_model=True),
+    Drawing(
+        "span_heatmap",
+        ("spans", "landmarks"),
+        spans.is_change_of_pair,
+        span_heatmap,
+        context=spans.is_landmark,
+        per_model=True,
+    ),
+    Drawing(
+        "span_heads",
+        ("spans", "landmarks"),
+        spans.is_change_of_pair,
+        span_heads,
+        context=spans.is_landmark,
+        per_model=True,
+    ),
     Drawing("signal_of_distillation", ("signal",), signal.is_signal, signal_of_distillation),
-    Drawing("trace_cost", ("trace_cost",), cost.is_cost, trace_cost),
+    Drawing("trace_cost", ("trace_cost",), cost.is_cost, trace_cost, per_model=True),
 ]
 """What the gallery draws, in order."""
 

@@ -5,7 +5,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from rope_probe.errors import InputError
-from rope_probe.gallery.figures.style import drawing, styled
+from rope_probe.gallery.figures.style import drawing, listed, spaced, styled
 
 PANELS = {
     "previous_token": "to the token before",
@@ -16,6 +16,7 @@ PANELS = {
 }
 """Scores that are shares, 0 to 1, and what they say attention goes to."""
 _COLUMNS = 3
+_MOST_TICKS, _ROOM_FOR_TICK = 9, 18
 
 
 def is_head_score(frame: pd.DataFrame) -> pd.Series:
@@ -56,7 +57,10 @@ def head_map(frame: pd.DataFrame, label: str = "") -> go.Figure:
             coloraxis="coloraxis",
             hovertemplate="layer %{y}, head %{x}: %{z:.3f}<extra></extra>",
         )
-        figure.add_trace(trace, row=panel // columns + 1, col=panel % columns + 1)
+        at = {"row": panel // columns + 1, "col": panel % columns + 1}
+        figure.add_trace(trace, **at)
+        figure.update_xaxes(tickvals=spaced(table.columns, _MOST_TICKS), **at)
+        figure.update_yaxes(tickvals=spaced(table.index, panel_height // _ROOM_FOR_TICK), **at)
     figure.update_layout(
         coloraxis={"colorscale": "Viridis", "cmin": 0, "cmax": 1, "colorbar": {"title": "share"}},
         plot_bgcolor="#d8d8d8",
@@ -68,4 +72,6 @@ def head_map(frame: pd.DataFrame, label: str = "") -> go.Figure:
     note = "share of a query's attention, mean over queries"
     if "retrieval_head" in metrics:
         note += "; last panel: share of a needle's tokens that the head copies into the answer, mean over trials"
+    if seeds := listed(rows["seed"]):
+        note += f"; seeds {seeds}"
     return styled(figure, "What each head attends to", label, note, height=height + 240)

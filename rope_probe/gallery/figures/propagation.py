@@ -27,6 +27,8 @@ PANELS = {
     "logits": "logits",
 }
 _LOWEST_KL = 1e-16
+_MOST_SPACED = 40
+"""Layers that a panel of `copy_heatmap` has room for with lines between them."""
 
 
 def is_copy(frame: pd.DataFrame) -> pd.Series:
@@ -70,8 +72,10 @@ def copy_heatmap(frame: pd.DataFrame, label: str = "") -> go.Figure:
     low, high = (shown.min(), shown.max()) if len(shown) else (-1.0, 0.0)
     panels = {site: rows[rows["site"].str.endswith(site)] for site in PANELS}
     layers = max(part["layer"].nunique() for part in panels.values())
-    height = max(9, min(30, 240 // layers))
-    heights = [height * part["layer"].nunique() for part in panels.values()]
+    is_deep = layers > _MOST_SPACED
+    height = max(3 if is_deep else 9, min(30, 240 // layers))
+    gap = 0 if is_deep else 1
+    heights = [max(9, height * part["layer"].nunique()) for part in panels.values()]
     figure = make_subplots(
         rows=len(panels),
         cols=1,
@@ -92,8 +96,8 @@ def copy_heatmap(frame: pd.DataFrame, label: str = "") -> go.Figure:
                 y=names,
                 customdata=hover_values,
                 coloraxis="coloraxis",
-                xgap=1,
-                ygap=1,
+                xgap=gap,
+                ygap=gap,
                 hoverongaps=True,
                 hovertemplate="%{y}, copy %{x}: %{customdata[0]:.4g}<br>float64: %{customdata[1]:.4g}<extra></extra>",
             ),
@@ -197,6 +201,8 @@ def dose_response(frame: pd.DataFrame, label: str = "") -> go.Figure:
 
 
 def sample(rows: pd.DataFrame) -> str:
-    """Window, number of documents and seeds, as a caption tells them."""
-    caption = f"window {listed(rows['seq_len'])} tokens, {rows['document'].nunique()} documents"
+    """Window, number of documents and seeds, as a caption tells them; documents where they were measured one by one."""
+    caption = f"window {listed(rows['seq_len'])} tokens"
+    if documents := rows["document"].nunique():
+        caption += f", {documents} documents"
     return f"{caption}, seeds {seeds}" if (seeds := listed(rows["seed"])) else caption

@@ -1,4 +1,4 @@
-"""Retrieval by distance, with the lengths that training had as landmarks."""
+"""Retrieval by distance, with the lengths that training had as landmarks; and by task, where there is no distance."""
 
 import math
 
@@ -15,6 +15,11 @@ _MARGIN = 1.15
 def is_accuracy(frame: pd.DataFrame) -> pd.Series:
     """Rows with the accuracy of retrieval at a distance."""
     return (frame["metric"] == "accuracy") & (frame["distance"] > 0).fillna(False)
+
+
+def is_accuracy_of_task(frame: pd.DataFrame) -> pd.Series:
+    """Rows with the accuracy of a task that has no distance."""
+    return (frame["metric"] == "accuracy") & frame["task"].notna() & frame["distance"].isna()
 
 
 def is_document_length(frame: pd.DataFrame) -> pd.Series:
@@ -83,6 +88,52 @@ def retrieval_by_distance(frame: pd.DataFrame, label: str = "") -> go.Figure:
     figure = styled(figure, "Retrieval by distance", label, note, height=560)
     ranked = {"text": f"best to worst<br>at {distances[-1]:,} tokens", "font": {"size": 12}}
     return figure.update_layout(legend={**BESIDE, "title": ranked})
+
+
+@drawing
+def retrieval_by_task(frame: pd.DataFrame, label: str = "") -> go.Figure:
+    """Accuracy of tasks without a distance, points for each model: the mean over seeds, and every seed as a small one.
+
+    With one seed the lines are its 95% intervals. Raises InputError where the frame has no such accuracy.
+    """
+    rows = frame[is_accuracy_of_task(frame)]
+    if rows.empty:
+        raise InputError("these results hold no accuracy of tasks without a distance; measure vt, fwe or cwe")
+    rows = rows.assign(model=rows["model"].fillna(""))
+    tasks = sorted(rows["task"].unique())
+    figure = go.Figure()
+    for i, (model, part) in enumerate(rows.groupby("model")):
+        colour, _, symbol = line_style(i)
+        mean = part.groupby("task")[["value", "low", "high"]].mean()
+        one = part["seed"].nunique() <= 1
+        bars = {"array": mean["high"] - mean["value"], "arrayminus": mean["value"] - mean["low"], "visible": one}
+        together = {"legendgroup": str(model), "offsetgroup": str(model), "mode": "markers"}
+        figure.add_trace(
+            go.Scatter(
+                x=mean.index.to_numpy(),
+                y=mean["value"],
+                error_y={**bars, "thickness": 1.5, "width": 4},
+                name=str(model),
+                marker={"color": colour, "symbol": symbol, "size": 11},
+                hovertemplate="%{x}: %{y:.3f}",
+                showlegend=True,
+                **together,
+            )
+        )
+        if not one:
+            marker = {"color": colour, "size": 5, "opacity": 0.5}
+            seeds = {"x": part["task"], "y": part["value"], "showlegend": False, "hoverinfo": "skip"}
+            figure.add_trace(go.Scatter(**seeds, marker=marker, **together))
+    figure.update_layout(scattermode="group", scattergap=0.4)
+    figure.update_xaxes(type="category", categoryorder="array", categoryarray=tasks, range=[-0.5, len(tasks) - 0.5])
+    figure.update_yaxes(title="accuracy", range=[-0.03, 1.03])
+    several = rows.groupby("model")["seed"].nunique()
+    note = "; ".join([
+        f"window {listed(rows['seq_len'])} tokens, seeds {listed(rows['seed'])}",
+        *(["points: mean over seeds, small ones: seeds"] if several.max() > 1 else []),
+        *(["lines: 95% over trials, where there is one seed"] if several.min() <= 1 else []),
+    ])  # fmt: skip
+    return styled(figure, "Retrieval by task", label, note, height=460).update_layout(legend=BESIDE)
 
 
 def _landmarks(frame: pd.DataFrame) -> list[tuple[float, str]]:

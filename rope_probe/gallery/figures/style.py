@@ -4,6 +4,7 @@ import functools
 import hashlib
 import re
 import textwrap
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,7 +17,7 @@ SYMBOLS = ("circle", "square-open", "triangle-up")
 BESIDE: dict[str, Any] = {"orientation": "v", "x": 1.02, "y": 1, "yanchor": "top", "tracegroupgap": 0}
 """A legend to the right of the plot, for many or long names."""
 LONGEST_NAME, LONGEST_LABEL = 60, 100
-_TAKEN_APART = "site"
+_TAKEN_APART = ("site", "restriction")
 _MARKUP = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "%": "&#37;", "$": "&#36;"}
 _UNSEEN = (*range(0x20), *range(0x7F, 0xA0), 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A))
 _LITERAL = str.maketrans(_MARKUP | {chr(c): "&#92;" + chr(c).encode("unicode_escape").decode()[1:] for c in _UNSEEN})
@@ -33,8 +34,8 @@ class Draw(Protocol):
 def drawing(draw: Draw) -> Draw:
     """Every public drawing function is one: what the frame and the label call things is shown just as it is written.
 
-    It draws a frame whose text is `literal` and `short`, but for sites, which drawings take apart. Rows that are not
-    `measured` are left out.
+    It draws a frame whose text is `literal` and `short`, but for sites and restrictions: these are literal alone, since
+    drawings look for parts of them. Rows that are not `measured` are left out.
     """
 
     @functools.wraps(draw)
@@ -69,7 +70,7 @@ def _as_shown(frame: pd.DataFrame) -> pd.DataFrame:
     shown = {}
     for column in frame.select_dtypes(include=["object", "string"]):
         names = [name for name in frame[column].dropna().unique() if isinstance(name, str)]
-        names_shown = {name: literal(name) if column == _TAKEN_APART else short(literal(name)) for name in names}
+        names_shown = {name: literal(name) if column in _TAKEN_APART else short(literal(name)) for name in names}
         if any(name != text for name, text in names_shown.items()):
             shown[column] = frame[column].map(
                 lambda name, names_shown=names_shown: names_shown.get(name, name), na_action="ignore"
@@ -81,6 +82,11 @@ def line_style(i: int) -> tuple[str, str, str]:
     """Colour, dash and marker symbol of the i-th line; the first 21 differ."""
     again = i // len(PALETTE) % len(DASHES)
     return PALETTE[i % len(PALETTE)], DASHES[again], SYMBOLS[again]
+
+
+def spaced(values: Sequence[Any], most: int) -> list[Any]:
+    """At most so many of the values, evenly spaced from the first on: ticks that have room."""
+    return list(values[:: max(1, -(-len(values) // most))])
 
 
 def listed(values: pd.Series) -> str:
