@@ -167,9 +167,7 @@ def attention_by_layer(frame: pd.DataFrame) -> pd.DataFrame:
     return rows.groupby("layer")["value"].agg(["mean", "max"])
 
 
-def _read(
-    model: HookedCausalLM, window: Window, sites: Sequence[str], layers: Sequence[int], masked: bool
-) -> _States:
+def _read(model: HookedCausalLM, window: Window, sites: Sequence[str], layers: Sequence[int], masked: bool) -> _States:
     """What the original makes of a window; copies, since layers may go on in place."""
     states = _States({}, {})
 

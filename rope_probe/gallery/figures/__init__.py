@@ -9,6 +9,7 @@ import plotly.graph_objects as go
 from rope_probe.errors import InputError
 from rope_probe.gallery.figures import (
     cost,
+    drift,
     geometry,
     grid,
     heads,
@@ -20,6 +21,7 @@ from rope_probe.gallery.figures import (
     training,
 )
 from rope_probe.gallery.figures.cost import trace_cost
+from rope_probe.gallery.figures.drift import drift_by_layer
 from rope_probe.gallery.figures.geometry import rotations_by_pair
 from rope_probe.gallery.figures.grid import theta_grid
 from rope_probe.gallery.figures.heads import head_map
@@ -38,6 +40,7 @@ __all__ = [
     "change_by_part",
     "copy_heatmap",
     "dose_response",
+    "drift_by_layer",
     "head_map",
     "injected_by_read",
     "loss_curves",
@@ -129,6 +132,7 @@ DRAWINGS = [
         lambda rows: [rows["model"], rows["arm"], _masked(rows), _kind(rows), rows["restriction"]],
     ),
     Drawing("head_map", ("heads",), heads.is_head_score, head_map, _model),
+    Drawing("drift_by_layer", ("drift",), drift.is_drift, drift_by_layer, lambda rows: [_masked(rows)]),
     Drawing("injected_by_read", ("deltas",), sensitivity.is_of_layer, injected_by_read, _model),
     Drawing(
         "sensitivity_by_pair",
