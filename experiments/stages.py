@@ -53,7 +53,7 @@ class Stage:
     """A script and its arguments, the run directory it makes, the config it makes it with, and the stages it needs.
 
     The script is a module of this folder by name, or the path of a file elsewhere. `seconds` is about what it takes,
-    of which the order and the remaining time are made.
+    of which the order and the remaining time are made. What is `urgent` goes first, and is shown before the rest runs.
     """
 
     command: tuple[str, ...]
@@ -61,6 +61,7 @@ class Stage:
     config: Callable[[], dict]
     needs: tuple[str, ...] = ()
     seconds: float = 60.0
+    urgent: bool = False
 
     @property
     def script(self) -> str:
@@ -88,7 +89,7 @@ def discover() -> list[ModuleType]:
 
 
 def plan(options: Options, modules: Sequence[ModuleType] | None = None) -> dict[str, Stage]:
-    """Every stage of every experiment by name; those come first that the longest wait follows.
+    """Every stage of every experiment by name; urgent ones come first, then those that the longest wait follows.
 
     `modules` are the experiments, by default those of this folder.
 
@@ -101,7 +102,7 @@ def plan(options: Options, modules: Sequence[ModuleType] | None = None) -> dict[
         if absent := [need for need in stage.needs if need not in stages]:
             raise InputError(f"stage {name!r} needs {absent[0]!r}, which no experiment plans")
     behind = _seconds_behind(stages)
-    return dict(sorted(stages.items(), key=lambda item: -behind[item[0]]))
+    return dict(sorted(stages.items(), key=lambda item: (not item[1].urgent, -behind[item[0]])))
 
 
 def _seconds_behind(stages: Mapping[str, Stage]) -> dict[str, float]:

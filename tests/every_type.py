@@ -127,7 +127,17 @@ def tiny_model(model_type: str) -> Any:
                 weight.normal_(0, 0.2)
             else:
                 weight.add_(0.1 * torch.randn_like(weight))
-    return to_double(model).eval()
+    return _with_exact_constants(to_double(model)).eval()
+
+
+def _with_exact_constants(model: Any) -> Any:
+    """Constants that the model rounded when it was made in float32, such as Gemma's scale, as in float64."""
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            exact = getattr(module, f"scalar_{name}", None)
+            if isinstance(exact, float):
+                buffer.fill_(exact)
+    return model
 
 
 # Whether it is exact --------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from rope_probe.retrieval.tasks import TextTask
 from rope_probe.tracing import patterns
 from rope_probe.tracing.heads import distance_edges, head_scores, pair_contributions
 from rope_probe.tracing.silence import silenced
-from tests import zoo
+from tests import every_type, zoo
 
 ARCHITECTURES = (
     "llama",
@@ -467,3 +467,16 @@ def test_the_head_map_shows_the_numbers_of_the_frame():
         np.testing.assert_allclose(np.asarray(figure.data[panel].z, dtype=float), table)
     with pytest.raises(InputError, match="no scores of heads"):
         head_map(frame[frame["metric"] == "match"])
+
+
+def test_layers_without_attention_have_no_heads_to_score_or_silence():
+    model = load_model(every_type.tiny_model("lfm2_moe"))
+    window = pack([list(range(4, 20))], 16)
+    attending = model.attending_layers
+    assert 0 < len(attending) < len(model.blocks)
+    assert head_scores(model, window)["layer"].unique().tolist() == attending
+    without = next(layer for layer in range(len(model.blocks)) if layer not in attending)
+    with pytest.raises(InputError, match=f"layer {without} of this model has no attention"):
+        head_scores(model, window, layers=without)
+    with pytest.raises(InputError, match="no heads to silence"), silenced(model, [(without, 0)]):
+        pass

@@ -275,22 +275,34 @@ def set_rotary_module(model: PreTrainedModel, module: nn.Module) -> None:
     _text_model_of(model).rotary_emb = module
 
 
-def rotary_layers(model: PreTrainedModel) -> list[Rotary | None]:
-    """Per layer, the rotation the model's own buffers say it applies; None for a layer without RoPE."""
+def rotary_places(model: PreTrainedModel) -> list[tuple[Any, str] | None]:
+    """Per layer, the module that holds its frequencies and the prefix of its buffers; None for a layer without RoPE."""
     architecture = architecture_of(model.config)
     config, text_model = text_config_of(model.config), _text_model_of(model)
     layer_types = getattr(config, "layer_types", None) or [""] * config.num_hidden_layers
 
-    def rotary(layer: int) -> Rotary | None:
+    def place_of(layer: int) -> tuple[Any, str] | None:
         if not architecture.rotates(model.config, layer):
             return None
         if architecture.by_measurement is not None:
             place = architecture.by_measurement.rotary[layer]
             assert place is not None
-            embedding, prefix = text_model.get_submodule(place.module), place.prefix
-        else:
-            embedding = text_model.rotary_emb
-            prefix = f"{layer_types[layer]}_" if hasattr(embedding, f"{layer_types[layer]}_inv_freq") else ""
+            return text_model.get_submodule(place.module), place.prefix
+        embedding = text_model.rotary_emb
+        return embedding, f"{layer_types[layer]}_" if hasattr(embedding, f"{layer_types[layer]}_inv_freq") else ""
+
+    return [place_of(layer) for layer in range(config.num_hidden_layers)]
+
+
+def rotary_layers(model: PreTrainedModel) -> list[Rotary | None]:
+    """Per layer, the rotation the model's own buffers say it applies; None for a layer without RoPE."""
+    architecture = architecture_of(model.config)
+    config = text_config_of(model.config)
+
+    def rotary(layer: int, place: tuple[Any, str] | None) -> Rotary | None:
+        if place is None:
+            return None
+        embedding, prefix = place
         fixed = exact_length(model.config) is None
         name = "inv_freq" if fixed else "original_inv_freq"  # the other one remembers long inputs
         frequencies = getattr(embedding, prefix + name).detach().to("cpu", torch.float64)
@@ -305,7 +317,7 @@ def rotary_layers(model: PreTrainedModel) -> list[Rotary | None]:
             return Rotary(frequencies, scaling, architecture.layout)
         return Rotary(frequencies, scaling, architecture.layout, found.start, found.backwards)
 
-    return [rotary(layer) for layer in range(config.num_hidden_layers)]
+    return [rotary(layer, place) for layer, place in enumerate(rotary_places(model))]
 
 
 def _require_factors(config: PreTrainedConfig) -> None:

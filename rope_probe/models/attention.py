@@ -187,11 +187,6 @@ def is_attached(model: PreTrainedModel, seams: Sequence[Seam]) -> bool:
     )
 
 
-def scoring_of(model: PreTrainedModel, layer: int) -> Scoring:
-    """How the attention of a layer scores keys; to be asked in a hook on its q, k, v or z, of a model with seams."""
-    return attention_modules(model)[layer].rope_probe_seam.scoring
-
-
 def _seam_of(module: Any) -> Seam | None:
     return getattr(module, "rope_probe_seam", None)
 

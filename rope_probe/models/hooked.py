@@ -227,6 +227,17 @@ class HookedCausalLM(HookedRootModule):
         return text_config_of(self.original_model.config)
 
     @property
+    def attending_layers(self) -> list[int]:
+        """The layers that have attention."""
+        return list(self._seam_of)
+
+    def scoring(self, layer: int) -> attention.Scoring:
+        """How the attention of a layer scores keys; to be asked in a hook on its q, k, v or z."""
+        scoring = self._seam_of[layer].scoring
+        assert scoring is not None
+        return scoring
+
+    @property
     def all_layers_attend(self) -> bool:
         """Whether every layer has attention: no recurrences, no convolutions."""
         return len(self._seams) == len(self.blocks)
@@ -358,10 +369,11 @@ class HookedCausalLM(HookedRootModule):
     def keeping_keys(self) -> Iterator["KeysAndValues"]:
         """Within it, forward passes leave their keys and values, so that `greedy` need not read their windows again.
 
-        Nothing is kept while hooks are attached, since `greedy` then reads whole windows anyway.
+        Nothing is kept while hooks are attached, since `greedy` then reads whole windows anyway; nor of a model type
+        that is only measured, whose cache may hold something else.
         """
         kept = KeysAndValues(self.config)
-        if self.has_hooks:
+        if self.has_hooks or architecture_of(self.config).by_measurement is not None:
             yield kept
             return
         reads = [

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rope_probe.errors import InputError
-from rope_probe.models.architectures import Rotary, rotary_layers, rotary_module_of
+from rope_probe.models.architectures import Rotary, rotary_layers, rotary_places
 from rope_probe.models.checkpoints import quiet
+from rope_probe.models.configs import text_config_of
 from rope_probe.precision import keep_float32
 
 _BUFFER = "inv_freq"
@@ -28,12 +29,13 @@ class Rotation(Rotary):
     """A layer's `Rotary` that knows the model it is of, and so its theta, and what another theta would make of it."""
 
     embedding: nn.Module
+    prefix: str
     config: Any
 
     @property
     def theta(self) -> float:
         """The theta that the model's config has for layers of this kind. Raises InputError where it has none."""
-        return float(_parameters(self.config, self._prefix())["rope_theta"])
+        return float(_parameters(self.config, self.prefix)["rope_theta"])
 
     def with_theta(self, theta: float) -> Rotary:
         """The same rope type with the same parameters but this theta; for the layer's own theta exactly what it is now.
@@ -43,55 +45,49 @@ class Rotation(Rotary):
         """
         if not math.isfinite(theta) or theta <= 0:
             raise InputError(f"theta must be a positive finite number, but it is {theta}")
-        prefix = self._prefix()
         if theta == self.theta:
             return self._with(self.inv_freq, self.scaling)
-        own_frequencies, own_scaling = self._made_with(prefix, self.theta)
+        own_frequencies, own_scaling = self._made_with(self.theta)
         if not _close(own_frequencies, self.inv_freq) or not math.isclose(own_scaling, self.scaling, rel_tol=_SAME):
             raise InputError(
                 f"this {self.config.model_type}'s rotary frequencies are not those that its config makes with theta "
                 f"{self.theta:g}, so what another theta makes is unknown"
             )
-        frequencies, scaling = self._made_with(prefix, theta)
+        frequencies, scaling = self._made_with(theta)
         return self._with(frequencies, scaling)
 
     def _with(self, frequencies: Tensor, scaling: float) -> Rotary:
         return Rotary(frequencies, scaling, self.layout, self.start, self.backwards)
 
-    def _made_with(self, prefix: str, theta: float) -> tuple[Tensor, float]:
+    def _made_with(self, theta: float) -> tuple[Tensor, float]:
         """Frequencies, [P] in float64, and scaling of the rotary module that this theta would make."""
         config = copy.deepcopy(self.config)
-        _parameters(config, prefix)["rope_theta"] = float(theta)
-        with quiet(), keep_float32():  # as when the model was built, also while it runs in float64
-            made = type(self.embedding)(config=config)
-        as_stored = _frequencies(self.embedding, prefix).dtype
-        frequencies = _frequencies(made, prefix).detach().to("cpu", as_stored)
-        return frequencies.double(), float(getattr(made, f"{prefix}attention_scaling"))
-
-    def _prefix(self) -> str:
-        """What the rotary module puts before the names of what belongs to this kind of layer."""
-        for name, _ in self.embedding.named_buffers(recurse=False):
-            prefix = name.removesuffix(_UNCHANGING_BUFFER).removesuffix(_BUFFER)
-            if not name.endswith(_BUFFER) or not hasattr(self.embedding, f"{prefix}attention_scaling"):
-                continue
-            of_buffer = _frequencies(self.embedding, prefix).detach().to("cpu", torch.float64)
-            scaling = float(getattr(self.embedding, f"{prefix}attention_scaling"))
-            if torch.equal(of_buffer, self.inv_freq) and scaling == self.scaling:
-                return prefix
-        raise InputError(f"the rotary module of this {self.config.model_type} does not say what its theta makes")
+        _parameters(config, self.prefix)["rope_theta"] = float(theta)
+        try:
+            with quiet(), keep_float32():  # as when the model was built, also while it runs in float64
+                made = type(self.embedding)(config=config)
+            scaling = float(getattr(made, f"{self.prefix}attention_scaling"))
+        except (AttributeError, TypeError) as error:
+            raise InputError(
+                f"the rotary module of this {self.config.model_type} does not say what another theta makes"
+            ) from error
+        as_stored = _frequencies(self.embedding, self.prefix).dtype
+        frequencies = _frequencies(made, self.prefix).detach().to("cpu", as_stored)
+        return frequencies.double(), scaling
 
 
 def rotations_of(model: PreTrainedModel) -> list[Rotation | None]:
     """Per layer, the rotation it applies, as `rotary_layers` has it; None for a layer without RoPE."""
-    embedding = rotary_module_of(model)
-    embedding = getattr(embedding, "original_component", embedding)  # what a TransformerBridge has wrapped
-    config = getattr(embedding, "config", model.config)
 
-    def rotation(rotary: Rotary) -> Rotation:
+    def rotation(rotary: Rotary, place: tuple[Any, str]) -> Rotation:
+        embedding, prefix = place
+        embedding = getattr(embedding, "original_component", embedding)  # what a TransformerBridge has wrapped
+        config = getattr(embedding, "config", text_config_of(model.config))
         same = {field.name: getattr(rotary, field.name) for field in fields(rotary)}
-        return Rotation(**same, embedding=embedding, config=config)
+        return Rotation(**same, embedding=embedding, prefix=prefix, config=config)
 
-    return [None if rotary is None else rotation(rotary) for rotary in rotary_layers(model)]
+    layers = zip(rotary_layers(model), rotary_places(model), strict=True)
+    return [None if rotary is None or place is None else rotation(rotary, place) for rotary, place in layers]
 
 
 def _parameters(config: Any, prefix: str) -> dict[str, Any]:

@@ -340,6 +340,24 @@ def _fingerprint(model: HookedCausalLM) -> str:
     return digest.hexdigest()[:16]
 
 
+def forced_answers(
+    model: HookedCausalLM, task: RetrievalTask, distance: int | None, *, trials: int, seed: int = 0
+) -> pd.DataFrame:
+    """A row for each trial: whether every token of the answer is the most likely one, given those before it.
+
+    Columns: `trial`, `hit` (0 or 1) and `answer_logprob_nats`. One pass over each trial and nothing is written, so it
+    is the quick measurement where hooks are attached. Raises InputError for a distance that does not fit the window,
+    and for logits that are not finite.
+    """
+    rows = []
+    for number, trial in enumerate(task.draw(distance, trials, seed=seed)):
+        with model.measuring():
+            ((likely, logprob),) = _forced(model, [trial])
+        hit = float(torch.equal(likely, trial.answer))
+        rows.append({"trial": number, "hit": hit, "answer_logprob_nats": logprob})
+    return pd.DataFrame(rows)
+
+
 def trials_hash(task: RetrievalTask, distance: int | None, count: int, *, seed: int) -> str:
     """SHA-256 of the tokens of a task's trials, for a manifest."""
     rows = [trial.tokens for trial in task.draw(distance, count, seed=seed)]

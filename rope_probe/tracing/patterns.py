@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rope_probe.errors import InputError
-from rope_probe.models.attention import Scoring, scoring_of
+from rope_probe.models.attention import Scoring
 from rope_probe.models.hooked import HookedCausalLM
 from rope_probe.windows.packing import Window
 
@@ -159,7 +159,7 @@ def read_layers(
         for states_of, name in zip(states, ("hook_rot_q", "hook_rot_k"), strict=True):
             model.require_finite(states_of, f"blocks.{layer}.attn.{name}")
         query, key = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in states)
-        read(layer, query, key, scoring_of(model.original_model, layer))
+        read(layer, query, key, model.scoring(layer))
 
     hooks = [
         hook
@@ -171,10 +171,16 @@ def read_layers(
 
 
 def chosen_layers(model: HookedCausalLM, layers: int | Sequence[int] | None) -> list[int]:
-    """The layers that are named, each once; all of them for None. Raises InputError for one that is not there."""
-    count = len(model.blocks)
-    chosen = list(range(count)) if layers is None else [layers] if isinstance(layers, int) else list(layers)
+    """The layers that are named, each once; for None all that have attention.
+
+    Raises InputError for one that is not there, or has no attention.
+    """
+    count, attending = len(model.blocks), model.attending_layers
+    chosen = attending if layers is None else [layers] if isinstance(layers, int) else list(layers)
     for layer in chosen:
         if not 0 <= layer < count:
             raise InputError(f"layer {layer} is out of range; this model's layers are 0..{count - 1}")
+        if layer not in attending:
+            others = ", ".join(map(str, attending))
+            raise InputError(f"layer {layer} of this model has no attention; layers {others} have")
     return list(dict.fromkeys(chosen))

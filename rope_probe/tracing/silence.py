@@ -52,6 +52,8 @@ def _by_layer(model: HookedCausalLM, heads: Iterable[Head]) -> dict[int, list[in
             raise InputError(
                 f"head {head} of layer {layer} is out of range; layers are 0..{layers - 1} and heads 0..{count - 1}"
             )
+        if layer not in model.attending_layers:
+            raise InputError(f"layer {layer} of this model has no attention, and no heads to silence")
         of_layer.setdefault(int(layer), []).append(int(head))
     return of_layer
 
