@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rope_probe.retrieval.probe import KeyValueTask, retrieval_accuracy, retrieval_trials
     from rope_probe.retrieval.tasks import TextTask
     from rope_probe.spans import Span, compare_spans, compare_states, span_effects, transplant_spans
+    from rope_probe.spans.drift import drift
     from rope_probe.tracing.heads import head_scores, pair_contributions
     from rope_probe.tracing.perturbations import (
         DocumentOffset,
@@ -50,6 +51,7 @@ _MODULE_OF = {
     "compare_states": "spans",
     "copy_deltas": "tracing.propagation",
     "distill": "distillation",
+    "drift": "spans.drift",
     "head_scores": "tracing.heads",
     "load_model": "models.hooked",
     "pack": "windows.packing",
@@ -85,6 +87,7 @@ __all__ = [
     "compare_states",
     "copy_deltas",
     "distill",
+    "drift",
     "head_scores",
     "load_model",
     "pack",

@@ -45,6 +45,7 @@ _NEEDS_LESS_MEMORY = {
     "trace": "a shorter --window, --no-control or --dtype bfloat16 needs less",
     "spans": "a shorter --window, or no --states, needs less",
     "retrieval": "a shorter --window or --dtype bfloat16 needs less",
+    "drift": "a shorter --window, fewer layers (--layer) or --dtype bfloat16 needs less",
     "distill": "a smaller batch_tokens or window, or a larger accumulate, needs less",
 }
 
@@ -374,6 +375,80 @@ def _with_retrieval_heads(
     return pd.concat([scores, copied])
 
 
+@app.command(name="drift")
+def drift_command(
+    original: Annotated[str, typer.Argument(help=_MODEL)],
+    out: Out,
+    extended: Annotated[
+        str | None,
+        typer.Argument(
+            help="What it became: a checkpoint of the same architecture [default: ORIGINAL, with --theta or --adapter]."
+        ),
+    ] = None,
+    theta: Annotated[float | None, typer.Option(help="Run the extended model with this theta, untrained.")] = None,
+    window: Annotated[
+        int | None,
+        typer.Option(min=1, max=LONGEST_WINDOW, help="Tokens in the window [default: all of --tokens, or 512]."),
+    ] = None,
+    text: Text = None,
+    packed: Packed = False,
+    random: Random = False,
+    document_length: Annotated[int, typer.Option(min=1, help="Tokens of a document of text or random ids.")] = 64,
+    tokens: Annotated[
+        Path | None, typer.Option(help="File of documents to pack: token ids, one document a line.")
+    ] = None,
+    masked: Annotated[bool, typer.Option("--masked/--unmasked", help="Keep attention inside documents.")] = False,
+    layer: Annotated[list[int] | None, typer.Option(help="Layers to compare [default: all].")] = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    attn: Attn = _SDPA,
+    device_map: DeviceMap = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="Folder of a PEFT adapter to merge into the extended model.")
+    ] = None,
+    accept_terms: AcceptTerms = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Say how far an extended model has drifted from the original: hidden states, attention by head, next tokens.
+
+    The text is read by the original's tokenizer.
+    """
+    config = _recorded(locals())
+    from rope_probe.models.hooked import load_model
+    from rope_probe.runs.progress import progress
+    from rope_probe.runs.results import new_run
+    from rope_probe.spans.drift import DRIFT, drift
+
+    if extended is None and theta is None and adapter is None:
+        raise InputError("drift needs two models: name the extended one too, or give --theta or --adapter")
+    if theta is not None and device_map is not None:
+        raise InputError("--theta needs a copy of the model in memory; leave out --device-map")
+    became = original if extended is None else extended
+    source = _Source(text, packed, random, None, document_length, tokens)
+    with new_run(out, "drift", config, overwrite=overwrite, inputs=[original, became, *source.files]) as run:
+        before = load_model(original, **_how(attn, dtype, device, device_map, None))
+        for name in dict.fromkeys((original, became)):
+            _tell_origin(name)
+        read = _window(before, window, source, seed)
+        same_weights = extended is None and adapter is None
+        after = before if same_weights else load_model(became, **_how(attn, dtype, device, device_map, adapter))
+        if theta is not None:
+            from rope_probe.models.checkpoints import with_rope
+
+            after = load_model(with_rope(after.original_model, theta), attn=attn.value)
+        changes = {"theta": None if theta is None else f"{theta:g}", "adapter": adapter}
+        changed = [f"{what} {value}" for what, value in changes.items() if value is not None]
+        name = ", ".join([became, *changed])
+        with progress("layers", len(layer or before.blocks)) as advance:
+            frame = drift(before, after, read, masked=masked, layers=layer, progress=advance)
+        run.record(DRIFT, frame, model=name, seed=seed)
+        _describe(run, before, original, None)
+        _describe_as(run, after, name, became, adapter)
+        run.provenance.add_tokens("window", read, masked=masked)
+    _show(out, *_drift_tables(frame))
+
+
 @app.command()
 def retrieval(
     model: Annotated[str, typer.Argument(help=_MODEL)],
@@ -549,17 +624,22 @@ def _tell_origin(model: str) -> None:
 
 def _describe(run: "Run", model: "HookedCausalLM", name: str, adapter: Path | None) -> None:
     """Put a model and where it comes from into a run's provenance; one that is not in memory by its files."""
+    _describe_as(run, model, name, name, adapter)
+
+
+def _describe_as(run: "Run", model: "HookedCausalLM", name: str, source: str, adapter: Path | None) -> None:
+    """As `_describe`, of a model that the run calls otherwise than where it was loaded from."""
     from rope_probe.models.offloaded import is_offloaded
     from rope_probe.models.pretrained import origin_of
     from rope_probe.runs.provenance import describe_model
     from rope_probe.spans.stored import describe_checkpoint
 
     away = is_offloaded(model.original_model)
-    described = describe_checkpoint(name) if away else describe_model(model.original_model)
+    described = describe_checkpoint(source) if away else describe_model(model.original_model)
     run.provenance.models[name] = dataclasses.replace(
         described,
         attention_kernel=model.attn,
-        origin=origin_of(name),
+        origin=origin_of(source),
         adapter=None if adapter is None else str(adapter),
     )
 
@@ -615,6 +695,32 @@ def _head_tables(scores: "pd.DataFrame") -> list[str]:
             most = rows.nlargest(_MOST // 2, "value")[["layer", "head", "value"]].rename(columns={"value": "share"})
             texts += [f"{metric}, share of attention {what}: the largest", _table(most, "{:.3f}", index=False)]
     return texts
+
+
+_RESTORED = 6
+"""How many layers LongReD restores in its published recipe."""
+
+
+def _drift_tables(frame: "pd.DataFrame") -> list[str]:
+    """Drift by layer, what it costs, and the layers that LongReD would restore."""
+    from rope_probe.spans.drift import COSINE_DISTANCE, FINAL_NORM, attention_by_layer, ranked_layers
+    from rope_probe.tracing.cone import LOGITS
+
+    of_states = frame[frame["metric"] == COSINE_DISTANCE]
+    by_layer = of_states[of_states["layer"].notna()].set_index("layer")["value"].rename("1 - cosine").to_frame()
+    attention = attention_by_layer(frame).rename(columns={"mean": "attention KL", "max": "largest of a head"})
+    table = by_layer.join(attention).reset_index()
+    final = of_states.loc[of_states["site"] == FINAL_NORM, "value"].item()
+    of_logits = frame[frame["site"] == LOGITS].set_index("metric")["value"]
+    count = min(_RESTORED, len(table))
+    ranked = ", ".join(map(str, ranked_layers(frame, count)))
+    return [
+        "Drift by layer: hidden states, and attention KL in nats, mean over heads",
+        _table(table, "{:.3g}", index=False),
+        f"after the final norm: 1 - cosine {final:.3g}",
+        ", ".join(f"{metric} {value:.4g}" for metric, value in of_logits.items()),
+        f"layers of largest attention KL, with the last one ({count} of {len(table)}): {ranked}",
+    ]
 
 
 def _spans_tables(changed: "pd.DataFrame", statistics: "pd.DataFrame", geometry: "pd.DataFrame") -> list[str]:

@@ -765,6 +765,8 @@ def what_each_drawing_draws(name):
             site=[f"blocks.0.{site}" for site in plots.propagation.PANELS],
         ),
         "dose_response": every(1, **shifts, metric=["kl_nats"], delta_tokens=[1.0, 4.0], restriction=[name]),
+        "drift_by_layer": every(0, **runs, metric=["cosine_distance"], layer=[0, 1], seq_len=[64], positions=[64])
+        + every(0, **runs, metric=["attention_kl_nats"], layer=[0, 1], head=[0, 1], seq_len=[64], positions=[64]),
         "injected_by_read": every(
             1, **shifts, metric=["rel_l2"], site=["logits", "blocks.0.hook_resid_post"], inject_layer=[0, 1],
             head=[None, 0], layer=[0, None], delta_tokens=[4.0],

@@ -156,7 +156,7 @@ def require_alike(before: PreTrainedConfig, after: PreTrainedConfig) -> None:
         if one[name] != other[name]:
             raise InputError(
                 f"{name} is {one[name]} before and {other[name]} after; "
-                "spans are compared between checkpoints of one architecture"
+                "checkpoints are compared that are of one architecture"
             )
 
 

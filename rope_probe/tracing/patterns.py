@@ -80,10 +80,18 @@ class Block:
     @cached_property
     def pattern(self) -> Float[Tensor, "H q k"]:
         """Attention: each query's sums to 1, less what sinks take."""
+        return self._with_sinks().softmax(-1)[..., : self.scores.shape[-1]]
+
+    @cached_property
+    def log_weights(self) -> Float[Tensor, "H q n"]:
+        """Log of the attention, -inf where a query may not look; where there are sinks, theirs is one more column."""
+        return self._with_sinks().log_softmax(-1)
+
+    def _with_sinks(self) -> Float[Tensor, "H q n"]:
         if self.sinks is None:
-            return self.scores.softmax(-1)
+            return self.scores
         sinks = self.sinks.to(self.scores).view(-1, 1, 1).expand(*self.scores.shape[:2], 1)
-        return torch.cat([self.scores, sinks], -1).softmax(-1)[..., :-1]
+        return torch.cat([self.scores, sinks], -1)
 
 
 def row_blocks(

@@ -9,6 +9,7 @@ import plotly.graph_objects as go
 from rope_probe.errors import InputError
 from rope_probe.gallery.figures import (
     cost,
+    drift,
     geometry,
     grid,
     heads,
@@ -20,6 +21,7 @@ from rope_probe.gallery.figures import (
     training,
 )
 from rope_probe.gallery.figures.cost import trace_cost
+from rope_probe.gallery.figures.drift import drift_by_layer
 from rope_probe.gallery.figures.geometry import rotations_by_pair
 from rope_probe.gallery.figures.grid import theta_grid
 from rope_probe.gallery.figures.heads import head_map
@@ -43,6 +45,7 @@ __all__ = [
     "change_by_part",
     "copy_heatmap",
     "dose_response",
+    "drift_by_layer",
     "head_effects",
     "head_map",
     "injected_by_read",
@@ -161,6 +164,7 @@ DRAWINGS = [
         per_model=True,
     ),
     Drawing("head_map", ("heads",), heads.is_head_score, head_map, per_model=True),
+    Drawing("drift_by_layer", ("drift",), drift.is_drift, drift_by_layer, lambda rows: [_masked(rows)]),
     Drawing("injected_by_read", ("deltas",), sensitivity.is_of_layer, injected_by_read, per_model=True),
     Drawing(
         "sensitivity_by_pair",
