@@ -26,6 +26,8 @@ _ROOM_FOR_TICK = 18
 _WIDE = 1e4
 _MOST_TICKS, _MOST_TICKS_OF_PANELS = 32, 20
 _PLAIN: dict[str, Any] = {"showgrid": False, "zeroline": False}
+_MOST_DECADES = 4
+"""What is smaller than the largest by more powers of ten than these is drawn like the smallest."""
 
 
 def is_of_pair(frame: pd.DataFrame) -> pd.Series:
@@ -328,8 +330,11 @@ def _of_largest_dose(rows: pd.DataFrame) -> tuple[pd.DataFrame, float]:
 
 
 def _logarithmic(shown: pd.Series, title: str) -> dict[str, Any]:
-    """A colour axis for the logarithms of these numbers, with ticks at powers of ten."""
+    """A colour axis for the logarithms of these numbers, ticks at powers of ten; the least colour is for all below."""
     logs = np.log10(shown.dropna())
-    powers = np.arange(np.floor(logs.min()), np.ceil(logs.max()) + 1) if len(logs) else np.zeros(0)
+    if logs.empty:
+        return {"colorscale": "Viridis", "colorbar": {"title": title}}
+    lowest = max(logs.min(), logs.max() - _MOST_DECADES)
+    powers = np.arange(np.ceil(lowest), np.ceil(logs.max()) + 1)
     bar = {"title": title, "tickvals": powers, "ticktext": [f"{10.0**power:g}" for power in powers]}
-    return {"colorscale": "Viridis", "colorbar": bar}
+    return {"colorscale": "Viridis", "cmin": lowest, "cmax": logs.max(), "colorbar": bar}
