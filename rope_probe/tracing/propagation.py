@@ -41,7 +41,7 @@ DELTAS = declare(
     "over the positions of a document, or of the window.",
     (
         "arm", "seq_len", "masked", "document", "position", "perturbation", "kind", "restriction", "side",
-        "delta_tokens", "inject_layer", "layer", "site", "head", "pair", "wavelength", "value_float64",
+        "delta_tokens", "radians", "inject_layer", "layer", "site", "head", "pair", "wavelength", "value_float64",
     ),
     {
         "l2": Metric("Euclidean norm of the delta"),
@@ -308,6 +308,7 @@ def _columns(perturbation: Perturbation, model: HookedCausalLM) -> dict[str, Any
         "restriction": perturbation.restriction,
         "side": perturbation.side,
         "delta_tokens": perturbation.delta_tokens,
+        "radians": getattr(perturbation, "radians", None),
         "inject_layer": layer,
         "head": head,
         "pair": pair,

@@ -81,11 +81,12 @@ def sensitivity_by_pair(frame: pd.DataFrame, label: str = "") -> go.Figure:
         raise InputError("these results hold no shifts of single pairs; trace some with pairs=p")
     if (classes := rows["kind"].unique()).size > 1:
         raise InputError(f"these results hold {' and '.join(classes)} of single pairs; draw one at a time")
-    dose = rows["delta_tokens"].max()
     if classes[0] == "PairTurn":
-        how = "every pair turned by one angle"
+        angle = rows["radians"].max()
+        rows = rows[rows["radians"] == angle]
+        how = f"every pair turned by {angle:g} radians"
     else:
-        rows = rows[rows["delta_tokens"] == dose]
+        rows, dose = _of_largest_dose(rows)
         how = f"shift of {dose:g} tokens"
     rows = rows.assign(of_layers=rows["restriction"].fillna("").map(_without_pair))
     kinds = rows.sort_values("pair", kind="stable")["of_layers"].unique().tolist()
