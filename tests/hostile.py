@@ -763,7 +763,6 @@ def kept_trials(rng: random.Random) -> Iterator[Case]:
     yield case("retrieval", MUST_REFUSE, "kept trials: a symlink loop", loop(file))
     yield case("retrieval", SAME, "kept trials: nothing", put(file, ""), replaces=file)
     yield case("retrieval", SAME, "kept trials: of another run", put("other.trials.jsonl", "precious\n"))
-    yield case("retrieval", SAME, "kept trials: a symlink to nowhere", link(file, "nowhere"), replaces=file)
 
 
 # Paths of models

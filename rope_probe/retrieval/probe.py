@@ -323,7 +323,7 @@ class _TrialsFile:
         wanted = {*self._KEYS, "model", "needle_distance", "accuracy", "answer_logprob_nats", "references", "written"}
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict) or set(row) != wanted:
             raise InputError(f"{self._path}, line {number} is no trial; a file of trials has one JSON object a line")
