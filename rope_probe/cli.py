@@ -709,17 +709,17 @@ def _drift_tables(frame: "pd.DataFrame") -> list[str]:
     of_states = frame[frame["metric"] == COSINE_DISTANCE]
     by_layer = of_states[of_states["layer"].notna()].set_index("layer")["value"].rename("1 - cosine").to_frame()
     attention = attention_by_layer(frame).rename(columns={"mean": "attention KL", "max": "largest of a head"})
-    table = by_layer.join(attention).reset_index()
+    table = by_layer.join(attention).reset_index()  # "-" in layers without attention
     final = of_states.loc[of_states["site"] == FINAL_NORM, "value"].item()
     of_logits = frame[frame["site"] == LOGITS].set_index("metric")["value"]
-    count = min(_RESTORED, len(table))
+    count = min(_RESTORED, len(attention))
     ranked = ", ".join(map(str, ranked_layers(frame, count)))
     return [
         "Drift by layer: hidden states, and attention KL in nats, mean over heads",
         _table(table, "{:.3g}", index=False),
         f"after the final norm: 1 - cosine {final:.3g}",
         ", ".join(f"{metric} {value:.4g}" for metric, value in of_logits.items()),
-        f"layers of largest attention KL, with the last one ({count} of {len(table)}): {ranked}",
+        f"layers of largest attention KL, with the last one ({count} of {len(attention)}): {ranked}",
     ]
 
 

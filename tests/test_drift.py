@@ -3,6 +3,7 @@
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import transformers as hf
@@ -11,7 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import ByT5Tokenizer
 
-import rope_probe
 from rope_probe import InputError, cli, drift, load_model, pack
 from rope_probe.gallery.figures.drift import drift_by_layer
 from rope_probe.models.architectures import attention_modules
@@ -21,6 +21,7 @@ from rope_probe.runs.results import read_run
 from rope_probe.spans.drift import (
     ATTENTION_KL,
     COSINE_DISTANCE,
+    DRIFT,
     EXTENDED_LOSS,
     FINAL_NORM,
     LOGIT_KL,
@@ -32,7 +33,7 @@ from rope_probe.spans.drift import (
     ranked_layers,
 )
 from rope_probe.tracing import patterns
-from tests import zoo
+from tests import every_type, zoo
 
 ARCHITECTURES = ("llama", "mistral_sliding", "gemma2", "gemma3", "gpt_neox", "glm", "smollm3_nope_layer")
 
@@ -245,6 +246,17 @@ def test_layers_are_narrowed():
     assert frame.equals(kept)
 
 
+def test_layers_without_attention_drift_in_their_hidden_states_alone():
+    plain = every_type.tiny_model("lfm2_moe")  # a convolution, then attention
+    frame = drift(load_model(plain), load_model(moved(plain)), pack([zoo.tokens(1, 40)[0] % 16], 40))
+    of_states = frame[frame["metric"] == COSINE_DISTANCE]
+    assert of_states["layer"].dropna().tolist() == [0, 1]
+    assert (of_states["value"] > 0).all()
+    assert set(frame[frame["metric"] == ATTENTION_KL]["layer"]) == {1}
+    assert ranked_layers(frame, 1) == [1]
+    assert "(1 of 1): 1" in cli._drift_tables(frame)[-1]
+
+
 def ranking_of(*kl):
     """A frame of layers with these means of attention KL, two heads each."""
     rows = [
@@ -252,7 +264,7 @@ def ranking_of(*kl):
         for layer, mean in enumerate(kl)
         for head, spread in ((0, 0.5), (1, -0.5))
     ]
-    return rope_probe.spans.drift.DRIFT.frame(rows)
+    return DRIFT.frame(rows)
 
 
 def test_ranked_layers_are_the_largest_and_the_last():
@@ -263,6 +275,8 @@ def test_ranked_layers_are_the_largest_and_the_last():
     assert ranked_layers(frame, 4) == [1, 3, 0, 4]
     assert ranked_layers(frame, 5) == [1, 3, 0, 4, 2]
     assert ranked_layers(ranking_of(1.0, 2.0, 9.0), 2) == [2, 1]
+    last = {"layer": 9, "metric": COSINE_DISTANCE, "value": 0.1}  # it has no attention
+    assert ranked_layers(pd.concat([frame, DRIFT.frame([last])]), 3) == [1, 3, 9]
     for count in (0, 6):
         with pytest.raises(InputError, match=f"count must be 1 to 5, the number of layers, but it is {count}"):
             ranked_layers(frame, count)
