@@ -71,6 +71,12 @@ class Stream(Reading):
         if not any(term.weight > 0 for term in self.terms):
             weights = [term.weight for term in self.terms]
             raise InputError(f"terms must hold one of a weight above 0, but their weights are {weights}")
+        alike = self.teacher_positions in (None, self.positions)
+        if alike and any(term.averaged_over == "moved" for term in self.terms):
+            raise InputError(
+                f"a term compares positions with others, but students and teachers both read {self.positions} ones; "
+                'give teacher_positions, such as "continuous"'
+            )
         for scheme in (self.positions, self.teacher_positions):
             if scheme in samplers.SCHEMES:
                 samplers.require_room(scheme, self.window, self.target_window)
