@@ -1,7 +1,9 @@
 """LongReD and its kin: terms by their formulas, the published mix, attention under skipped positions."""
 
 import dataclasses
+import json
 import math
+import tempfile
 import tomllib
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from rope_probe.distillation import (
     train_phase,
 )
 from rope_probe.distillation.sites import last_site, sites_by_drift, sites_evenly, sites_of_layers
+from rope_probe.distillation.terms.projected_states import ProjectedStates, fit_projections
 from rope_probe.distillation.terms.relations import Relations, relation_kl, relation_sites
 from rope_probe.distillation.terms.self_distillation import SelfDistillation
 from rope_probe.precision import promote_float32
@@ -121,14 +124,14 @@ def test_relations_of_a_model_with_itself_are_0_and_of_others_learnt():
 
 
 def test_relations_that_cannot_be_compared_are_refused():
-    with pytest.raises(InputError, match="relations needs sites, such as blocks.0.attn.hook_rot_q"):
+    with pytest.raises(InputError, match=r"relations needs sites, such as blocks.0.attn.hook_rot_q"):
         Relations()
-    with pytest.raises(InputError, match="but a site is 'ln_final.hook_out'"):
+    with pytest.raises(InputError, match=r"but a site is 'ln_final.hook_out'"):
         Relations(sites=("ln_final.hook_out",))
     other = load_model(zoo.model(zoo.hf.LlamaConfig(**zoo.MHA)))
     with pytest.raises(InputError, match="4 query and 2 key-value heads and the teacher 'original' 4 and 4"):
         Relations(sites=relation_sites([0])).check(load_model(zoo.llama()), other)
-    with pytest.raises(InputError, match="no site 'blocks.9.attn.hook_rot_q'"):
+    with pytest.raises(InputError, match=r"no site 'blocks.9.attn.hook_rot_q'"):
         Relations(sites=relation_sites([9])).check(load_model(zoo.llama()), None)
     with pytest.raises(InputError, match="has 3 heads in the student and 2 in the teacher"):
         Relations(sites=relation_sites([0])[:1]).values([states(1, 4, 3, 2)], [states(1, 4, 2, 2)])
@@ -162,8 +165,59 @@ def test_sites_are_chosen_by_hand_by_drift_evenly_or_last():
     assert len(sites_evenly(32, 6)) == 6
     assert sites_evenly(4, 4) == sites_of_layers(range(4), 4)
     for wrong in (lambda: sites_evenly(4, 5), lambda: sites_by_drift([1.0], 0), lambda: sites_of_layers([4], 4)):
-        with pytest.raises(InputError, match="of 4, but 5|of 1, but 0|layers 0 to 3"):
+        with pytest.raises(InputError, match=r"of 4, but 5|of 1, but 0|layers 0 to 3"):
             wrong()
+
+
+# states of another width
+
+
+def test_a_planted_map_between_states_is_found():
+    student = load_model(zoo.llama().double())
+    site = "blocks.0.hook_resid_post"
+    planted, batch = states(24, 32, seed=5), DATA.batch(8, 36, seed=0)
+
+    class Mapped:
+        """A teacher whose states are the student's under the planted map."""
+
+        measuring = student.measuring
+
+        def run_with_cache(self, batch, names_filter):
+            output, cache = student.run_with_cache(batch, names_filter=names_filter)
+            return output, {name: state @ planted.T for name, state in cache.items()}
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = f"{folder}/maps.safetensors"
+        found = fit_projections(student, Mapped(), [batch], [site], file, ridge=1e-13)[site]
+        torch.testing.assert_close(found, planted, rtol=0, atol=1e-6)
+        mine = student.run_with_cache(batch)[1][site]
+        for distance in ("cosine", "mse"):
+            term = ProjectedStates(sites=(site,), projections=file, distance=distance)
+            assert term.values([mine], [mine @ planted.T]).abs().max() < 1e-9
+
+
+def test_a_student_is_held_to_states_of_another_width(tmp_path):
+    wide = zoo.hf.LlamaConfig(**{**zoo.SIZES, "hidden_size": 48})
+    student, teacher = load_model(zoo.llama()), load_model(zoo.model(wide))
+    file = str(tmp_path / "maps.safetensors")
+    sites = ("blocks.0.hook_resid_post", "ln_final.hook_out")
+    before = {name: weight.clone() for name, weight in student.original_model.state_dict().items()}
+    maps = fit_projections(student, teacher, [DATA.batch(8, 36, seed=9)], sites, file)
+    assert all(torch.equal(weight, before[name]) for name, weight in student.original_model.state_dict().items())
+    term = ProjectedStates(sites=sites, projections=file)
+    term.check(student, teacher)
+    assert maps[sites[0]].shape == (48, 32)
+    phase = Phase("wide", DATA, 36, 30, 288, 1e-2, warmup=1, terms=(term,))
+    history, _ = train_phase(student, phase, seed=0, teacher=teacher)
+    assert history[-1]["projected_hidden"] < 0.95 * history[0]["projected_hidden"]
+    with pytest.raises(InputError, match=r"must be \[32, 32\], the widths .* but it is \[48, 32\]"):
+        term.check(student, student)
+    with pytest.raises(InputError, match=r"has no map for 'blocks.1.hook_resid_post'"):
+        dataclasses.replace(term, sites=("blocks.1.hook_resid_post",)).check(student, teacher)
+    with pytest.raises(InputError, match="cannot read projections"):
+        dataclasses.replace(term, projections=str(tmp_path / "none")).check(student, teacher)
+    with pytest.raises(InputError, match="needs projections"):
+        ProjectedStates()
 
 
 # RoPE-perturbed self-distillation
@@ -304,3 +358,100 @@ def test_attention_under_skipped_positions_is_causal_and_transformers_finds_no_d
             model.release()
     torch.testing.assert_close(logits["as it is"], expected, rtol=0, atol=1e-10)
     assert all(torch.equal(one, logits["as it is"]) for one in logits.values())  # what it finds reaches no layer
+
+
+# the published mix
+
+
+def llama3():
+    (phase,) = read_config(EXAMPLES / "longred_llama3_8b.toml").phases
+    return phase
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 4, 8, 16])
+def test_the_published_mix_is_4_to_3_to_1_in_tokens_in_any_parts(accumulate):
+    phase = dataclasses.replace(llama3(), accumulate=accumulate)
+    tokens = [count * stream.window for count, stream in zip(phase.windows, phase.mix, strict=True)]
+    assert phase.windows == (8 * 4, 6 * 128, 2 * 16)
+    assert tokens == [4 * 262_144, 3 * 262_144, 262_144]
+    assert phase.step_tokens == 16 * 131_072
+    assert [factor * stream.terms[0].weight for factor, stream in zip(phase.factors, phase.mix, strict=True)] == [
+        0.5, 1.875, 1.25,
+    ]  # fmt: skip
+    for_parts = phase.windows_of_a_part(1)
+    assert [accumulate * count for count in for_parts] == [*phase.windows]
+    (restoration,) = phase.mix[1].terms
+    assert restoration.sites == sites_of_layers([0, 8, 11, 13, 14, 31], 32)
+
+
+def small_mix(accumulate, target="hidden"):
+    """The published mix, with windows of 144, 18 and 36 tokens."""
+    held = HiddenStates(10.0, "original") if target == "hidden" else Divergence(10.0, "original")
+    sites = ("blocks.0.hook_resid_post", "ln_final.hook_out")
+    short = KeyValueStream(18, distinct=(1, 4), keys=20, values=20)
+    streams = (
+        Stream(DATA, 144, 8, name="long", terms=(CrossEntropy(),)),
+        Stream(short, 18, 6, name="short", terms=(HiddenStates(5.0, "original", sites=sites),)),
+        Stream(DATA, 36, 2, name="short_to_long", positions="longred_cream", target_window=144,
+               teacher_positions="continuous", terms=(held,)),
+    )  # fmt: skip
+    return Phase("mixed", steps=2, batch_tokens=16 * 144, lr=1e-3, warmup=1, accumulate=accumulate, streams=streams)
+
+
+@pytest.mark.parametrize("target", ["hidden", "kd"])
+def test_the_weights_of_the_loss_are_the_published_ones_whatever_the_parts_and_every_term_is_logged(target):
+    records = {}
+    for accumulate in (1, 2, 4):
+        student = load_model(zoo.model(zoo.CONFIGS["llama"](), seed=0, scale=0.05).double())
+        original = load_model(zoo.model(zoo.CONFIGS["llama"](), seed=1, scale=0.05).double())
+        phase = small_mix(accumulate, target)
+        training = Training(student, phase, seed=0, teachers={"original": original})
+        records[accumulate] = [training.advance() for _ in range(2)]
+    metric = "hidden" if target == "hidden" else "kd_nats"
+    for record in records[1]:
+        terms = [record[name] for name in ("long/ce_nats", "short/hidden", f"short_to_long/{metric}")]
+        assert record.keys() == {"step", "tokens", "loss", "long/ce_nats", "short/hidden", f"short_to_long/{metric}"}
+        expected = sum(weight * term for weight, term in zip((0.5, 1.875, 1.25), terms, strict=True))
+        assert record["loss"] == pytest.approx(expected, rel=1e-12)
+    for accumulate in (2, 4):
+        for ours, theirs in zip(records[accumulate], records[1], strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-9)
+
+
+def test_the_toy_runs_and_its_original_is_nowhere_but_in_the_terms(tmp_path):
+    """Three steps of each phase: every term is logged, the original is the phase before's, unchanged and not saved."""
+    config = tomllib.loads((EXAMPLES / "longred_toy.toml").read_text())
+    short, extended = config["phases"]
+    for reading in (short, *extended["streams"]):
+        reading["data"]["files"] = [str(EXAMPLES.parent / "README.md")]  # less text, so less time
+    short |= {"steps": 3, "batch_tokens": 1024}
+    extended |= {"steps": 3, "batch_tokens": 2048}
+    run = distill({**config, "out": str(tmp_path / "run"), "log_every": 1, "device": "cpu"})
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if line["phase"] == "extended" and "loss" in line]
+    assert len(steps) == 3
+    for told in steps:
+        expected = 0.5 * told["long/ce_nats"] + 1.875 * told["short/hidden"] + 1.25 * told["short_to_long/hidden"]
+        assert told["loss"] == pytest.approx(expected, rel=1e-5)
+    assert steps[0]["short/hidden"] > 0  # theta was swapped
+    metrics = set(read_run(run)[0]["losses"]["metric"])
+    assert {"long/ce_nats", "short/hidden", "short_to_long/hidden"} <= metrics
+    before, after = (load_file(run / "checkpoints" / name / "model.safetensors") for name in ("short", "extended"))
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_the_original_is_in_no_optimizer_and_bit_for_bit_what_it_was():
+    training = Training(load_model(zoo.model(zoo.CONFIGS["llama"](), seed=0)), small_mix(1), seed=0)
+    original = training.teachers["original"].original_model
+    start = {name: weight.clone() for name, weight in original.state_dict().items()}
+    for _ in range(2):
+        training.advance()
+    assert all(torch.equal(weight, start[name]) for name, weight in original.state_dict().items())
+    assert any(not torch.equal(weight, start[name]) for name, weight in training.weights().items())
+    frozen = {id(parameter) for parameter in original.parameters()}
+    groups = [group for optimizer in training._optimizers for group in optimizer.param_groups]
+    trained = {id(parameter) for group in groups for parameter in group["params"]}
+    assert trained == {id(parameter) for parameter in training.model.original_model.parameters()}
+    assert not trained & frozen
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in original.parameters())

@@ -74,8 +74,8 @@ class Training:
     """One phase of one model under way. `advance` does a step; `state` and `restore` let another process go on.
 
     `teachers` are models by the names that terms call them. "original" need not be among them: where a term reads it,
-    it is a frozen copy of the model as it is given. Nor need "itself", which is the model under way. A measured step of a stream that reads no teacher tells the
-    divergence from the first one given.
+    it is a frozen copy of the model as it is given. Nor need "itself", which is the model under way. A measured step of
+    a stream that reads no teacher tells the divergence from the first one given.
 
     Raises InputError for a model with another theta than the phase's, weights that are not float32, a teacher that is
     missing, and a batch that the processes cannot share; `advance` for a gradient that is not finite.

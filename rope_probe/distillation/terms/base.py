@@ -54,8 +54,9 @@ class Term:
 
     `teacher` is the name of the teacher that it reads, None for none. A term of weight 0 is measured and adds nothing.
     Its mean stands in records under `metric`, which is its kind where it names none. `averaged_over` says which
-    positions the mean is over: all, those with a target, or those that moved (the others must then be 0). With `by_distance` the mean is also told by how many tokens
-    ago a position's token last occurred, under `METRIC_by_distance`.
+    positions the mean is over: all, those with a target, or those that moved (values at the others must then be 0).
+    With `by_distance` the mean is also told by how many tokens ago a position's token last occurred, under
+    `METRIC_by_distance`.
 
     Raises InputError for a weight that is negative or not finite; a subclass, for a kind or metric that is taken.
     """

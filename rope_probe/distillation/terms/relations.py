@@ -1,4 +1,4 @@
-"""Relations between positions, student's against teacher's, in memory that is linear in T (LinearARD, arXiv 2604.00004).
+"""Relations between positions, student's and teacher's, in memory that is linear in T (LinearARD, arXiv 2604.00004).
 
 A head's queries make a matrix of relations among themselves: row i is softmax over j <= i of q_i . q_j / sqrt(d). Its
 keys and its values make two more. The loss is the KL of each row of the teacher's from the student's. Rows are made in
@@ -122,9 +122,9 @@ class _RelationKL(torch.autograd.Function):
 
 
 def _log_rows(x: Float[Tensor, "B H T D"], rows: slice) -> Float[Tensor, "B H b j"]:
-    """Logarithms of some rows of relations, up to the last column that any of them has; hardly finite after a row's own.
+    """Logarithms of some rows of relations, up to the last column that any of them has.
 
-    They are so low that their exponential is 0, and finite, since 0 x -inf would be no number.
+    After a row's own position they are so low that their exponential is 0, and finite, since 0 x -inf is no number.
     """
     with torch.autocast(x.device.type, enabled=False):
         scores = x[:, :, rows] @ x[:, :, : rows.stop].transpose(-1, -2) / x.shape[-1] ** 0.5
