@@ -218,6 +218,8 @@ def test_a_student_is_held_to_states_of_another_width(tmp_path):
         dataclasses.replace(term, projections=str(tmp_path / "none")).check(student, teacher)
     with pytest.raises(InputError, match="needs projections"):
         ProjectedStates()
+    with pytest.raises(InputError, match="distance is 'l1'"):
+        ProjectedStates(projections=file, distance="l1")
 
 
 # RoPE-perturbed self-distillation

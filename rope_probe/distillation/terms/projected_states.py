@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from rope_probe.distillation.terms.base import StateTerm
 from rope_probe.errors import InputError
 from rope_probe.models.hooked import HookedCausalLM
-from rope_probe.ranges import require_ranges
 from rope_probe.windows.packing import Batch
 
 
@@ -40,7 +39,8 @@ class ProjectedStates(StateTerm):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_ranges(self, self.kind)
+        if self.distance not in ("cosine", "mse"):
+            raise InputError(f"hidden states are compared by cosine or mse, but distance is {self.distance!r}")
         if not self.projections:
             raise InputError("projected_hidden needs projections, a file that fit_projections wrote, but has none")
 
