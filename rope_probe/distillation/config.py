@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
-from rope_probe.distillation.loop import ORIGINAL
+from rope_probe.distillation.loop import ITSELF, ORIGINAL
 from rope_probe.distillation.phase import Phase
 from rope_probe.errors import InputError
 from rope_probe.ranges import Count, Positive, Seed, in_words, require_ranges
@@ -30,7 +30,8 @@ class DistillConfig:
     `student` and each of `teachers` are checkpoint folders or hub ids; a student can also be a table of transformers'
     config with its `model_type`, and then starts from random weights. Terms call teachers by their names. One more is
     always there, "original": a frozen copy of the student as the run began or, with `original` "phase", as the phase
-    before left it; it rotates as it did then, before the phase's theta. It is made where a term reads it. `out` is the
+    before left it; it rotates as it did then, before the phase's theta. It is made where a term reads it. "itself" is
+    the student of the step under way, read without a gradient. `out` is the
     run directory. `dtype` "bfloat16" computes under autocast, the student's weights staying float32, and reads teachers
     in bfloat16. Every `log_every` steps are measured in full; every `save_every` steps, every `save_minutes` minutes,
     and when the run is asked to stop, a snapshot is taken, and the last `keep` are kept.
@@ -62,12 +63,14 @@ class DistillConfig:
                 raise InputError(f"two phases are called {name!r}; give each its own name")
         if ORIGINAL in self.teachers:
             raise InputError(f"no teacher can be called {ORIGINAL!r}: that is the student's frozen copy")
+        if ITSELF in self.teachers:
+            raise InputError(f"no teacher can be called {ITSELF!r}: that is the student of the step under way")
         for phase in self.phases:
             for name in (name for stream in phase.mix for name in stream.teachers):
-                if name not in (*self.teachers, ORIGINAL):
+                if name not in (*self.teachers, ORIGINAL, ITSELF):
                     raise InputError(
                         f"a term of phase {phase.name!r} reads the teacher {name!r}, so the run needs a teacher of "
-                        f"that name; it has {', '.join((*self.teachers, ORIGINAL))}"
+                        f"that name; it has {', '.join((*self.teachers, ORIGINAL, ITSELF))}"
                     )
 
 

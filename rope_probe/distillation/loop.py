@@ -31,6 +31,8 @@ from rope_probe.models.parameters import query_key_value_rows
 
 ORIGINAL = "original"
 """The teacher that is always there: a frozen copy of the student."""
+ITSELF = "itself"
+"""The teacher that is the student as it is in this step, read without a gradient."""
 BY_DISTANCE = "_by_distance"
 """How the name of what is told by distance ends."""
 
@@ -72,8 +74,8 @@ class Training:
     """One phase of one model under way. `advance` does a step; `state` and `restore` let another process go on.
 
     `teachers` are models by the names that terms call them. "original" need not be among them: where a term reads it,
-    it is a frozen copy of the model as it is given. A measured step of a stream that reads no teacher tells the
-    divergence from the first one given.
+    it is a frozen copy of the model as it is given. Nor need "itself", which is the model under way. A measured step of
+    a stream that reads no teacher tells the divergence from the first one given.
 
     Raises InputError for a model with another theta than the phase's, weights that are not float32, a teacher that is
     missing, and a batch that the processes cannot share; `advance` for a gradient that is not finite.
@@ -102,6 +104,8 @@ class Training:
         self._copied_original = ORIGINAL in _names_read(phase) and ORIGINAL not in self.teachers
         if self._copied_original:
             self.teachers[ORIGINAL] = frozen_copy(model)
+        if ITSELF in _names_read(phase):
+            self.teachers[ITSELF] = model
         for name in _names_read(phase):
             if name not in self.teachers:
                 raise InputError(
@@ -172,7 +176,7 @@ class Training:
         for index, (stream, batch, seed) in enumerate(of_streams):
             terms = stream.terms
             if measure:
-                others = (name for name in self.teachers if name != ORIGINAL)
+                others = (name for name in self.teachers if name not in (ORIGINAL, ITSELF))
                 terms = with_measured(terms, next(iter((*stream.teachers, *others)), None))
             else:
                 terms = tuple(term for term in terms if term.weight > 0)

@@ -21,8 +21,10 @@ from rope_probe.distillation.terms import AnyKind, Divergence, Term
 from rope_probe.errors import InputError
 from rope_probe.ranges import Count, Positive, WindowLength, require_ranges
 from rope_probe.seeds import derive
+from rope_probe.windows import samplers
 from rope_probe.windows.corpora import KeyValueStream, TextCorpus
 from rope_probe.windows.packing import Batch, Positions
+from rope_probe.windows.samplers import Coin
 
 Data = Annotated[KeyValueStream | TextCorpus, Discriminator("kind")]
 Terms = tuple[Annotated[Term, AnyKind], ...]
@@ -32,7 +34,8 @@ Terms = tuple[Annotated[Term, AnyKind], ...]
 class Reading:
     """How windows are read, and what is learnt from them.
 
-    `positions` are the student's; `target_window` is what skipped ones are spread over. A teacher reads the same
+    `positions` are the student's; `target_window` is what skipped ones are spread over, and `coin` says whether the
+    schemes that flip one flip it for every step or for every window (see `windows.samplers`). A teacher reads the same
     documents at `teacher_positions`, by default the student's. `masked` and `teacher_masked` keep the attention of
     student and teachers inside documents; where the student's is, tokens that begin a document are no targets, since
     nothing foretells them. `terms` are what is learnt. Logits are made for `chunk` positions at a time.
@@ -40,6 +43,7 @@ class Reading:
 
     positions: Positions = "continuous"
     target_window: WindowLength | None = None
+    coin: Coin = "batch"
     teacher_positions: Positions | None = None
     masked: bool = False
     teacher_masked: bool = False
@@ -67,6 +71,15 @@ class Stream(Reading):
         if not any(term.weight > 0 for term in self.terms):
             weights = [term.weight for term in self.terms]
             raise InputError(f"terms must hold one of a weight above 0, but their weights are {weights}")
+        alike = self.teacher_positions in (None, self.positions)
+        if alike and any(term.averaged_over == "moved" for term in self.terms):
+            raise InputError(
+                f"a term compares positions with others, but students and teachers both read {self.positions} ones; "
+                'give teacher_positions, such as "continuous"'
+            )
+        for scheme in (self.positions, self.teacher_positions):
+            if scheme in samplers.SCHEMES:
+                samplers.require_room(scheme, self.window, self.target_window)
         if self.name is not None and not re.fullmatch(r"\w[\w.-]{,99}", self.name):
             raise InputError(
                 f"a stream's name is made of up to 100 letters, digits, dots and dashes, but it is {self.name!r}"
@@ -85,6 +98,8 @@ class Stream(Reading):
     def reach(self, positions: Positions | None) -> int:
         """How many positions a scheme runs over, of the student's where there is none."""
         scheme = positions or self.positions
+        if scheme in samplers.SCHEMES:
+            return samplers.reach(scheme, self.window, self.target_window)
         return max(self.window, self.target_window or 0) if scheme == "skipped" else self.window
 
     def batch(self, count: int, *, seed: int, step: int) -> Batch:
@@ -99,4 +114,5 @@ class Stream(Reading):
         return self._placed(batch, self.teacher_positions, seed, step)
 
     def _placed(self, batch: Batch, positions: Positions, seed: int, step: int) -> Batch:
-        return batch.placed(positions, target_window=self.target_window, seed=derive(seed, str(step)))
+        seed_of_step = derive(seed, str(step))
+        return batch.placed(positions, target_window=self.target_window, seed=seed_of_step, coin=self.coin)

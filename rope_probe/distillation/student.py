@@ -38,7 +38,8 @@ class Lesson:
     ) -> "Lesson":
         """The lesson of a whole step."""
         targets = int((targets_of(batch, stream.masked) != IGNORED).sum())
-        return cls(stream, terms, batch, teachers_batch, Counts(batch.tokens.numel(), targets), factor)
+        moved = int((batch.position_ids != teachers_batch.position_ids).sum())
+        return cls(stream, terms, batch, teachers_batch, Counts(batch.tokens.numel(), targets, moved), factor)
 
 
 @dataclass(frozen=True)

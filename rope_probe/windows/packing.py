@@ -2,7 +2,8 @@
 
 - A window carries its documents as `cu_seqlens` and its positions as `position_ids`, and keeps the two apart.
 - Position schemes: *continuous* counts through the window; *reset* starts every document at 0; *skipped* spreads a
-  document over a longer window in three contiguous segments (LongReD, arXiv 2502.07365, after CREAM, 2406.07138).
+  document over a longer window in three contiguous segments. The published schemes, of which *skipped* is none, are in
+  `samplers`; they place whole windows.
 - A `Batch` is several windows of one length, read together: a training step.
 """
 
@@ -10,7 +11,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -18,8 +19,12 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from rope_probe.errors import InputError
+from rope_probe.windows import samplers
+from rope_probe.windows.samplers import Coin
 
-Positions = Literal["continuous", "reset", "skipped"]
+Positions = Literal[
+    "continuous", "reset", "skipped", "longred_uniform", "longred_cream", "cream", "pose", "rope_perturbed"
+]
 
 
 @dataclass(frozen=True)
@@ -100,11 +105,17 @@ class Batch:
         bounds = self.cu_seqlens[inside] - start * length
         return Batch(self.tokens[start:end], bounds, self.position_ids[start:end])
 
-    def placed(self, positions: Positions, *, target_window: int | None = None, seed: int = 0) -> "Batch":
-        """The same documents at the positions of a scheme; see `pack`."""
+    def placed(
+        self, positions: Positions, *, target_window: int | None = None, seed: int = 0, coin: Coin = "batch"
+    ) -> "Batch":
+        """The same documents at the positions of a scheme; see `pack`, and `samplers` for `coin`."""
         if positions == "continuous":
             return Batch.continuous(self.tokens, self.cu_seqlens)
-        placed = _positions(self.cu_seqlens.diff().tolist(), positions, target_window, seed)
+        if positions in samplers.SCHEMES:
+            windows, length = self.tokens.shape
+            placed = samplers.sample_positions(positions, windows, length, target_window, seed=seed, coin=coin)
+        else:
+            placed = _positions(self.cu_seqlens.diff().tolist(), positions, target_window, seed)
         return dataclasses.replace(self, position_ids=placed.view_as(self.tokens))
 
 
@@ -129,7 +140,8 @@ def pack(
 ) -> Window:
     """Pack `documents` in order into a window of `window` tokens; the document that crosses its end is cut there.
 
-    `positions="skipped"` spreads each document over 0..target_window-1 (see `skipped_positions`), seeded by `seed`.
+    `positions="skipped"` spreads each document over 0..target_window-1 (see `skipped_positions`), seeded by `seed`; the
+    schemes of `samplers` spread the window as a whole.
     Raises InputError for a window longer than the tokens at hand, an empty document, or a missing target_window.
     """
     if window < 1:
@@ -150,7 +162,8 @@ def skipped_positions(length: int, target_window: int, *, seed: int = 0) -> Int[
 
     Head and tail segments stand at the two ends of the target window, the contiguous middle one is placed uniformly
     between them. Head and tail take a third of the document each, or 4 * target_window / length tokens, by a coin flip.
-    Source: LongReD, arXiv 2502.07365, uniform variant. Raises InputError where the document is longer than its target.
+    After LongReD (arXiv 2502.07365), but not its scheme: that is "longred_uniform" of `samplers`, where the differences
+    stand. Raises InputError where the document is longer than its target.
     """
     if target_window < length:
         raise InputError(f"target_window must be at least the document's {length} tokens, but it is {target_window}")
@@ -179,7 +192,10 @@ def _window(
 ) -> Window:
     sizes = torch.tensor([len(document) for document in documents])
     cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.long), sizes.cumsum(0)]).to(torch.int32)
-    position_ids = _positions(sizes.tolist(), positions, target_window, seed)
+    if positions in samplers.SCHEMES:
+        position_ids = samplers.sample_positions(positions, 1, int(sizes.sum()), target_window, seed=seed)[0]
+    else:
+        position_ids = _positions(sizes.tolist(), positions, target_window, seed)
     return Window(torch.cat(list(documents)).unsqueeze(0), cu_seqlens, position_ids.unsqueeze(0))
 
 
@@ -192,4 +208,4 @@ def _positions(sizes: Sequence[int], positions: Positions, target_window: int | 
         if target_window is None:
             raise InputError("skipped positions need target_window, the length that each document is spread over")
         return torch.cat([skipped_positions(size, target_window, seed=seed + i) for i, size in enumerate(sizes)])
-    raise InputError(f"positions {positions!r} is unknown; known are continuous, reset, skipped")
+    raise InputError(f"positions {positions!r} is unknown; known are {', '.join(get_args(Positions))}")

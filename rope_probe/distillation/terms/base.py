@@ -38,10 +38,14 @@ _RESERVED = {"step", "tokens", "loss", "lr", "phase", "time", "gate", "missed_ga
 
 @dataclass(frozen=True)
 class Counts:
-    """Positions of all windows that a stream reads in one step, and how many of them have a target."""
+    """Positions of all windows that a stream reads in one step; how many of them have a target, and how many `moved`.
+
+    A position is moved where the student stands at another one than its teachers.
+    """
 
     positions: int
     targets: int
+    moved: int = 0
 
 
 @dataclass(frozen=True)
@@ -50,8 +54,9 @@ class Term:
 
     `teacher` is the name of the teacher that it reads, None for none. A term of weight 0 is measured and adds nothing.
     Its mean stands in records under `metric`, which is its kind where it names none. `averaged_over` says which
-    positions the mean is over: all, or those with a target. With `by_distance` the mean is also told by how many tokens
-    ago a position's token last occurred, under `METRIC_by_distance`.
+    positions the mean is over: all, those with a target, or those that moved (values at the others must then be 0).
+    With `by_distance` the mean is also told by how many tokens ago a position's token last occurred, under
+    `METRIC_by_distance`.
 
     Raises InputError for a weight that is negative or not finite; a subclass, for a kind or metric that is taken.
     """
@@ -60,7 +65,7 @@ class Term:
     teacher: str | None = None
 
     metric: ClassVar[str]
-    averaged_over: ClassVar[Literal["positions", "targets"]] = "positions"
+    averaged_over: ClassVar[Literal["positions", "targets", "moved"]] = "positions"
     by_distance: ClassVar[bool] = False
 
     def __init_subclass__(cls, **options: Any) -> None:
