@@ -616,8 +616,7 @@ def test_the_gallery_maps_heads_and_layers_of_real_shifts(tmp_path):
 
 def test_pairs_of_two_kinds_of_layers_are_two_lines():
     local, whole = (0, 1, 2, 3, 4, 6, 7, 8, 9, 10, 12, 13, 14, 15, 16), (5, 11, 17)
-    row = {"kind": "PairTurn", "side": "q", "site": "logits", "metric": "kl_nats", "document": 0, "seq_len": 64}
-    row["radians"] = 1.0
+    row = {
         "kind": "PairTurn",
         "side": "q",
         "site": "logits",
