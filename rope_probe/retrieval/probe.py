@@ -295,6 +295,8 @@ class _TrialsFile:
 
     def __init__(self, path: str | os.PathLike[str], of_model: str) -> None:
         self._path = Path(path)
+        if self._path.is_symlink():
+            raise InputError(f"trials are kept in {str(path)!r}, but that is a link; remove it")
         self._rows: dict[tuple, dict[str, Any]] = {}
         lines = self._path.read_bytes().splitlines(keepends=True) if self._path.exists() else []
         if lines and not lines[-1].endswith(b"\n"):  # cut short while it was written
