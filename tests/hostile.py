@@ -761,6 +761,7 @@ def kept_trials(rng: random.Random) -> Iterator[Case]:
         yield case("retrieval", MUST_REFUSE, f"kept trials: {told}", put(file, content))
     yield case("retrieval", MUST_REFUSE, "kept trials: a folder", folder(file))
     yield case("retrieval", MUST_REFUSE, "kept trials: a symlink loop", loop(file))
+    yield case("retrieval", MUST_REFUSE, "kept trials: a symlink to nowhere", link(file, "nowhere"))
     yield case("retrieval", SAME, "kept trials: nothing", put(file, ""), replaces=file)
     yield case("retrieval", SAME, "kept trials: of another run", put("other.trials.jsonl", "precious\n"))
 
