@@ -13,6 +13,7 @@ import pandas as pd
 
 NUMBERS = ("value", "value_float64", "low", "high")
 PLACES = ("metric", "site", "layer", "head", "pair", "seed")
+WHOLE = ("layer", "head", "pair", "seed")
 SPEEDS = ("tokens_per_s",)
 
 
@@ -20,8 +21,8 @@ def rows_of(run: Path) -> pd.DataFrame:
     """All that a run measured, in an order of its own: by place, then by value."""
     files = sorted([*run.glob("metrics.parquet"), *run.glob("tables/*.parquet")])
     columns = [*PLACES, *NUMBERS]
-    frames = [pd.read_parquet(file).reindex(columns=columns) for file in files]
-    frame = pd.concat([frame.astype(dict.fromkeys(NUMBERS, "float64")) for frame in frames], ignore_index=True)
+    types = dict.fromkeys(WHOLE, "Int64") | dict.fromkeys(NUMBERS, "float64")
+    frame = pd.concat([pd.read_parquet(file).reindex(columns=columns).astype(types) for file in files])
     frame = frame[~frame["metric"].isin(SPEEDS)]
     named = frame[list(PLACES)].astype("string").fillna("-")
     return frame.assign(**named).sort_values(columns, ignore_index=True)

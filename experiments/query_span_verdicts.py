@@ -50,6 +50,8 @@ def accuracies(effects: pd.DataFrame, into: str, seq_len: int = LONG) -> pd.Data
 def gains(effects: pd.DataFrame, into: str) -> pd.DataFrame:
     """Share of the gain that is there after transplanting each group: 0 as at the start, 1 as at the end."""
     table = accuracies(effects, into)
+    if table.empty:
+        return table
     start, end = ("nothing", "everything") if into == START else ("everything", "nothing")
     return table.sub(table[start], axis=0).div(table[end] - table[start], axis=0)
 
@@ -120,6 +122,8 @@ def single_effects(effects: pd.DataFrame, predictors: pd.DataFrame) -> pd.DataFr
 
 def foresight(effects: pd.DataFrame, predictors: pd.DataFrame) -> pd.DataFrame:
     """Spearman's correlation of each predictor with the single effects, and with the greedy order of causes."""
+    if predictors.empty:
+        return pd.DataFrame(columns=["model", "seed", "foreseen", "predictor", "rho"])
     table = single_effects(effects, predictors)
     targets = {"effect": 1, "greedy_rank": -1, "greedy_rank_together": -1}
     rows = []
@@ -182,9 +186,12 @@ def shown(results: Tables) -> dict[str, pd.DataFrame]:
     }
     if spans["seed"].nunique() > 1:
         tables["agreement of seeds on which pairs change"] = agreement(spans)
-    foreseen = foresight(effects, predictors).groupby(["model", "foreseen", "predictor"])["rho"].mean()
-    title = "rank correlation of what is cheap to know with which spans matter, mean over seeds"
-    return {**tables, title: foreseen.unstack("predictor")}
+    seen = foresight(effects, predictors)
+    if len(seen):
+        title = "rank correlation of what is cheap to know with which spans matter, mean over seeds"
+        foreseen = seen.groupby(["model", "foreseen", "predictor"])["rho"].mean()
+        tables[title] = foreseen.unstack("predictor")
+    return {title: table for title, table in tables.items() if len(table)}
 
 
 def judged(results: Tables) -> pd.DataFrame:

@@ -1,13 +1,15 @@
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from experiments import phase_scaling, propagation, query_span_verdicts, query_spans, stages, toy_checkpoints
-from rope_probe import InputError, Span, load_model
+from rope_probe import InputError, KeyValueStream, KeyValueTask, Span, load_model, retrieval_accuracy, span_effects
 from rope_probe.retrieval.probe import RETRIEVAL
 from rope_probe.runs.results import is_complete, new_run, source_hash
+from rope_probe.runs.tables import Tables
 from rope_probe.seeds import derive
 from rope_probe.spans.causal import SPAN_EFFECTS
 from rope_probe.spans.weights import SPANS
@@ -186,3 +188,22 @@ def test_the_query_spans_of_a_toy_model_go_in_bands_and_parts():
     assert [span.part for span in groups["all but W_Q, W_K"]] == ["W_V", "W_O", "mlp", "norms", "W_E", "W_U"]
     assert groups["W_Q, W_K, layer 1 head 0"] == [Span(1, 0), Span(1, 0, part="W_K")]
     assert sum(len(groups[f"W_Q, {band} pairs"]) for band in bands) == 16
+
+
+def test_query_spans_are_told_of_where_no_transplants_came_out():
+    spans, _ = spans_and_effects(seeds=(0,))
+    results = Tables({"spans": spans})
+    shown = query_span_verdicts.shown(results)
+    assert "relative change of each part, mean over layers" in shown
+    assert not [title for title in shown if "transplants" in title]
+    assert set(query_span_verdicts.judged(results)["prediction"]) <= {1, 2, 3, 4, 5, 6}
+
+
+def test_effects_of_spans_fit_their_table():
+    model = load_model(zoo.llama())
+    task = KeyValueTask(KeyValueStream(8, distinct=(1, 4), keys=20, values=20), 16)
+    groups = {"nothing": [], "W_Q": [Span(part="W_Q")]}
+    measured = span_effects(model, zoo.llama(), groups, partial(retrieval_accuracy, task=task, distances=[4], trials=2))
+    left_out = [column for column in measured.columns if column not in SPAN_EFFECTS.columns]
+    assert left_out == ["phase", "role", "tokens"]
+    assert len(SPAN_EFFECTS.frame(measured.drop(columns=left_out))) == 4
