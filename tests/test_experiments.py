@@ -192,11 +192,11 @@ def test_the_query_spans_of_a_toy_model_go_in_bands_and_parts():
 
 def test_query_spans_are_told_of_where_no_transplants_came_out():
     spans, _ = spans_and_effects(seeds=(0,))
-    results = Tables({"spans": spans})
+    results = Tables({"spans": spans.assign(model="ce_phase_wise")})
     shown = query_span_verdicts.shown(results)
     assert "relative change of each part, mean over layers" in shown
     assert not [title for title in shown if "transplants" in title]
-    assert set(query_span_verdicts.judged(results)["prediction"]) <= {1, 2, 3, 4, 5, 6}
+    assert query_span_verdicts.judged(results).empty
 
 
 def test_effects_of_spans_fit_their_table():
