@@ -113,6 +113,8 @@ def copy_heatmap(frame: pd.DataFrame, label: str = "") -> go.Figure:
     )
     figure.update_yaxes(showgrid=False, zeroline=False)
     figure.update_xaxes(showgrid=False, zeroline=False)
+    copies = rows["document"].nunique()
+    figure.update_xaxes(dtick=1 if copies <= 16 else None)
     figure.update_xaxes(title="copy of the document", row=len(panels), col=1)
     note = f"each cell: mean over the document's positions, against the first copy; {sample(rows)}"
     if rows["value_float64"].notna().any():
