@@ -532,7 +532,7 @@ def _kept_trials(out: Path, run: "Run") -> Iterator[Path]:
     """
     target = out.resolve()
     kept = target.with_name(f"{target.name}.trials.jsonl")
-    begun_before = kept.exists()
+    begun_before = kept.exists() or kept.is_symlink()
     try:
         yield kept
     except InputError:

@@ -463,7 +463,7 @@ def lost(result: Result, work: Path, before: Tree, after: Tree) -> list[str]:
 
 def may_change(path: str) -> bool:
     """Whether a resumption may write this path of its run: no finished checkpoints and no files of the user's."""
-    made = r"manifest\.json|log\.jsonl|\w+\.parquet|tables|\.writer"
+    made = r"manifest\.json|log\.jsonl|tables(/\w+\.parquet)?|\.writer"
     made += r"|snapshots/(short|long)-\d{6}(/[\w.]+)?|checkpoints/long(/.*)?"
     return re.fullmatch(made, path) is not None
 

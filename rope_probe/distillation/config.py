@@ -74,6 +74,14 @@ class DistillConfig:
                     )
 
 
+def _shown(value: Any) -> str:
+    """A value as a line of a message has room for it."""
+    try:
+        return f"{value!r:.100}"
+    except RecursionError:  # tables in tables, thousands deep
+        return f"a {type(value).__name__}"
+
+
 def recorded(config: DistillConfig) -> dict[str, Any]:
     """The configuration as a manifest holds it: what decides what is trained, not where and when it is kept."""
     return {
@@ -117,5 +125,5 @@ def read_config(source: str | os.PathLike[str] | Mapping[str, Any], **changes: A
         elif first["type"] == "value_error":
             reason = first["msg"].removeprefix("Value error, ")
         else:
-            reason = f"it must be {in_words(dict(first))}, but it is {first['input']!r}"
+            reason = f"it must be {in_words(dict(first))}, but it is {_shown(first['input'])}"
         raise InputError(f"{where}: {key + ': ' if key else ''}{reason}") from error

@@ -127,6 +127,8 @@ def _read_config(name: str, place: str, revision: str | None) -> PreTrainedConfi
     except Exception as error:  # a config can be wrong in as many ways as transformers has classes of errors
         raise InputError(f"cannot read the config of {name!r}: {reason(error)}") from error
     text = config.get_text_config()
+    if not isinstance(text, PreTrainedConfig):
+        raise InputError(f"the text part of the config of {name!r} must be a table of entries, but it is {text!r:.80}")
     if text is not config and text.model_type in CONFIG_MAPPING:
         quantised = getattr(config, "quantization_config", None)
         config = text

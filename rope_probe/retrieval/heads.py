@@ -19,6 +19,7 @@ from rope_probe.models.attention import Scoring
 from rope_probe.models.hooked import HookedCausalLM
 from rope_probe.retrieval.probe import RetrievalTask
 from rope_probe.retrieval.tasks import Trial
+from rope_probe.tracing.heads import HEADS
 from rope_probe.tracing.patterns import blocks, chosen_layers, read_layers
 
 METRIC = "retrieval_head"
@@ -58,7 +59,7 @@ def retrieval_head_scores(
         row, head = np.indices(mean.shape).reshape(2, -1)
         part = pd.DataFrame({"layer": np.array(chosen)[row], "head": head, "metric": METRIC})
         parts.append(part.assign(distance=distance, value=mean.flatten(), trials=trials))
-    return pd.concat(parts, ignore_index=True)
+    return HEADS.frame(pd.concat(parts, ignore_index=True))
 
 
 def needle_of(trial: Trial) -> Bool[Tensor, " n"]:

@@ -345,6 +345,8 @@ def is_complete(run: str | os.PathLike[str], config: Mapping[str, Any], *, sourc
         and isinstance(packages := manifest.get("packages"), dict)
         and packages.get("rope_probe") == metadata.version("rope_probe")
         and (sources is None or manifest.get("sources_sha256") == sources)
+        and isinstance(tables := manifest.get("tables"), dict)
+        and all((Path(run) / TABLES_FOLDER / f"{name}.parquet").is_file() for name in tables)
     )
 
 

@@ -120,7 +120,7 @@ def head_scores(
             part["value"] = value.flatten().numpy()
             part["queries"] = count.expand_as(value).flatten().numpy()
             parts.append(part.astype({"distance": "Int64"}))
-    return pd.concat(parts, ignore_index=True)
+    return HEADS.frame(pd.concat(parts, ignore_index=True))
 
 
 def _sum_attention(query: Tensor, key: Tensor, scoring: Scoring, tokens: Tensor, edges: list[int]) -> Sums:
@@ -232,7 +232,7 @@ def pair_contributions(
             progress(1)
 
     read_layers(model, window, read, masked=masked, layers=chosen)
-    return pd.concat(parts, ignore_index=True)
+    return HEAD_PAIRS.frame(pd.concat(parts, ignore_index=True))
 
 
 def _sum_contributions(query: Tensor, key: Tensor, scoring: Scoring, edges: list[int]) -> tuple[Tensor, Tensor]:
