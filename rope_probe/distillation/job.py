@@ -33,7 +33,7 @@ from rope_probe.retrieval.probe import RETRIEVAL, KeyValueTask
 from rope_probe.runs.folders import clean_up_inside, kind_of, whole_folder
 from rope_probe.runs.progress import progress
 from rope_probe.runs.provenance import Model, Read, describe_model, hash_tokens
-from rope_probe.runs.results import Run, is_complete, open_run
+from rope_probe.runs.results import Run, is_complete, open_run, read_run
 from rope_probe.seeds import derive
 from rope_probe.windows.corpora import TextCorpus
 
@@ -54,7 +54,7 @@ def distill(config: DistillConfig | str | os.PathLike[str] | Mapping[str, Any], 
     """
     config = config if isinstance(config, DistillConfig) else read_config(config)
     out = Path(config.out)
-    if resume and is_complete(out, recorded(config)):
+    if resume and is_complete(out, recorded(config)) and LOSSES.name in read_run(out)[0]:
         return out
     job = _Job(config)
     with ExitStack() as stack:
