@@ -877,10 +877,10 @@ STRUCTURE = {
         {"quant_method": "bitsandbytes", "load_in_8bit": True},
         {"quant_method": "gptq", "bits": 4},
         {"quant_method": "nonsense"},
-        {"quant_method": "fp8"},
     ),
 }
 LOOSE = {
+    "quantization_config": ({"quant_method": "fp8"},),  # read as it is, or dequantised
     "max_position_embeddings": (0, -1, None, "x", HUGE, 1e300, [], 1, True),
     "rms_norm_eps": (0, -1, None, "x", NAN, INF, 1e300, []),
     "attention_bias": ("x", None, 5, []),

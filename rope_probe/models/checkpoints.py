@@ -30,6 +30,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers import logging as transformers_logging
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from rope_probe.errors import InputError, is_out_of_memory, reason
 from rope_probe.models import attention, gguf_files, offloaded, weight_files
@@ -135,7 +136,18 @@ def _read_config(name: str, place: str, revision: str | None) -> PreTrainedConfi
         if quantised is not None:
             config.quantization_config = quantised
     _require_sensible(config, f"the config of {name!r}")
+    _require_known_quantisation(config, name)
     return config
+
+
+def _require_known_quantisation(config: PreTrainedConfig, name: str) -> None:
+    """Raises InputError for a way to quantise that transformers does not know, since it would read on without it."""
+    quantised = getattr(config, "quantization_config", None)
+    if quantised is None:
+        return
+    method = quantised.get("quant_method") if isinstance(quantised, dict) else getattr(quantised, "quant_method", None)
+    if str(getattr(method, "value", method)) not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        raise InputError(f"checkpoint {name!r} is quantised by {method!r:.60}, which transformers does not know")
 
 
 def _require_sensible(config: PreTrainedConfig, whose: str) -> None:

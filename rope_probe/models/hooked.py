@@ -416,7 +416,8 @@ class HookedCausalLM(HookedRootModule):
                 if plain is None:
                     logits = self.unembed(self.hidden(tokens)[:, -1:])
                 else:
-                    output = plain(input_ids=unread, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                    options = {"use_cache": True, "logits_to_keep": 1, "return_dict": True}
+                    output = plain(input_ids=unread, past_key_values=cache, **options)
                     logits, cache = output.logits, output.past_key_values
                 unread = logits[:, -1].argmax(-1, keepdim=True)
                 if stop is not None and int(unread) == stop:
@@ -456,7 +457,7 @@ class HookedCausalLM(HookedRootModule):
         """Logits of final hidden states, by the model's own head: bias, soft cap and logit scale included."""
         state = FinalStates(last_hidden_state=hidden)
         with self._one_thread, self._precision(), returning(backbone_of(self.original_model), state):
-            return self.original_model(inputs_embeds=hidden, use_cache=False).logits
+            return self.original_model(inputs_embeds=hidden, use_cache=False, return_dict=True).logits
 
     def after_projection(self, projected: Float[Tensor, "B T V"]) -> Float[Tensor, "B T V"]:
         """What the model's head does after its projection: soft cap and logit scale; nothing on most models."""

@@ -583,10 +583,10 @@ class _Measurement:
         reader = _Reader()
         _reader.append(reader)
         try:
-            wanted = self.model(input_ids=self.tokens, use_cache=False).logits
+            wanted = self.model(input_ids=self.tokens, use_cache=False, return_dict=True).logits
             state = FinalStates(last_hidden_state=self.hidden)
             with returning(self.backbone, state):
-                got = self.model(inputs_embeds=self.hidden, use_cache=False).logits
+                got = self.model(inputs_embeds=self.hidden, use_cache=False, return_dict=True).logits
         except Exception as error:  # each model has its own
             raise InputError(f"logits cannot be made of its final hidden states alone: {reason(error)}") from error
         finally:
