@@ -82,6 +82,13 @@ Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of everythin
 Device = Annotated[str, typer.Option(help="Torch device: cpu, cuda, cuda:1.")]
 Dtype = Annotated[_Dtype | None, typer.Option(help="Dtype to compute in; as the checkpoint was saved by default.")]
 Attn = Annotated[_Kernel, typer.Option(help="Attention kernel.")]
+WindowTokens = Annotated[
+    int | None,
+    typer.Option(min=1, max=LONGEST_WINDOW, help="Tokens in the window [default: all of --tokens, or 512]."),
+]
+DocumentLength = Annotated[int, typer.Option(min=1, help="Tokens of a document of text or random ids.")]
+TokensFile = Annotated[Path | None, typer.Option(help="File of documents to pack: token ids, one document a line.")]
+Masked = Annotated[bool, typer.Option("--masked/--unmasked", help="Keep attention inside documents.")]
 Text = Annotated[
     Path | None,
     typer.Option(help="Text file to cut documents from [default: the embedded text, where there is a tokenizer]."),
@@ -121,21 +128,16 @@ def _rope_probe() -> None:
 def trace(
     model: Annotated[str, typer.Argument(help=_MODEL)],
     out: Out,
-    window: Annotated[
-        int | None,
-        typer.Option(min=1, max=LONGEST_WINDOW, help="Tokens in the window [default: all of --tokens, or 512]."),
-    ] = None,
+    window: WindowTokens = None,
     text: Text = None,
     packed: Packed = False,
     random: Random = False,
     document: Annotated[
         str | None, typer.Option(help="Token ids, comma separated, repeated across the window.")
     ] = None,
-    document_length: Annotated[int, typer.Option(min=1, help="Tokens of a document of text or random ids.")] = 64,
-    tokens: Annotated[
-        Path | None, typer.Option(help="File of documents to pack: token ids, one document a line.")
-    ] = None,
-    masked: Annotated[bool, typer.Option("--masked/--unmasked", help="Keep attention inside documents.")] = False,
+    document_length: DocumentLength = 64,
+    tokens: TokensFile = None,
+    masked: Masked = False,
     sweep: Annotated[
         list[_Sweep] | None,
         typer.Option(
@@ -223,7 +225,7 @@ def spans(
     tokens: Annotated[
         Path | None, typer.Option(help="File of documents to pack instead: token ids, one document a line.")
     ] = None,
-    masked: Annotated[bool, typer.Option("--masked/--unmasked", help="Keep attention inside documents.")] = False,
+    masked: Masked = False,
     seed: Seed = 0,
     device: Device = "cpu",
     dtype: Dtype = None,
@@ -290,18 +292,13 @@ def spans(
 def heads(
     model: Annotated[str, typer.Argument(help=_MODEL)],
     out: Out,
-    window: Annotated[
-        int | None,
-        typer.Option(min=1, max=LONGEST_WINDOW, help="Tokens in the window [default: all of --tokens, or 512]."),
-    ] = None,
+    window: WindowTokens = None,
     text: Text = None,
     packed: Packed = False,
     random: Random = False,
-    document_length: Annotated[int, typer.Option(min=1, help="Tokens of a document of text or random ids.")] = 64,
-    tokens: Annotated[
-        Path | None, typer.Option(help="File of documents to pack: token ids, one document a line.")
-    ] = None,
-    masked: Annotated[bool, typer.Option("--masked/--unmasked", help="Keep attention inside documents.")] = False,
+    document_length: DocumentLength = 64,
+    tokens: TokensFile = None,
+    masked: Masked = False,
     layer: Annotated[list[int] | None, typer.Option(help="Layers to look at [default: all].")] = None,
     pairs: Annotated[bool, typer.Option("--pairs", help="What each rotary pair adds to scores, too.")] = False,
     trials: Annotated[
@@ -386,18 +383,13 @@ def drift_command(
         ),
     ] = None,
     theta: Annotated[float | None, typer.Option(help="Run the extended model with this theta, untrained.")] = None,
-    window: Annotated[
-        int | None,
-        typer.Option(min=1, max=LONGEST_WINDOW, help="Tokens in the window [default: all of --tokens, or 512]."),
-    ] = None,
+    window: WindowTokens = None,
     text: Text = None,
     packed: Packed = False,
     random: Random = False,
-    document_length: Annotated[int, typer.Option(min=1, help="Tokens of a document of text or random ids.")] = 64,
-    tokens: Annotated[
-        Path | None, typer.Option(help="File of documents to pack: token ids, one document a line.")
-    ] = None,
-    masked: Annotated[bool, typer.Option("--masked/--unmasked", help="Keep attention inside documents.")] = False,
+    document_length: DocumentLength = 64,
+    tokens: TokensFile = None,
+    masked: Masked = False,
     layer: Annotated[list[int] | None, typer.Option(help="Layers to compare [default: all].")] = None,
     seed: Seed = 0,
     device: Device = "cpu",
