@@ -297,3 +297,11 @@ def test_undoing_the_rotation_of_the_first_layer_leaves_no_position(name):
 def test_bad_calls_are_refused_by_name(call, named):
     with pytest.raises(InputError, match=named):
         call(load_model(zoo.llama()))
+
+
+@pytest.mark.parametrize(("layers", "told"), [
+    (None, None), (1, None), ((1,), None), ((0, 1), "0-1"), ([3, 0, 1, 2, 5], "0-3, 5"), (range(4, 7), "4-6"),
+    ((5, 11, 17), "5, 11, 17"),
+])  # fmt: skip
+def test_several_layers_are_told_as_ranges(layers, told):
+    assert propagation._several(layers) == told

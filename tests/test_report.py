@@ -615,7 +615,7 @@ def test_the_gallery_maps_heads_and_layers_of_real_shifts(tmp_path):
 
 
 def test_pairs_of_two_kinds_of_layers_are_two_lines():
-    local, whole = (0, 1, 2, 3, 4, 6, 7, 8, 9, 10, 12, 13, 14, 15, 16), (5, 11, 17)
+    local, whole = "0-4, 6-10, 12-16", "5, 11, 17"
     row = {
         "kind": "PairTurn",
         "side": "q",
@@ -627,13 +627,13 @@ def test_pairs_of_two_kinds_of_layers_are_two_lines():
     }
     rows = [
         {**row, "pair": pair, "wavelength": 2 * np.pi * theta ** (pair / 4), "value": value + pair,
-         "restriction": f"layers={layers}, pairs={pair}"}
+         "inject_layers": layers}
         for layers, theta, value in ((local, 1e4, 1.0), (whole, 1e6, 10.0))
         for pair in range(4)
     ]  # fmt: skip
     lines = plots.sensitivity_by_pair(rows_of("deltas", rows=rows)).data
     assert [line.name for line in lines] == [
-        "queries only,<br>layers=(0-4, 6-10, 12-16)", "queries only,<br>layers=(5, 11, 17)"
+        "queries only,<br>layers 0-4, 6-10, 12-16", "queries only,<br>layers 5, 11, 17"
     ]  # fmt: skip
     np.testing.assert_allclose(lines[0].y, [1, 2, 3, 4])
     np.testing.assert_allclose(lines[1].y, [10, 11, 12, 13])

@@ -59,6 +59,7 @@ SHARED = {
     "delta_tokens": Column("float64", "by how much it moves positions, or how far apart two copies begin", "tokens"),
     "radians": Column("float64", "by how much it turns pairs, where that is one angle for all", "radians"),
     "inject_layer": Column("Int64", "the one layer that it acts in; null for several"),
+    "inject_layers": Column("string", "the several layers that it acts in, as ranges; null for one, and for all"),
     "layer": Column("Int64", "layer, 0 first"),
     "site": Column("string", "where it is read: a TransformerLens hook name, or the name of a weight"),
     "head": Column("Int64", "head, 0 first"),

@@ -41,7 +41,8 @@ DELTAS = declare(
     "over the positions of a document, or of the window.",
     (
         "arm", "seq_len", "masked", "document", "position", "perturbation", "kind", "restriction", "side",
-        "delta_tokens", "radians", "inject_layer", "layer", "site", "head", "pair", "wavelength", "value_float64",
+        "delta_tokens", "radians", "inject_layer", "inject_layers", "layer", "site", "head", "pair", "wavelength",
+        "value_float64",
     ),
     {
         "l2": Metric("Euclidean norm of the delta"),
@@ -310,10 +311,21 @@ def _columns(perturbation: Perturbation, model: HookedCausalLM) -> dict[str, Any
         "delta_tokens": perturbation.delta_tokens,
         "radians": getattr(perturbation, "radians", None),
         "inject_layer": layer,
+        "inject_layers": _several(perturbation.layers),
         "head": head,
         "pair": pair,
         "wavelength": wavelength,
     }
+
+
+def _several(selection: Selection) -> str | None:
+    """Several indices as text, runs of them as ranges: "0-4, 6". None for one, and for all."""
+    if not isinstance(selection, Iterable) or len(indices := sorted(set(selection))) < 2:
+        return None
+    ends = [i for i, index in enumerate(indices) if index + 1 not in indices]
+    starts = [0, *(end + 1 for end in ends[:-1])]
+    runs = [(indices[start], indices[end]) for start, end in zip(starts, ends, strict=True)]
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
 def _only(selection: Selection) -> int | None:

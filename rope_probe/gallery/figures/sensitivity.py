@@ -1,6 +1,5 @@
 """Through which part of a model a shift of position acts: one layer, one head, one rotary pair at a time."""
 
-import re
 from typing import Any
 
 import numpy as np
@@ -17,8 +16,6 @@ MOST_INJECTED = 64
 """Lines that `injected_by_read` has room for; with more of them it draws whole layers alone."""
 _READ = ("hook_resid_post", "logits")
 _SECOND_KIND = {"q": ("triangle-up", "dot"), "k": ("triangle-down", "dashdot"), "qk": ("star", "dot")}
-_OF_ONE_PAIR = re.compile(r"(, )?pairs=(\d+|[(\[]\d+,?[)\]])")
-_CONSECUTIVE = re.compile(r"\d+(?:, \d+)+")
 _LONGEST_KIND = 40
 _LOWEST_CELL, _HIGHEST_PANEL = 6, 900
 """Pixels of a line of a heatmap at the least, and of a panel at the most."""
@@ -88,7 +85,7 @@ def sensitivity_by_pair(frame: pd.DataFrame, label: str = "") -> go.Figure:
     else:
         rows, dose = _of_largest_dose(rows)
         how = f"shift of {dose:g} tokens"
-    rows = rows.assign(of_layers=rows["restriction"].fillna("").map(_without_pair))
+    rows = rows.assign(of_layers=rows["inject_layers"].fillna(""))
     kinds = rows.sort_values("pair", kind="stable")["of_layers"].unique().tolist()
     figure = go.Figure()
     for side in SIDES:
@@ -97,7 +94,7 @@ def sensitivity_by_pair(frame: pd.DataFrame, label: str = "") -> go.Figure:
                 continue
             name, colour, symbol, dash = SIDES[side]
             if len(kinds) > 1:
-                name = f"{name},<br>{_with_ranges(kind)}"
+                name = f"{name},<br>{f'layers {short(kind, _LONGEST_KIND)}' if kind else 'all layers'}"
             if i % 2:
                 symbol, dash = _SECOND_KIND[side]
             curve = part.groupby("wavelength")["value"].agg(["mean", "min", "max"])
@@ -136,23 +133,6 @@ def sensitivity_by_pair(frame: pd.DataFrame, label: str = "") -> go.Figure:
     figure.update_yaxes(type="log", title="KL(clean || perturbed), nats", exponentformat="power")
     figure = styled(figure, "Which rotary pairs carry position to the output", label, note, height=520)
     return figure.update_layout(legend=BESIDE) if len(kinds) > 1 else figure
-
-
-def _without_pair(restriction: str) -> str:
-    """A restriction but for its one pair."""
-    return _OF_ONE_PAIR.sub("", restriction, count=1).removeprefix(", ")
-
-
-def _with_ranges(restriction: str) -> str:
-    """A restriction with runs of consecutive numbers as ranges, so that it is short; "all layers" where it is none."""
-
-    def ranges(match: re.Match[str]) -> str:
-        numbers = [int(number) for number in match[0].split(", ")]
-        breaks = [i for i in range(1, len(numbers)) if numbers[i] != numbers[i - 1] + 1]
-        parts = [numbers[start:end] for start, end in zip([0, *breaks], [*breaks, None], strict=True)]
-        return ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
-
-    return short(_CONSECUTIVE.sub(ranges, restriction), _LONGEST_KIND) or "all layers"
 
 
 def _lengths(rows: pd.DataFrame) -> dict[int, str]:
