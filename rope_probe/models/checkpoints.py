@@ -30,7 +30,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers import logging as transformers_logging
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+from transformers.utils.quantization_config import QuantizationMethod
 
 from rope_probe.errors import InputError, is_out_of_memory, reason
 from rope_probe.models import attention, gguf_files, offloaded, weight_files
@@ -146,7 +146,7 @@ def _require_known_quantisation(config: PreTrainedConfig, name: str) -> None:
     if quantised is None:
         return
     method = quantised.get("quant_method") if isinstance(quantised, dict) else getattr(quantised, "quant_method", None)
-    if str(getattr(method, "value", method)) not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+    if method not in {known.value for known in QuantizationMethod}:
         raise InputError(f"checkpoint {name!r} is quantised by {method!r:.60}, which transformers does not know")
 
 
