@@ -8,8 +8,6 @@ import pytest
 import torch
 import transformers as hf
 from torch.nn import functional
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import ByT5Tokenizer
 
 from rope_probe import InputError, cli, drift, load_model, pack
@@ -34,6 +32,7 @@ from rope_probe.spans.drift import (
 )
 from rope_probe.tracing import patterns
 from tests import every_type, zoo
+from tests.memory import LargestTensor
 
 ARCHITECTURES = ("llama", "mistral_sliding", "gemma2", "gemma3", "gpt_neox", "glm", "smollm3_nope_layer")
 
@@ -177,20 +176,6 @@ def test_what_sinks_take_counts_as_one_more_key():
     ((clean,), (drifted,)) = (patterns.blocks(query, k, scoring) for query in (q, other_q))
     whole = [torch.cat([b.pattern, 1 - b.pattern.sum(-1, keepdim=True)], -1) for b in (clean, drifted)]
     torch.testing.assert_close(_divergence(clean, drifted), dense_divergence(*whole), rtol=0, atol=1e-10)
-
-
-class LargestTensor(TorchDispatchMode):
-    """Remembers the size of the largest tensor that any operation makes."""
-
-    def __init__(self):
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        made = func(*args, **(kwargs or {}))
-        sizes = [leaf.numel() for leaf in tree_leaves(made) if isinstance(leaf, torch.Tensor)]
-        self.elements = max([self.elements, *sizes])
-        return made
 
 
 @pytest.mark.parametrize("sliding", [False, True])

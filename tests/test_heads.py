@@ -7,8 +7,6 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import ByT5Tokenizer
 
 from rope_probe import InputError, KeyValueStream, KeyValueTask, PositionShift, load_model, pack, rope, trace
@@ -22,6 +20,7 @@ from rope_probe.tracing import patterns
 from rope_probe.tracing.heads import distance_edges, head_scores, pair_contributions
 from rope_probe.tracing.silence import silenced
 from tests import every_type, zoo
+from tests.memory import LargestTensor
 
 ARCHITECTURES = (
     "llama",
@@ -182,20 +181,6 @@ def test_half_precision_is_scored_in_float32():
     pattern = scores.masked_fill(later, float("-inf")).softmax(-1).double()
     entropy = torch.special.entr(pattern).sum(-1).mean(-1)
     np.testing.assert_allclose(frame[frame["metric"] == "entropy"]["value"], entropy, atol=1e-5)
-
-
-class LargestTensor(TorchDispatchMode):
-    """Remembers the size of the largest tensor that any operation makes."""
-
-    def __init__(self):
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        made = func(*args, **(kwargs or {}))
-        sizes = [leaf.numel() for leaf in tree_leaves(made) if isinstance(leaf, torch.Tensor)]
-        self.elements = max([self.elements, *sizes])
-        return made
 
 
 @pytest.mark.parametrize("measure", [head_scores, pair_contributions])

@@ -12,8 +12,6 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from torch.nn import functional as F  # noqa: N812
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from rope_probe import InputError, KeyValueStream, load_model
 from rope_probe.distillation import (
@@ -36,6 +34,7 @@ from rope_probe.runs.results import read_run
 from rope_probe.tracing.perturbations import PositionShift
 from rope_probe.windows.packing import pack
 from tests import zoo
+from tests.memory import LargestTensor
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 DATA = KeyValueStream(36, distinct=(1, 4), keys=20, values=20)
@@ -74,20 +73,6 @@ def test_relations_and_their_gradients_are_those_of_the_dense_formula(block):
     (expected * weights).sum().backward()
     torch.testing.assert_close(ours.grad, dense.grad, rtol=0, atol=1e-10)
     assert values.detach().min() > -1e-12
-
-
-class LargestTensor(TorchDispatchMode):
-    """The most elements that any tensor has while it is on."""
-
-    def __init__(self):
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        made = func(*args, **(kwargs or {}))
-        sizes = [x.numel() for x in tree_leaves(made) if isinstance(x, torch.Tensor)]
-        self.elements = max([self.elements, *sizes])
-        return made
 
 
 def test_relations_hold_no_matrix_of_t_by_t():
