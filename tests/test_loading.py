@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from unittest.mock import patch
 
 import accelerate
@@ -194,6 +195,22 @@ def test_a_trace_of_an_offloaded_model_reads_each_weight_once(folder, dispatched
     assert set(read) == set(plain.original_model.state_dict()) - {"model.norm.weight"}
     assert set(read.values()) == {1}
     assert all(weight.is_meta for weight in dispatched.original_model.parameters())
+
+
+def test_weights_on_disk_are_converted_when_they_are_fetched_not_written_anew(tmp_path):
+    """A checkpoint in bfloat16 that is computed in float32."""
+    for name, tied in (("apart", False), ("tied", True)):
+        zoo.llama(tie_word_embeddings=tied).bfloat16().save_pretrained(tmp_path / name)
+        dispatched = load_model(tmp_path / name, device_map="disk", dtype=torch.float32)
+        plain = load_model(tmp_path / name, dtype=torch.float32)
+        assert dispatched.dtype == torch.float32
+        assert torch.equal(dispatched(zoo.tokens()), plain(zoo.tokens()))
+        assert (trace(dispatched, WINDOW, SHIFTS)["value"] == trace(plain, WINDOW, SHIFTS)["value"]).all()
+        assert list(Path(dispatched.original_model.rope_probe_offload_folder.name).glob("*.dat")) == []
+        in_memory = load_model(tmp_path / name, device_map="cpu", dtype=torch.float64)
+        assert torch.equal(in_memory(zoo.tokens()), plain.double()(zoo.tokens()))
+        head, embedding = in_memory.original_model.lm_head, in_memory.original_model.model.embed_tokens
+        assert (head.weight is embedding.weight) == tied
 
 
 def test_more_perturbations_than_fit_beside_each_other_still_read_once(dispatched, monkeypatch):

@@ -73,6 +73,20 @@ def keep_stored_dtype(model: nn.Module) -> None:
                 hook.pre_forward = keep_float32()(hook.pre_forward)
 
 
+def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """Have a dispatched model compute in `dtype`; weights that are away keep their files and are converted when fetched.
+
+    accelerate gives a weight the dtype of what stands for it on the meta device.
+    """
+    converted: dict[nn.Parameter, nn.Parameter] = {}  # tied weights stay one
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_floating_point() and parameter not in converted:
+                converted[parameter] = nn.Parameter(parameter.data.to(dtype), requires_grad=parameter.requires_grad)
+            if parameter in converted:
+                setattr(module, name, converted[parameter])
+
+
 def map_to_disk(rotary_module: str, device: torch.device) -> dict[str, Any]:
     """The device map that leaves all weights on disk and computes on `device`; `rotary_module` is the name of one.
 
