@@ -12,7 +12,8 @@ Every measurement runs in a process of its own, which takes the model into memor
 once; rounds go through all of them in turn, and ratios are taken within a round, medians over rounds. "one" is told in
 the floor's time, and the sweep in its allowance: the floor's time, times the FLOPs of one forward and of the sweep's
 cones (from rotated q on, in the layer where one begins) over those of two forwards. Attention counts as causal over the
-whole window, in local layers too, on both sides. Peak memory is the process's high-water mark; "above the model" is
+whole window, in local layers too, on both sides. Time is processor time of all threads, which other work on the machine
+changes little. Peak memory is the process's high-water mark; "above the model" is
 less what it held before the job.
 
     python benchmarks/trace_pretrained.py --positions 1024 4096 --rounds 3
@@ -102,7 +103,7 @@ def prepare(variant: str, name: str) -> tuple[Work, HookedCausalLM | None]:
 
 
 def measure(variant: str, name: str, positions: int) -> dict[str, float]:
-    """Seconds, peak bytes of the process and above what it held before the job, and the job's allowance."""
+    """Seconds of processor time, peak bytes of the process and above what it held before the job, and the job's allowance."""
     tokenizer = checkpoints.load_tokenizer(name)
     assert tokenizer is not None
     work, hooked = prepare(variant, name)
@@ -110,9 +111,9 @@ def measure(variant: str, name: str, positions: int) -> dict[str, float]:
     with torch.no_grad():
         work(text_window(tokenizer, DOCUMENT, document_length=DOCUMENT))
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        started = time.perf_counter()
+        started = time.process_time()
         total = work(window)
-        seconds = time.perf_counter() - started
+        seconds = time.process_time() - started
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         allowed = 1.0 if hooked is None else allowance(variant, hooked, window)
         count = 0 if hooked is None else len(perturbations(variant, hooked, positions))

@@ -371,6 +371,8 @@ def report(results: Mapping[str, Tables]) -> Section:
 def _carriers(logits: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
     """The heads of the largest effect, means over documents, with their share of it and their scores."""
     rows = logits[logits["arm"] == "head"]
+    if rows.empty:
+        return rows
     rows = rows.assign(layer=rows["inject_layer"])
     effects = rows.groupby(["model", "layer", "head"])["value"].mean()
     most = effects.groupby("model", group_keys=False).nlargest(8).to_frame("nats")
