@@ -78,8 +78,12 @@ PREDICTIONS = {
     8: "In Gemma, a shift by 16 tokens of the local layers costs 5 times as much as one of the global layers, or more.",
     9: "In Gemma, a passkey beyond the local window is gone with the global layers silenced (log-probability 5 nats "
     "lower), and hardly lower (1 nat) with their queries shifted or without position in them.",
+    10: "In Gemma, at one angle for all pairs (1 radian), a turn of the local layers costs twice as much as one of the "
+    "global layers, or more: that 16 tokens turn pairs less at a theta of 1,000,000 is not all of it.",
+    11: "In Gemma, as many local layers silenced, those before the global ones, cost a passkey less than half of the "
+    "nats that the global layers cost.",
 }
-"""Written before the first run of this script. 1, 2 and 8 are what was seen on other text (docs/findings.md), to be
+"""Written before the first run of this script, 10 and 11 after the first of 8 and 9, as controls of them. 1, 2 and 8 are what was seen on other text (docs/findings.md), to be
 confirmed or corrected here. That two such heads carry copies and retrieval (5, 6) had been seen on one other text; the
 rest had not been looked at."""
 
@@ -182,7 +186,10 @@ def _perturbations(model: HookedCausalLM, part: Part, window: int) -> dict[str, 
         "dose": [PositionShift(side, dose) for side in ("q", "k") for dose in TOKENS],
         "angle": [PairTurn("q", radians) for radians in RADIANS],
     }
-    return arms | {kind: [PositionShift("q", SHIFT, layers=layers)] for kind, layers in _kinds(model).items()}
+    for kind, layers in _kinds(model).items():
+        arms[kind] = [PositionShift("q", SHIFT, layers=layers)]
+        arms[f"{kind} turned"] = [PairTurn("q", 1.0, layers=layers)]
+    return arms
 
 
 def _kinds(model: HookedCausalLM) -> dict[str, tuple[int, ...]]:
@@ -262,6 +269,7 @@ def passkeys_of_kinds(model: HookedCausalLM, seed: int) -> pd.DataFrame:
         "global without position": _perturbed(model, replace(frozen, layers=kinds[GLOBAL])),
         "local shifted": _perturbed(model, replace(shift, layers=kinds[LOCAL])),
         "global silenced": silenced(model, [(layer, head) for layer in kinds[GLOBAL] for head in heads]),
+        "as many local silenced": silenced(model, [(layer - 1, head) for layer in kinds[GLOBAL] for head in heads]),
     }
     frames = []
     for intervention, meanwhile in interventions.items():
@@ -353,10 +361,14 @@ def report(results: Mapping[str, Tables]) -> Section:
     mine = results["pretrained"]
     deltas, silence = mine["deltas"], mine["silence"]
     logits = deltas[(deltas["site"] == LOGITS) & (deltas["metric"] == "kl_nats")]
+    by_kind = logits[logits["arm"].str.contains("_attention")]
     tables = {
         "the heads whose shift by 16 tokens costs most, and what they attend to": _carriers(logits, mine["heads"]),
         "logit KL by tokens shifted, nats": logits[logits["arm"] == "dose"].pivot_table(
             index=["model", "side"], columns="delta_tokens", values="value"
+        ),
+        "logit KL with all layers of one kind shifted by 16 tokens or turned by 1 radian, nats": by_kind.pivot_table(
+            index=["model", "arm"], columns="seed", values="value"
         ),
         "passkeys beyond the local window, log-probability in nats": mine["passkeys"].pivot_table(
             index=["model", "intervention"], columns="metric", values="value", sort=False
@@ -445,11 +457,14 @@ def judged(mine: Tables) -> pd.DataFrame:
         quarter = len(pairs.columns) // 4
         ratio = pairs.iloc[:, :quarter].mean(axis=1) / pairs.iloc[:, -quarter:].mean(axis=1)
         judge(7, "KL of the fastest quarter of the pairs over the slowest, at 1 radian, above 1", ratio, low=1.0)
-    kinds = logits[(logits["model"] == MODELS[1]) & logits["arm"].isin([LOCAL, GLOBAL])]
+    of_kinds = [f"{kind}{what}" for kind in (LOCAL, GLOBAL) for what in ("", " turned")]
+    kinds = logits[(logits["model"] == MODELS[1]) & logits["arm"].isin(of_kinds)]
     if len(kinds):
         by_kind = kinds.pivot_table(index="seed", columns="arm", values="value")
         ratio = by_kind[LOCAL] / by_kind[GLOBAL]
         judge(8, "Gemma: KL of a shift of the local layers over that of the global ones, 5 or more", ratio, low=5.0)
+        ratio = by_kind[f"{LOCAL} turned"] / by_kind[f"{GLOBAL} turned"]
+        judge(10, "Gemma: the same by a turn of 1 radian, 2 or more", ratio, low=2.0)
     passkeys = mine["passkeys"].query("metric == 'answer_logprob_nats'")
     if len(passkeys):
         logprob = passkeys.pivot_table(index="seed", columns="intervention", values="value")
@@ -459,6 +474,8 @@ def judged(mine: Tables) -> pd.DataFrame:
         )
         for what in ("global shifted", "global without position"):
             judge(9, f"Gemma: nats that it loses with {what}, 1 or less", lost[what], high=1.0)
+        share = lost["as many local silenced"] / lost["global silenced"]
+        judge(11, "Gemma: what it loses with as many local layers silenced, over that, below .5", share, high=0.5)
     return verdicts(rows)
 
 
