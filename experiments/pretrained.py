@@ -83,7 +83,7 @@ PREDICTIONS = {
     11: "In Gemma, as many local layers silenced, those before the global ones, cost a passkey less than half of the "
     "nats that the global layers cost.",
 }
-"""Written before the first run of this script, 10 and 11 after the first of 8 and 9, as controls of them. 1, 2 and 8 are
+"""Written before the first run of this script; 10 and 11 after the first of 8 and 9, as their controls. 1, 2 and 8 are
 what was seen on other text (docs/findings.md), to be confirmed or corrected here. That two such heads carry copies and
 retrieval (5, 6) had been seen on one other text; the rest had not been looked at."""
 
