@@ -184,3 +184,11 @@ def test_a_dtype_that_the_device_cannot_do_is_refused(sharded):
 def test_a_device_that_is_not_there_is_refused(sharded):
     with pytest.raises(InputError, match="cuda"):
         load_model(sharded, device="cuda")
+
+
+def test_a_model_without_one_rotary_module_is_told_when_its_theta_is_to_change():
+    model = zoo.llama()
+    model.model.layers[0].self_attn.rotary_emb = model.model.rotary_emb
+    del model.model.rotary_emb
+    with pytest.raises(InputError, match="llama has no one rotary_emb beside its layers"):
+        checkpoints.with_rope(model, 1000.0)

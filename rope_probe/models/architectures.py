@@ -266,8 +266,15 @@ def output_projection_of(model: PreTrainedModel) -> Any:
 
 
 def rotary_module_of(model: PreTrainedModel) -> Any:
-    """The module that makes cos and sin of positions, for all layers."""
-    return _text_model_of(model).rotary_emb
+    """The module that makes cos and sin of positions, for all layers.
+
+    Raises InputError for a model that has several, or has it elsewhere than beside its layers.
+    """
+    try:
+        return _text_model_of(model).rotary_emb
+    except AttributeError as error:
+        kind = model.config.model_type
+        raise InputError(f"{kind} has no one rotary_emb beside its layers, whose frequencies could be set") from error
 
 
 def set_rotary_module(model: PreTrainedModel, module: nn.Module) -> None:

@@ -74,7 +74,7 @@ def keep_stored_dtype(model: nn.Module) -> None:
 
 
 def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
-    """Have a dispatched model compute in `dtype`; weights that are away keep their files and are converted when fetched.
+    """Have a dispatched model compute in `dtype`; weights that are away keep their files and are converted if fetched.
 
     accelerate gives a weight the dtype of what stands for it on the meta device.
     """
