@@ -103,7 +103,7 @@ def prepare(variant: str, name: str) -> tuple[Work, HookedCausalLM | None]:
 
 
 def measure(variant: str, name: str, positions: int) -> dict[str, float]:
-    """Seconds of processor time, peak bytes of the process and above what it held before the job, and the job's allowance."""
+    """Processor seconds, peak bytes of the process and above what it held before the job, and the job's allowance."""
     tokenizer = checkpoints.load_tokenizer(name)
     assert tokenizer is not None
     work, hooked = prepare(variant, name)
