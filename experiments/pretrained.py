@@ -100,6 +100,8 @@ KINDS_WINDOW, KINDS_DISTANCE, KINDS_TRIALS = 1024, 768, 8
 """Beyond the 512 tokens that a local layer of Gemma 3 sees."""
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
 """Kinds of layers, as configs of transformers call them."""
+GLOBAL_LAYERS = (5, 11, 17)
+"""Of Gemma 3 270M."""
 CARRIERS: tuple[Head, ...] = ((19, 8), (16, 0))
 
 SILENCE = declare(
@@ -465,6 +467,13 @@ def judged(mine: Tables) -> pd.DataFrame:
         judge(8, "Gemma: KL of a shift of the local layers over that of the global ones, 5 or more", ratio, low=5.0)
         ratio = by_kind[f"{LOCAL} turned"] / by_kind[f"{GLOBAL} turned"]
         judge(10, "Gemma: the same by a turn of 1 radian, 2 or more", ratio, low=2.0)
+        of_gemma = logits[(logits["model"] == MODELS[1]) & (logits["arm"] == "layer")]
+        alone = of_gemma.pivot_table(index="seed", columns="inject_layer", values="value")
+        is_global = alone.columns.isin(GLOBAL_LAYERS)
+        ratio = alone.loc[:, ~is_global].mean(axis=1) / alone.loc[:, is_global].mean(axis=1)
+        low, high = student_interval(ratio)
+        claim = "Gemma: KL of a shift of one layer alone, mean over local layers over that of global ones"
+        rows.append(beside(claim, ratio.mean(), n=len(ratio), low=low, high=high))
     passkeys = mine["passkeys"].query("metric == 'answer_logprob_nats'")
     if len(passkeys):
         logprob = passkeys.pivot_table(index="seed", columns="intervention", values="value")

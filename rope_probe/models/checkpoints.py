@@ -248,8 +248,8 @@ def _load_safetensors(
     if quantization_config is None and getattr(config, "quantization_config", None) is None:
         weight_files.require_floats(name, files)
     options: dict[str, Any] = {"dtype": dtype or "auto", "revision": revision, "use_safetensors": True}
-    converts_later = device_map is not None and quantization_config is None and dtype is not None
-    if converts_later:  # else transformers would write weights of another dtype to the disk once more
+    fetched_as = dtype if device_map is not None and quantization_config is None else None
+    if fetched_as is not None:  # else transformers would write weights of another dtype to the disk once more
         options["dtype"] = "auto"
     if quantization_config is not None:
         options["quantization_config"] = quantization_config
@@ -267,9 +267,9 @@ def _load_safetensors(
     _require_all_used(name, info)
     if device_map is not None:
         loaded.rope_probe_offload_folder = folder  # is removed with the model
-    if converts_later:
-        offloaded.compute_in(loaded, dtype)
-        loaded.config.dtype = dtype
+    if fetched_as is not None:
+        offloaded.compute_in(loaded, fetched_as)
+        loaded.config.dtype = fetched_as
     return loaded
 
 
