@@ -23,7 +23,7 @@ from experiments.query_spans import (
     WITH_KEYS,
 )
 from experiments.toy_checkpoints import LONG, SHORT
-from rope_probe.retrieval.probe import student_interval
+from rope_probe.runs.intervals import share_interval, student_interval
 from rope_probe.runs.tables import Tables
 from rope_probe.runs.verdicts import verdict, verdicts
 from rope_probe.spans import contrast, enrichment, fraction_to_reach, stability
@@ -108,7 +108,7 @@ def carrying(effects: pd.DataFrame) -> pd.DataFrame:
 def _told(values: list[float]) -> str:
     if not np.isfinite(values).all():
         return f"not on {np.isinf(values).sum()} of {len(values)}"
-    low, high = student_interval(pd.Series(values))
+    low, high = np.clip(student_interval(values), 0, 1)
     return f"{np.mean(values):.2f}" + (f" [{low:.2f}, {high:.2f}]" if len(values) > 1 else "")
 
 
@@ -195,14 +195,28 @@ def shown(results: Tables) -> dict[str, pd.DataFrame]:
 
 
 def judged(results: Tables) -> pd.DataFrame:
-    """The predictions that these runs can judge: mean over seeds, Student's interval, whether it held by the mean."""
+    """The predictions that these runs can judge: mean over seeds, its interval, whether it held by the mean.
+
+    Accuracies have the interval that carries seeds and trials, everything else Student's.
+    """
     spans, effects, predictors = _of(results)
     rows: list[dict] = []
 
-    def judge(number: int, what: str, by_seed: Iterable[float], holds: Callable[[float], bool]) -> None:
+    def judge(
+        number: int,
+        what: str,
+        by_seed: Iterable[float],
+        holds: Callable[[float], bool],
+        trials: Iterable[float] | None = None,
+    ) -> None:
+        """`trials` of each seed where its value is an accuracy."""
         values = pd.Series(list(by_seed), dtype=float)
         if len(values):
-            low, high = student_interval(values) if np.isfinite(values).all() else (math.nan, math.nan)
+            of_seed = pd.Series(dtype=float) if trials is None else pd.Series(list(trials), dtype=float)
+            if trials is not None:
+                low, high = share_interval(values, of_seed) if of_seed.notna().all() else (math.nan, math.nan)
+            else:
+                low, high = student_interval(values) if np.isfinite(values).all() else (math.nan, math.nan)
             mean = values.mean()
             rows.append(verdict(number, what, mean, holds(mean), n=len(values), low=low, high=high))
 
@@ -248,9 +262,20 @@ def judged(results: Tables) -> pd.DataFrame:
         judge(11, f"{arm}: correlation of gradient times change with effects .5 or more", gradient, _above(0.5))
         rivals = of_effect[["by change of weights", "by change of states"]].max(axis=1)
         judge(11, f"{arm}: less the better of weights and states, above 0", gradient - rivals, _above(0, strictly=True))
-        judge(12, f"{arm}: short-window accuracy with W_Q reverted below .5", short.loc[arm]["W_Q"], _below(0.5))
+        reverted = short.loc[arm]["W_Q"]
+        trials = _trials(effects, arm).reindex(reverted.index)
+        judge(12, f"{arm}: short-window accuracy with W_Q reverted below .5", reverted, _below(0.5), trials)
         _judge_path(effects, arm, judge)
     return verdicts(rows)
+
+
+def _trials(effects: pd.DataFrame, arm: str) -> pd.Series:
+    """Trials behind each seed's short-window accuracy with a group reverted, over all distances."""
+    rows = effects[(effects["model"] == arm) & (effects["arm"] == GROUPS) & (effects["into"] == END)]
+    rows = rows[(rows["metric"] == "accuracy") & (rows["seq_len"] == SHORT) & (rows["group"] == "W_Q")]
+    if "trials" not in rows:  # in runs of before it was recorded
+        return pd.Series(math.nan, index=rows["seed"].unique())
+    return rows.groupby("seed")["trials"].sum(min_count=1).astype(float)
 
 
 def _judge_spectrum(spans: pd.DataFrame, judge: Callable) -> None:

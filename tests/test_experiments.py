@@ -8,6 +8,7 @@ import pytest
 from experiments import phase_scaling, propagation, query_span_verdicts, query_spans, stages, toy_checkpoints
 from rope_probe import InputError, KeyValueStream, KeyValueTask, Span, load_model, retrieval_accuracy, span_effects
 from rope_probe.retrieval.probe import RETRIEVAL
+from rope_probe.runs.intervals import share_interval
 from rope_probe.runs.results import is_complete, new_run, source_hash
 from rope_probe.runs.tables import Tables
 from rope_probe.seeds import derive
@@ -119,19 +120,21 @@ def test_the_repeated_windows_are_what_the_predictions_speak_of():
 
 
 def test_verdicts_of_phase_scaling_are_arithmetic():
-    far = {"kd_phase_wise": (1.0, 0.9), "ce_phase_wise": (0.0, 0.1), "kd_large_theta": (0.5, 0.4)}
-    at = {"seq_len": 1024, "distance": 512, "metric": "accuracy", "low": 0.0, "high": 1.0}
+    far = {"kd_phase_wise": (1, 0.9, 0.98), "ce_phase_wise": (0, 0.1, 0.05), "kd_large_theta": (0.5, 0.4, 0.48)}
+    at = {"seq_len": 1024, "distance": 512, "metric": "accuracy", "low": 0.0, "high": 1.0, "trials": 128}
     rows = [
         {**at, "value": value, "model": arm, "seed": seed}
         for arm, values in far.items()
         for seed, value in enumerate(values)
     ]
     table = phase_scaling.judged(RETRIEVAL.frame(rows)).set_index("prediction")
-    assert table.loc[1, "measured"] == pytest.approx(0.95)
+    assert table.loc[1, "measured"] == pytest.approx(0.96)
     assert table.loc[1, "held"] == "held"
+    assert (table.loc[1, "low"], table.loc[1, "high"]) == share_interval([1, 0.9, 0.98], 128)
     assert table.loc[2, "held"] == "held"
     assert table.loc[4, "measured"] == pytest.approx(0.5)
     assert table.loc[4, "held"] == "not held"
+    assert table.loc[4, "low"] > phase_scaling.TIE
     few = phase_scaling.judged(RETRIEVAL.frame([row for row in rows if row["seed"] == 0])).set_index("prediction")
     assert few.loc[4, "held"] == "undecided"
     one = phase_scaling.judged(RETRIEVAL.frame(rows[:1])).iloc[0]

@@ -20,6 +20,7 @@ from rope_probe.distillation.log import LOSSES
 from rope_probe.gallery import figures as plots
 from rope_probe.gallery.report import _figures, _slug, gallery, write_figure
 from rope_probe.retrieval.probe import RETRIEVAL
+from rope_probe.runs.intervals import share_interval
 from rope_probe.runs.results import new_run, read_manifest, read_run, read_tables
 from rope_probe.runs.tables import TABLES
 from rope_probe.spans.statistics import LANDMARKS
@@ -211,7 +212,10 @@ def test_retrieval_shows_means_and_seeds(tmp_path):
     np.testing.assert_allclose(lines["ce"].error_y.array, 0.1)
     assert (lines["kd"].error_y.visible, lines["ce"].error_y.visible) == (False, True)
     assert "seeds 0, 1 (1 to 2 of them for a model)" in notes(figure)[-1]
-    assert "bars: 95% over trials" in notes(figure)[-1]
+    assert "bars: 95% over seeds and trials" in notes(figure)[-1]
+    line = {line.name: line for line in plots.retrieval_by_distance(frame.assign(trials=128)).data}["kd"]
+    low, high = share_interval([1, 0.8], 128)
+    assert (line.y[0] - line.error_y.arrayminus[0], line.y[0] + line.error_y.array[0]) == pytest.approx((low, high))
     points = next(line for line in figure.data if line.name is None)
     assert sorted(points.y) == [0.2, 0.6, 0.6, 0.8, 0.8, 1]
 
