@@ -357,7 +357,7 @@ def _predictors(
     of_weights = queries.set_index(["layer", "head", "pair"])["value"]
     read = states[states["site"].str.endswith("_q")]
     table = read.pivot_table(index=["layer", "head", "pair"], columns="metric", values="value")
-    of_states = table["rel_change"] * table["norm_before"]
+    of_states = table["change_norm"]
     reverting = gradient_times_change(end, start.original_model, spans, loss)
     return {
         "change_norm": [of_weights[span[:3]] for span in spans],
