@@ -27,11 +27,11 @@ from experiments.stages import Options, Stage
 from experiments.toy_checkpoints import SHORT, SHORT_DOCUMENTS
 from rope_probe import HookedCausalLM, PositionShift, Window, copy_deltas, load_model, pack, repeated_window, trace
 from rope_probe.distillation import distillation_signal
-from rope_probe.distillation.signal import SIGNAL
+from rope_probe.distillation.signal import SIGNAL, signal_share
 from rope_probe.runs.progress import progress
 from rope_probe.runs.results import Run, new_run, read_manifest
 from rope_probe.runs.tables import Tables
-from rope_probe.runs.verdicts import Kind, Section, verdict, verdicts
+from rope_probe.runs.verdicts import Kind, Section, beside, verdict, verdicts
 from rope_probe.tracing.perturbations import Perturbation, Side
 from rope_probe.tracing.propagation import COPY, DELTAS, trace_work
 from rope_probe.tracing.sweeps import sweep
@@ -216,7 +216,16 @@ def report(results: Mapping[str, Tables]) -> Section:
     keys = ["model", "seed", "masked", "side", "delta_tokens"]
     table = logits.groupby(keys)[["value", "value_float64"]].mean().unstack("side")
     title = "logit KL in nats by tokens shifted, in float32 and in float64, mean over documents"
-    return Section(judged(frame, signal), {title: table})
+    tables = {title: table}
+    shares = signal_share(signal)
+    if len(shares):
+        whole = shares[shares["occurrence"].isna()].set_index(["model", "seed", "perturbation"])
+        columns = ["loss_kl_nats", "remaining_kl_nats", "share"]
+        kept = signal[signal["metric"] == "remaining_gradient_cosine"]
+        cosine = kept.groupby(["model", "seed", "perturbation"])["value"].mean().rename("cosine of gradients")
+        title = "what is left of a student's loss, and of its gradients, when a shift of the teacher's q takes its part"
+        tables[title] = whole[columns].join(cosine)
+    return Section(judged(frame, signal), tables)
 
 
 def judged(frame: pd.DataFrame, signal: pd.DataFrame) -> pd.DataFrame:
@@ -310,12 +319,22 @@ def _signal_verdicts(taught: pd.DataFrame, model: str, seed: int) -> list[dict]:
     size = shifted.pivot_table(values="value", index="site", columns="metric")
     part = (size["signal_gradient"] / size["loss_gradient"]).groupby(lambda site: site[-1]).mean()
     claims = (
-        (11, "signal of q by 16 over the loss", share, share >= 0.5),
+        (11, "signal of q by 16 over the loss (two KLs, neither a part of the other)", share, share >= 0.5),
         (11, "signal at tokens last seen beyond 64, over new ones", beyond, beyond > 1),
         (12, "signal's part of the gradient, W_Q over W_V", part["Q"] / part["V"], part["Q"] > part["V"]),
         (12, "signal's part of the gradient, W_K over W_V", part["K"] / part["V"], part["K"] > part["V"]),
     )
-    return [verdict(number, f"{model} {seed}: {what}", figure, held) for number, what, figure, held in claims]
+    rows = [verdict(number, f"{model} {seed}: {what}", figure, held) for number, what, figure, held in claims]
+    shares = signal_share(pd.concat([shifted, taught[taught["metric"] == "loss_kl_nats"]]))
+    if len(shares):
+        gone = shares[shares["occurrence"].isna()]["share"].item()
+        rows.append(beside(f"{model} {seed}: part of the loss that goes when q by 16 is gone from the teacher", gone))
+        kept = size["remaining_gradient_cosine"].groupby(lambda site: site[-1]).mean()
+        rows += [
+            beside(f"{model} {seed}: cosine of the gradients with and without it, W_{matrix}", kept[matrix])
+            for matrix in "QKV"
+        ]
+    return rows
 
 
 if __name__ == "__main__":

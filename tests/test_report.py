@@ -695,8 +695,15 @@ def test_the_signal_shows_the_numbers_of_the_frame():
     np.testing.assert_allclose(lines["loss of tiny"].y, loss["value"])
     at = (frame["perturbation"] == str(shifts[1])) & (frame["site"] == "blocks.1.attn.W_K")
     of_keys = frame[at].set_index("metric")["value"]
-    marks = dict(zip(lines["tiny"].x, lines["tiny"].y, strict=True))
-    assert list(marks) == [f"{i}, W_{matrix}" for i in (0, 1) for matrix in "QKV"]
+    sizes, cosines = (
+        [line for line in figure.data if line.name == "tiny" and line.xaxis == axis] for axis in ("x2", "x3")
+    )
+    marks, along = (dict(zip(lines[0].x, lines[0].y, strict=True)) for lines in (sizes, cosines))
+    assert list(marks) == list(along) == [f"{i}, W_{matrix}" for i in (0, 1) for matrix in "QKV"]
+    assert along["1, W_K"] == pytest.approx(of_keys["remaining_gradient_cosine"])
+    remaining = frame[(frame["metric"] == "remaining_kl_nats") & frame["occurrence"].notna()]
+    remaining = remaining[remaining["perturbation"] == str(shifts[1])]
+    np.testing.assert_allclose(lines["loss of tiny, signal gone"].y, remaining["value"])
     assert marks["1, W_K"] == pytest.approx(of_keys["signal_gradient"] / of_keys["loss_gradient"])
 
 
