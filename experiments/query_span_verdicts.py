@@ -18,6 +18,7 @@ from experiments.query_spans import (
     PATH,
     PREDICTORS,
     RANDOM,
+    SELECTION,
     START,
     TOGETHER,
     WITH_KEYS,
@@ -84,10 +85,32 @@ def reached(effects: pd.DataFrame, span_set: str, share: float) -> pd.DataFrame:
     return table.unstack("order")
 
 
+def causal_heads(effects: pd.DataFrame) -> pd.DataFrame:
+    """The head whose queries and keys matter most, and what it does on trials that it was not selected on.
+
+    A row for each arm of training and seed. The `head` is the one without which the answer's log-probability in the
+    end is lowest, on the trials of SELECTION. On the judging trials: the share of the gain that is `left` in the end
+    with it reverted, and that it `brings` to the start, each beside the mean over the other heads.
+    """
+    rows = effects[(effects["arm"] == SELECTION) & (effects["metric"] == "answer_logprob_nats")]
+    left, brings = gains(effects, END), gains(effects, START)
+    found = []
+    for (model, seed), part in rows.groupby(["model", "seed"]):
+        logprob = part.groupby("group")["value"].mean()
+        head, others = logprob.idxmin(), logprob.index.drop(logprob.idxmin())
+        columns = {"model": model, "seed": seed, "head": head}
+        for name, table in (("left", left), ("brings", brings)):
+            columns[name] = table.loc[(model, seed), head]
+            columns[f"{name}, other heads"] = table.loc[(model, seed), others].mean()
+        found.append(columns)
+    return pd.DataFrame(found).set_index(["model", "seed"]) if found else pd.DataFrame()
+
+
 def carrying(effects: pd.DataFrame) -> pd.DataFrame:
     """The fraction of the query spans that brings half, and 90%, of the gain; the mean over seeds and its interval.
 
-    `most` is the share of the gain that the best size reaches.
+    Orders are made on other trials than these. `most` is the share of the gain that the best size reaches: the largest
+    of as many as there are sizes, on the trials that it is told of, so rather too large.
     """
     rows = []
     ends = accuracies(effects, START)
@@ -197,6 +220,9 @@ def shown(results: Tables) -> dict[str, pd.DataFrame]:
         "share of the gain that transplants from the end bring": gains(effects, START).T,
         "share of the gain that is left after transplants from the start": gains(effects, END).T,
         "fraction of the query spans that brings half and 90% of the gain": carrying(effects),
+        "the head that matters most, selected on other trials than it is judged on; shares of the gain": causal_heads(
+            effects
+        ),
     }
     if spans["seed"].nunique() > 1:
         tables["agreement of seeds on which pairs change, relatively"] = agreement(spans)
