@@ -36,8 +36,8 @@ def signal_of_distillation(frame: pd.DataFrame, label: str = "") -> go.Figure:
     strongest = whole.groupby("perturbation")["value"].mean().idxmax()
     rows = rows[rows["perturbation"].isna() | (rows["perturbation"] == strongest)]
     rows = rows.assign(model=rows["model"].fillna(""))
-    titles = ("KL by tokens since the token last occurred", "size of what is taken", "what is left points the same way")
-    figure = make_subplots(rows=1, cols=3, subplot_titles=titles, horizontal_spacing=0.08, column_widths=[2, 1, 1])
+    titles = ("KL by tokens since the token last occurred", "gradient: size of what is taken", "with and without it")
+    figure = make_subplots(rows=1, cols=3, subplot_titles=titles, horizontal_spacing=0.1, column_widths=[1.6, 1, 1])
     signal = rows[rows["metric"] == _KL[1]]
     figure.add_trace(_by_distance(signal, "signal in the teacher's logits", {"color": "#000000", "dash": "dot"}), 1, 1)
     for i, (model, part) in enumerate(rows.groupby("model", sort=False)):
@@ -55,19 +55,21 @@ def signal_of_distillation(frame: pd.DataFrame, label: str = "") -> go.Figure:
         sizes = sizes.reindex(columns=_GRADIENTS)
         share = (sizes[_GRADIENTS[1]] / sizes[_GRADIENTS[0]]).dropna().groupby("site").agg(["mean", "min", "max"])
         figure.add_trace(_marks(_by_matrix(share), str(model), colour, symbol), 1, 2)
-    figure.update_xaxes(title="tokens since it last occurred, up to", type="category", tickangle=0, row=1, col=1)
+    figure.update_xaxes(
+        title="tokens since it last occurred, up to", type="category", tickangle=90, title_standoff=4, row=1, col=1
+    )
     figure.update_yaxes(title="nats per position", rangemode="tozero", row=1, col=1)
-    figure.update_xaxes(title="layer and matrix of the student", row=1, col=2)
-    figure.update_yaxes(title="norm of what is taken / norm of the loss's", type="log", tickformat="~g", row=1, col=2)
-    figure.update_xaxes(title="layer and matrix of the student", row=1, col=3)
-    figure.update_yaxes(title="cosine of the gradients with and without it", range=[-1.05, 1.05], row=1, col=3)
+    figure.update_xaxes(title="layer, matrix", title_standoff=4, tickangle=90, row=1, col=2)
+    figure.update_yaxes(title="norm / norm of the loss's", type="log", tickformat="~g", row=1, col=2)
+    figure.update_xaxes(title="layer, matrix", title_standoff=4, tickangle=90, row=1, col=3)
+    figure.update_yaxes(title="cosine of the two gradients", range=[-1.05, 1.05], row=1, col=3)
     note = (
         f"taken from the teacher: {strongest}; window {listed(rows['seq_len'])} tokens, one window a seed, seeds "
         f"{listed(rows['seed'])}; bars: smallest to largest seed"
     )
-    return styled(figure, "What position contributes to distillation", label, note, height=560, below=72).update_layout(
-        legend={"orientation": "v", "x": 1.02, "y": 1, "yanchor": "top"}
-    )
+    return styled(
+        figure, "What position contributes to distillation", label, note, height=580, below=104
+    ).update_layout(legend={"orientation": "v", "x": 1.02, "y": 1, "yanchor": "top"})
 
 
 def _by_matrix(table: pd.DataFrame) -> pd.DataFrame:
