@@ -216,6 +216,9 @@ def test_retrieval_shows_means_and_seeds(tmp_path):
     line = {line.name: line for line in plots.retrieval_by_distance(frame.assign(trials=128)).data}["kd"]
     low, high = share_interval([1, 0.8], 128)
     assert (line.y[0] - line.error_y.arrayminus[0], line.y[0] + line.error_y.array[0]) == pytest.approx((low, high))
+    odd = frame.assign(trials=128, value=frame["value"] + 5)
+    line = {line.name: line for line in plots.retrieval_by_distance(odd).data}["kd"]
+    assert not line.error_y.visible
     points = next(line for line in figure.data if line.name is None)
     assert sorted(points.y) == [0.2, 0.6, 0.6, 0.8, 0.8, 1]
 

@@ -147,18 +147,17 @@ def retrieval_by_task(frame: pd.DataFrame, label: str = "") -> go.Figure:
 
 
 def _pooled(rows: pd.DataFrame, by: str) -> pd.DataFrame:
-    """`value`, `low` and `high` over seeds for each value of a column; no interval where runs do not tell their trials.
+    """`value`, `low` and `high` over seeds for each value of a column; of one seed they are its own.
 
-    Of one seed they are its own.
+    Several seeds have no interval where runs do not tell their trials, or hold what is no accuracy.
     """
     pooled = rows.groupby(by)[["value", "low", "high"]].mean()
     for key, part in rows.groupby(by):
         if part["seed"].nunique() > 1:
-            told = "trials" in part and part["trials"].notna().all()
-            trials = part["trials"].to_numpy(float) if told else None
-            pooled.loc[key, ["low", "high"]] = (
-                (math.nan, math.nan) if trials is None else share_interval(part["value"], trials)
-            )
+            known = "trials" in part and (part["trials"] > 0).fillna(False).all() and part["value"].between(0, 1).all()
+            trials = part["trials"].to_numpy(float) if known else None
+            interval = (math.nan, math.nan) if trials is None else share_interval(part["value"], trials)
+            pooled.loc[key, ["low", "high"]] = interval
     return pooled
 
 
