@@ -7,6 +7,7 @@ Every arm extends a base that only saw 64-token windows to 1,024 tokens, on the 
 """
 
 import dataclasses
+import math
 import sys
 from collections.abc import Mapping
 from functools import partial
@@ -36,7 +37,8 @@ from rope_probe.distillation import Divergence, Phase, Term, train_phase
 from rope_probe.distillation.log import LOSSES
 from rope_probe.errors import InputError
 from rope_probe.models import checkpoints
-from rope_probe.retrieval.probe import RETRIEVAL, student_interval
+from rope_probe.retrieval.probe import RETRIEVAL
+from rope_probe.runs.intervals import share_difference_interval, share_interval
 from rope_probe.runs.progress import progress
 from rope_probe.runs.results import new_run, read_manifest
 from rope_probe.runs.tables import Metric, Tables, declare
@@ -278,8 +280,8 @@ def report(results: Mapping[str, Tables]) -> Section:
 def judged(frame: pd.DataFrame) -> pd.DataFrame:
     """The predictions for the arms that were run: mean accuracy at 8 times the document length, and whether it held.
 
-    A bound is held against the mean. The interval is Student's over seeds; with one seed, Wilson's over trials. A tie
-    holds where the interval of the paired difference lies within the margin, fails where it lies outside, and is
+    A bound is held against the mean. The interval carries seeds and trials (`share_interval`); with one seed, trials
+    alone. A tie holds where the interval of the difference lies within the margin, fails where it lies outside, and is
     undecided otherwise, as with one seed.
     """
     far = frame[(frame["metric"] == "accuracy") & (frame["seq_len"] == LONG) & (frame["distance"] == FAR)]
@@ -293,22 +295,32 @@ def judged(frame: pd.DataFrame) -> pd.DataFrame:
             claim = f"{arm} {sign} {bound}"
             rows.append(verdict(prediction, claim, mean, held, n=len(part), low=low, high=high))
     if {"kd_phase_wise", "kd_large_theta"} <= set(by_arm):
-        apart = (by_arm["kd_phase_wise"]["value"] - by_arm["kd_large_theta"]["value"]).dropna()
-        low, high = student_interval(apart)
+        common = sorted(set(by_arm["kd_phase_wise"].index) & set(by_arm["kd_large_theta"].index))
+        one, other = (by_arm[arm].loc[common] for arm in ("kd_phase_wise", "kd_large_theta"))
+        apart = (one["value"] - other["value"]).mean()
+        claim = f"kd_phase_wise - kd_large_theta within {TIE}"
+        low, high = -math.inf, math.inf
+        if len(common) > 1:
+            low, high = share_difference_interval(one["value"], other["value"], trials_of(one), trials_of(other))
         inside, outside = low >= -TIE and high <= TIE, high < -TIE or low > TIE
         tied = True if inside else False if outside else None
-        claim = f"kd_phase_wise - kd_large_theta within {TIE}"
-        rows.append(verdict(4, claim, apart.mean(), tied, n=len(apart), low=low, high=high))
+        rows.append(verdict(4, claim, apart, tied, n=len(common), low=low, high=high))
     return verdicts(rows)
 
 
 def mean_and_interval(rows: pd.DataFrame) -> tuple[float, float, float]:
-    """The mean over seeds with Student's interval; of one seed its own value, with the interval over trials."""
+    """The mean accuracy over seeds with the interval that carries seeds and trials; of one seed, that over trials."""
     if len(rows) == 1:
         low, high = rows["low"].item(), rows["high"].item()
     else:
-        low, high = student_interval(rows["value"])
+        low, high = share_interval(rows["value"], trials_of(rows))
     return rows["value"].mean(), low, high
+
+
+def trials_of(rows: pd.DataFrame) -> pd.Series:
+    """Trials of each row; of runs that do not tell them, this experiment's own."""
+    trials = rows["trials"] if "trials" in rows else pd.Series(pd.NA, index=rows.index, dtype="Int64")
+    return trials.fillna(TRIALS).astype(float)
 
 
 if __name__ == "__main__":

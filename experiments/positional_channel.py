@@ -297,7 +297,7 @@ def report(results: Mapping[str, Tables]) -> Section:
 def judged(frame: pd.DataFrame) -> pd.DataFrame:
     """The predictions for the channels that were run: mean accuracy at 512 tokens over seeds, and whether it held.
 
-    Intervals are Student's over seeds; with one seed, Wilson's over trials.
+    Intervals carry seeds and trials (`share_interval`); with one seed, trials alone.
     """
     far = frame[(frame["metric"] == "accuracy") & (frame["seq_len"] == LONG) & (frame["distance"] == FAR)]
     teachers, students = far[far["role"] == "teacher"], far[(far["role"] != "teacher").fillna(True)]

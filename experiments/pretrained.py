@@ -48,7 +48,8 @@ from rope_probe import (
 from rope_probe.errors import InputError
 from rope_probe.models.pretrained import is_available
 from rope_probe.models.tokens import bos_of, plain_ids
-from rope_probe.retrieval.probe import forced_answers, student_interval
+from rope_probe.retrieval.probe import forced_answers
+from rope_probe.runs.intervals import student_interval
 from rope_probe.runs.progress import progress
 from rope_probe.runs.results import new_run, read_tables
 from rope_probe.runs.tables import Column, Metric, Tables, declare

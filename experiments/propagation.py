@@ -7,6 +7,7 @@ On each model, with the float64 control beside every number:
   (the same weights behind a sliding window of 128 keys, copies from beyond its edge on);
 - shifts of q, k or both by 1/4 token to the whole window, on packed documents, masked and not;
 - shifts of q or k by 16 tokens in one layer, one head of a layer, one pair; jitter of every position; other thetas;
+- what holds for any weights, on a model that was never trained;
 - on the students, what a shift of the teacher's q takes from the loss and the gradients that distil it into them.
 
     python -m experiments.propagation runs/propagation-0 runs/teacher-0 runs/base-0 runs/phase_scaling/kd_phase_wise-0
@@ -20,18 +21,20 @@ from typing import NamedTuple, get_args
 import pandas as pd
 import torch
 import typer
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel
 
 from experiments import phase_scaling
 from experiments.stages import Options, Stage
 from experiments.toy_checkpoints import SHORT, SHORT_DOCUMENTS
 from rope_probe import HookedCausalLM, PositionShift, Window, copy_deltas, load_model, pack, repeated_window, trace
 from rope_probe.distillation import distillation_signal
-from rope_probe.distillation.signal import SIGNAL
+from rope_probe.distillation.signal import SIGNAL, signal_share
+from rope_probe.models.checkpoints import build
 from rope_probe.runs.progress import progress
 from rope_probe.runs.results import Run, new_run, read_manifest
 from rope_probe.runs.tables import Tables
-from rope_probe.runs.verdicts import Kind, Section, verdict, verdicts
+from rope_probe.runs.verdicts import Kind, Section, beside, verdict, verdicts
+from rope_probe.seeds import derive
 from rope_probe.tracing.perturbations import Perturbation, Side
 from rope_probe.tracing.propagation import COPY, DELTAS, trace_work
 from rope_probe.tracing.sweeps import sweep
@@ -63,8 +66,11 @@ PREDICTIONS = {
     12: "What it takes from the gradient is a larger part of it in W_Q and W_K than in W_V.",
 }
 """Written before the first run; 7 to 12 before the first run of what they are about."""
-IDENTITIES = (1, 4, 7)
-"""What holds for any weights, and is no finding; so does the masked part of 3."""
+UNTRAINED = "untrained"
+"""A model of the teacher's architecture with the weights that it was initialised by.
+
+What holds for any weights is no finding: the rows of 1, 4 (both shifted), 7 and the masked part of 3. They are of the
+kind "identity", and are measured on this model too."""
 QUICK_STUDENTS = ("theta_swapped", "kd_phase_wise")
 
 WINDOW = 1024
@@ -87,11 +93,16 @@ def measure(out: Path, checkpoints: list[Path]) -> None:
     """
     torch.set_num_threads(1)
     teachers: dict[int, HookedCausalLM] = {}
+    checked: set[int] = set()
     with new_run(out, "propagation", config_of(checkpoints), overwrite=True) as run:
         for checkpoint in checkpoints:
             made = read_manifest(checkpoint)["config"]
             name, seed = made.get("role") or made["arm"], made["seed"]
             model = load_model(checkpoint / "checkpoint")
+            if seed not in checked:
+                checked.add(seed)
+                frame = identities(build(model.config, seed=derive(seed, UNTRAINED)), seed)
+                run.record(DELTAS, frame, model=UNTRAINED, seed=seed)
             twin = model.double()
             for arm in copy_arms(seed):
                 frame = copy_deltas(model, arm.window, reference=arm.reference, masked=arm.masked, control=twin)
@@ -114,6 +125,21 @@ def measure(out: Path, checkpoints: list[Path]) -> None:
             plain = model.release()
             if name == "teacher":
                 teachers[seed] = load_model(plain)
+
+
+def identities(plain: PreTrainedModel, seed: int) -> pd.DataFrame:
+    """What holds for any weights, measured on a model, and beside it the same where it does not; rows of `deltas`."""
+    model = load_model(plain)
+    twin = model.double()
+    frames = [
+        copy_deltas(model, arm.window, reference=arm.reference, masked=arm.masked, control=twin).assign(arm=arm.name)
+        for arm in copy_arms(seed)
+        if arm.name in ("repeated token", "repeated document")
+    ]
+    frames.append(_copies_of_fixed_denominator(model, seed).assign(arm=FIXED))
+    both = [PositionShift("qk", dose) for dose in DOSES]
+    shifted = trace(model, packed_documents(seed), [*both, PositionShift("q", DOSE)], control=twin)
+    return pd.concat([*frames, shifted.assign(arm=DOSES_ARM)])
 
 
 def _describe_reading(run: Run, seed: int) -> None:
@@ -216,7 +242,16 @@ def report(results: Mapping[str, Tables]) -> Section:
     keys = ["model", "seed", "masked", "side", "delta_tokens"]
     table = logits.groupby(keys)[["value", "value_float64"]].mean().unstack("side")
     title = "logit KL in nats by tokens shifted, in float32 and in float64, mean over documents"
-    return Section(judged(frame, signal), {title: table})
+    tables = {title: table}
+    shares = signal_share(signal)
+    if len(shares):
+        whole = shares[shares["occurrence"].isna()].set_index(["model", "seed", "perturbation"])
+        columns = ["loss_kl_nats", "remaining_kl_nats", "share"]
+        kept = signal[signal["metric"] == "remaining_gradient_cosine"]
+        cosine = kept.groupby(["model", "seed", "perturbation"])["value"].mean().rename("cosine of gradients")
+        title = "what is left of a student's loss, and of its gradients, when a shift of the teacher's q takes its part"
+        tables[title] = whole[columns].join(cosine)
+    return Section(judged(frame, signal), tables)
 
 
 def judged(frame: pd.DataFrame, signal: pd.DataFrame) -> pd.DataFrame:
@@ -232,9 +267,9 @@ def judged(frame: pd.DataFrame, signal: pd.DataFrame) -> pd.DataFrame:
     rows = []
 
     def judge(
-        number: int, what: str, model: str, seed: int, figure: float, held: bool, *, reaches_logits: bool = True
+        number: int, what: str, model: str, seed: int, figure: float, held: bool, *, identity: bool = False
     ) -> None:
-        identity = number in IDENTITIES or (number == 3 and not reaches_logits)
+        """`identity` for what holds for any weights."""
         kind: Kind = "identity" if identity else "prediction"
         rows.append(verdict(number, f"{model} {seed}: {what}", figure, held, kind=kind))
 
@@ -245,11 +280,24 @@ def judged(frame: pd.DataFrame, signal: pd.DataFrame) -> pd.DataFrame:
             (3, "repeated document", False, True),
             (3, "repeated document", True, False),
         ):
+            if (arm, masked, model, seed) not in rel.index:
+                continue
             figure = rel[arm, masked, model, seed]
             what = f"logits rel_l2 between copies, {arm}{', masked' if masked else ''}"
-            judge(number, what, model, seed, figure, (figure > FLOOR) == reaches, reaches_logits=reaches)
+            if model == UNTRAINED and reaches:
+                rows.append(beside(f"{model} {seed}: {what}", figure))
+            else:
+                judge(number, what, model, seed, figure, (figure > FLOOR) == reaches, identity=not reaches)
         mine = shifts[DOSES_ARM, model, seed]
-        judge(4, "largest logit KL, both shifted", model, seed, mine["qk"].max(), mine["qk"].max() < FLOOR)
+        both = mine["qk"].max()
+        judge(4, "largest logit KL, both shifted", model, seed, both, both < FLOOR, identity=True)
+        fixed = frame[(frame["arm"] == FIXED) & (frame["site"] == "logits") & (frame["metric"] == "rel_l2")]
+        figure = fixed[(fixed["model"] == model) & (fixed["seed"] == seed)]["value_float64"].max()
+        what = "logits rel_l2 between copies, same number of keys"
+        judge(7, what, model, seed, figure, figure < FLOOR, identity=True)
+        if model == UNTRAINED:
+            rows.append(beside(f"{model} {seed}: logit KL, q by {DOSE:g}", mine["q", DOSE]))
+            continue
         judge(
             4,
             "smallest logit KL, q or k shifted",
@@ -266,9 +314,6 @@ def judged(frame: pd.DataFrame, signal: pd.DataFrame) -> pd.DataFrame:
             mine["q", 0.25] / mine["q", 16.0],
             mine["q", 0.25] < mine["q", 16.0],
         )
-        fixed = frame[(frame["arm"] == FIXED) & (frame["site"] == "logits") & (frame["metric"] == "rel_l2")]
-        figure = fixed[(fixed["model"] == model) & (fixed["seed"] == seed)]["value_float64"].max()
-        judge(7, "logits rel_l2 between copies, same number of keys", model, seed, figure, figure < FLOOR)
         figure = (
             rel["repeated document, first token replaced", False, model, seed]
             / rel["repeated document, second copy on", False, model, seed]
@@ -310,12 +355,22 @@ def _signal_verdicts(taught: pd.DataFrame, model: str, seed: int) -> list[dict]:
     size = shifted.pivot_table(values="value", index="site", columns="metric")
     part = (size["signal_gradient"] / size["loss_gradient"]).groupby(lambda site: site[-1]).mean()
     claims = (
-        (11, "signal of q by 16 over the loss", share, share >= 0.5),
+        (11, "signal of q by 16 over the loss (two KLs, neither a part of the other)", share, share >= 0.5),
         (11, "signal at tokens last seen beyond 64, over new ones", beyond, beyond > 1),
         (12, "signal's part of the gradient, W_Q over W_V", part["Q"] / part["V"], part["Q"] > part["V"]),
         (12, "signal's part of the gradient, W_K over W_V", part["K"] / part["V"], part["K"] > part["V"]),
     )
-    return [verdict(number, f"{model} {seed}: {what}", figure, held) for number, what, figure, held in claims]
+    rows = [verdict(number, f"{model} {seed}: {what}", figure, held) for number, what, figure, held in claims]
+    shares = signal_share(pd.concat([shifted, taught[taught["metric"] == "loss_kl_nats"]]))
+    if len(shares):
+        gone = shares[shares["occurrence"].isna()]["share"].item()
+        rows.append(beside(f"{model} {seed}: part of the loss that goes when q by 16 is gone from the teacher", gone))
+        kept = size["remaining_gradient_cosine"].groupby(lambda site: site[-1]).mean()
+        rows += [
+            beside(f"{model} {seed}: cosine of the gradients with and without it, W_{matrix}", kept[matrix])
+            for matrix in "QKV"
+        ]
+    return rows
 
 
 if __name__ == "__main__":

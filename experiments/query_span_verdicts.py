@@ -18,14 +18,15 @@ from experiments.query_spans import (
     PATH,
     PREDICTORS,
     RANDOM,
+    SELECTION,
     START,
     TOGETHER,
     WITH_KEYS,
 )
 from experiments.toy_checkpoints import LONG, SHORT
-from rope_probe.retrieval.probe import student_interval
+from rope_probe.runs.intervals import share_interval, student_interval
 from rope_probe.runs.tables import Tables
-from rope_probe.runs.verdicts import verdict, verdicts
+from rope_probe.runs.verdicts import beside, verdict, verdicts
 from rope_probe.spans import contrast, enrichment, fraction_to_reach, stability
 
 MAIN = "kd_adamw"
@@ -36,7 +37,7 @@ _EMBEDDINGS = {"W_E": "W_E", "W_U": "W_U"}
 def part_changes(spans: pd.DataFrame, metric: str = "rel_change") -> pd.DataFrame:
     """Change of each part, the mean over layers: a row for each arm and seed."""
     rows = spans[(spans["metric"] == metric) & spans["head"].isna()]
-    rows = rows.assign(part=rows["site"].str.rpartition(".")[2].map({**_PARTS, **_EMBEDDINGS}))
+    rows = rows.assign(part=rows["site"].str.split(".").str[-1].map({**_PARTS, **_EMBEDDINGS}))
     return rows.pivot_table(index=["model", "seed"], columns="part", values="value")
 
 
@@ -84,10 +85,32 @@ def reached(effects: pd.DataFrame, span_set: str, share: float) -> pd.DataFrame:
     return table.unstack("order")
 
 
+def causal_heads(effects: pd.DataFrame) -> pd.DataFrame:
+    """The head whose queries and keys matter most, and what it does on trials that it was not selected on.
+
+    A row for each arm of training and seed. The `head` is the one without which the answer's log-probability in the
+    end is lowest, on the trials of SELECTION. On the judging trials: the share of the gain that is `left` in the end
+    with it reverted, and that it `brings` to the start, each beside the mean over the other heads.
+    """
+    rows = effects[(effects["arm"] == SELECTION) & (effects["metric"] == "answer_logprob_nats")]
+    left, brings = gains(effects, END), gains(effects, START)
+    found = []
+    for (model, seed), part in rows.groupby(["model", "seed"]):
+        logprob = part.groupby("group")["value"].mean()
+        head, others = logprob.idxmin(), logprob.index.drop(logprob.idxmin())
+        columns = {"model": model, "seed": seed, "head": head}
+        for name, table in (("left", left), ("brings", brings)):
+            columns[name] = table.loc[(model, seed), head]
+            columns[f"{name}, other heads"] = table.loc[(model, seed), others].mean()
+        found.append(columns)
+    return pd.DataFrame(found).set_index(["model", "seed"]) if found else pd.DataFrame()
+
+
 def carrying(effects: pd.DataFrame) -> pd.DataFrame:
     """The fraction of the query spans that brings half, and 90%, of the gain; the mean over seeds and its interval.
 
-    `most` is the share of the gain that the best size reaches.
+    Orders are made on other trials than these. `most` is the share of the gain that the best size reaches: the largest
+    of as many as there are sizes, on the trials that it is told of, so rather too large.
     """
     rows = []
     ends = accuracies(effects, START)
@@ -108,7 +131,7 @@ def carrying(effects: pd.DataFrame) -> pd.DataFrame:
 def _told(values: list[float]) -> str:
     if not np.isfinite(values).all():
         return f"not on {np.isinf(values).sum()} of {len(values)}"
-    low, high = student_interval(pd.Series(values))
+    low, high = np.clip(student_interval(values), 0, 1)
     return f"{np.mean(values):.2f}" + (f" [{low:.2f}, {high:.2f}]" if len(values) > 1 else "")
 
 
@@ -159,9 +182,19 @@ def contrasts(spans: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["query spans changed, times", "seeds", "mean", "low", "high"])
 
 
-def agreement(spans: pd.DataFrame) -> pd.DataFrame:
+def rank_tables(statistics: pd.DataFrame) -> pd.DataFrame:
+    """Rank correlations with wavelength of W_Q and W_K, of each measure of change, and of the norm before itself."""
+    wanted = ["rank_correlation", "partial_rank_correlation", "norm_rank_correlation"]
+    rows = statistics[statistics["metric"].isin(wanted)]
+    if "change" not in rows or rows["change"].isna().all():  # runs of before there were several
+        return pd.DataFrame()
+    table = rows.pivot_table(index=["model", "site", "change"], columns="metric", values="value")
+    return table.reindex(columns=wanted)
+
+
+def agreement(spans: pd.DataFrame, metric: str = "rel_change") -> pd.DataFrame:
     """Whether seeds agree on which pairs of W_Q and W_K change: Spearman's correlation between their profiles."""
-    by_arm = {arm: stability(part) for arm, part in spans.groupby("model") if part["seed"].nunique() > 1}
+    by_arm = {arm: stability(part, metric) for arm, part in spans.groupby("model") if part["seed"].nunique() > 1}
     return pd.DataFrame({arm: table.set_index("site")["value"] for arm, table in by_arm.items()}).T
 
 
@@ -179,13 +212,21 @@ def shown(results: Tables) -> dict[str, pd.DataFrame]:
     spans, effects, predictors = _of(results)
     tables = {
         "relative change of each part, mean over layers": part_changes(spans),
+        "norm of the change of each part, mean over layers": part_changes(spans, "change_norm"),
+        "rank correlation of change with wavelength, plain and given the norm before, mean over seeds": rank_tables(
+            results["span_statistics"]
+        ),
         "how many times as much the query spans changed in one arm as in another": contrasts(spans),
         "share of the gain that transplants from the end bring": gains(effects, START).T,
         "share of the gain that is left after transplants from the start": gains(effects, END).T,
         "fraction of the query spans that brings half and 90% of the gain": carrying(effects),
+        "the head that matters most, selected on other trials than it is judged on; shares of the gain": causal_heads(
+            effects
+        ),
     }
     if spans["seed"].nunique() > 1:
-        tables["agreement of seeds on which pairs change"] = agreement(spans)
+        tables["agreement of seeds on which pairs change, relatively"] = agreement(spans)
+        tables["agreement of seeds on which pairs change, by its norm"] = agreement(spans, "change_norm")
     seen = foresight(effects, predictors)
     if len(seen):
         title = "rank correlation of what is cheap to know with which spans matter, mean over seeds"
@@ -195,14 +236,28 @@ def shown(results: Tables) -> dict[str, pd.DataFrame]:
 
 
 def judged(results: Tables) -> pd.DataFrame:
-    """The predictions that these runs can judge: mean over seeds, Student's interval, whether it held by the mean."""
+    """The predictions that these runs can judge: mean over seeds, its interval, whether it held by the mean.
+
+    Accuracies have the interval that carries seeds and trials, everything else Student's.
+    """
     spans, effects, predictors = _of(results)
     rows: list[dict] = []
 
-    def judge(number: int, what: str, by_seed: Iterable[float], holds: Callable[[float], bool]) -> None:
+    def judge(
+        number: int,
+        what: str,
+        by_seed: Iterable[float],
+        holds: Callable[[float], bool],
+        trials: Iterable[float] | None = None,
+    ) -> None:
+        """`trials` of each seed where its value is an accuracy."""
         values = pd.Series(list(by_seed), dtype=float)
         if len(values):
-            low, high = student_interval(values) if np.isfinite(values).all() else (math.nan, math.nan)
+            of_seed = pd.Series(dtype=float) if trials is None else pd.Series(list(trials), dtype=float)
+            if trials is not None:
+                low, high = share_interval(values, of_seed) if of_seed.notna().all() else (math.nan, math.nan)
+            else:
+                low, high = student_interval(values) if np.isfinite(values).all() else (math.nan, math.nan)
             mean = values.mean()
             rows.append(verdict(number, what, mean, holds(mean), n=len(values), low=low, high=high))
 
@@ -217,7 +272,7 @@ def judged(results: Tables) -> pd.DataFrame:
             holds = _within(0.8, 1.25) if even else _above(1, strictly=True)
             judge(number, f"{arm}: change of W_Q over {other} {wanted}", mine["W_Q"] / mine[other], holds)
     if MAIN in changes.index:
-        _judge_spectrum(spans, judge)
+        _judge_spectrum(spans, judge, rows.append)
         for number, other, low, high in ((5, "ce_more_short_adamw", 2, math.inf), (6, "ce_adamw", 1 / 1.5, 1.5)):
             if other in changes.index:
                 ratio = (changes.loc[MAIN]["W_Q"] / changes.loc[other]["W_Q"]).dropna()
@@ -248,24 +303,45 @@ def judged(results: Tables) -> pd.DataFrame:
         judge(11, f"{arm}: correlation of gradient times change with effects .5 or more", gradient, _above(0.5))
         rivals = of_effect[["by change of weights", "by change of states"]].max(axis=1)
         judge(11, f"{arm}: less the better of weights and states, above 0", gradient - rivals, _above(0, strictly=True))
-        judge(12, f"{arm}: short-window accuracy with W_Q reverted below .5", short.loc[arm]["W_Q"], _below(0.5))
+        reverted = short.loc[arm]["W_Q"]
+        trials = _trials(effects, arm).reindex(reverted.index)
+        judge(12, f"{arm}: short-window accuracy with W_Q reverted below .5", reverted, _below(0.5), trials)
         _judge_path(effects, arm, judge)
     return verdicts(rows)
 
 
-def _judge_spectrum(spans: pd.DataFrame, judge: Callable) -> None:
+def _trials(effects: pd.DataFrame, arm: str) -> pd.Series:
+    """Trials behind each seed's short-window accuracy with a group reverted, over all distances."""
+    rows = effects[(effects["model"] == arm) & (effects["arm"] == GROUPS) & (effects["into"] == END)]
+    rows = rows[(rows["metric"] == "accuracy") & (rows["seq_len"] == SHORT) & (rows["group"] == "W_Q")]
+    if "trials" not in rows:  # in runs of before it was recorded
+        return pd.Series(math.nan, index=rows["seed"].unique())
+    return rows.groupby("seed")["trials"].sum(min_count=1).astype(float)
+
+
+def _left_behind(changed: pd.DataFrame) -> tuple[list[float], float]:
+    """Change of pairs that turned in the short window and no longer do over that of others: by seed, and a p value."""
+    left = (changed["wavelength"] <= SHORT) & (changed["wavelength_after"] > SHORT)
+    profile = changed.assign(left=left).groupby(["seed", "pair"]).agg({"value": "mean", "left": "first"})
+    of_seed = [enrichment(part["value"], part["left"]).ratio for _, part in profile.groupby("seed")]
+    mean = profile.groupby("pair").agg({"value": "mean", "left": "first"})
+    return of_seed, enrichment(mean["value"], mean["left"]).p_value
+
+
+def _judge_spectrum(spans: pd.DataFrame, judge: Callable, tell: Callable) -> None:
     """Predictions 3 and 4."""
     weights = spans[(spans["model"] == MAIN) & spans["pair"].notna()]
     for layer in sorted(weights["layer"].unique()):
         queries = weights[(weights["site"] == f"blocks.{layer}.attn.W_Q")]
-        changed = queries[queries["metric"] == "rel_change"]
-        left = (changed["wavelength"] <= SHORT) & (changed["wavelength_after"] > SHORT)
-        profile = changed.assign(left=left).groupby(["seed", "pair"]).agg({"value": "mean", "left": "first"})
-        of_seed = [enrichment(part["value"], part["left"]).ratio for _, part in profile.groupby("seed")]
-        mean = profile.groupby("pair").agg({"value": "mean", "left": "first"})
-        p_value = enrichment(mean["value"], mean["left"]).p_value
+        of_seed, p_value = _left_behind(queries[queries["metric"] == "rel_change"])
         what = f"{MAIN}: layer {layer}, pairs that no longer turn over the others above 1, p {p_value:.3f} below .05"
         judge(3, what, of_seed, lambda ratio, p=p_value: ratio > 1 and p < 0.05)
+        norms = queries[queries["metric"] == "change_norm"]
+        if len(norms):
+            of_seed, p_value = _left_behind(norms)
+            low, high = student_interval(of_seed)
+            what = f"{MAIN}: layer {layer}, the same of the norm of the change, p {p_value:.3f}, to compare with"
+            tell(beside(what, float(np.mean(of_seed)), n=len(of_seed), low=low, high=high))
     turns = weights[(weights["site"] == "blocks.0.attn.W_Q") & (weights["metric"] == "qk_rotation_radians")]
     frequency = 2 * np.pi / turns["wavelength"] - 2 * np.pi / turns["wavelength_after"]
     by_pair = turns.assign(frequency=frequency).groupby(["seed", "pair"])[["value", "frequency"]].mean()

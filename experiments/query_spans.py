@@ -4,7 +4,8 @@ A base at theta 300 (window 64) and what an arm of experiments.phase_scaling mad
 compared span by span: W_Q by layer, head and rotary pair, beside W_K, W_V, W_O, the MLP, norms and embeddings. Then
 spans are transplanted between the *start* of the extension (the base's weights at theta 20,000) and its *end*: into the
 start, to see what suffices; from the start into the end, to see what is necessary. The *gain* is accuracy at the end
-less accuracy at the start, the mean over 128, 256, 512 and 1,000 tokens.
+less accuracy at the start, the mean over 128, 256, 512 and 1,000 tokens. What is selected, an order of
+spans or a head, is selected on trials of its own, and judged on others.
 
     python -m experiments.query_spans kd_adamw 0 runs/query_spans/kd_adamw-0 --checkpoints runs
 """
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -92,6 +93,8 @@ SHORT_DISTANCES = (8, 32)
 PARTS = ("W_Q", "W_K", "W_V", "W_O", "mlp", "norms", "W_E", "W_U")
 START, END = "start", "end"
 GROUPS, ALONE, TOGETHER_ALONE, CURVE = "groups", "query span alone", "query and key span alone", "curve"
+SELECTION = "heads to select by"
+"""Heads reverted on trials of their own: the causal head is chosen by these, and judged by its row of GROUPS."""
 KEPT = "query spans kept in the end"
 WITH_KEYS = "query spans brought into the start after W_K"
 TOGETHER = "query and key spans brought into the start"
@@ -115,6 +118,7 @@ SPAN_PREDICTORS = declare(
         "greedy_rank_together": Metric("its place in the greedy order, with the key span that it is matched with"),
     },
 )
+Purpose = Literal["transplants", "ranking", "selection"]
 Measure = Callable[[HookedCausalLM], pd.DataFrame]
 
 
@@ -216,15 +220,18 @@ def _causes(
     what: str,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Everything that is found by transplanting spans, and what might have foreseen it."""
-    judge = partial(_retrieval, trials=budget.trials, seed=derive(seed, "transplants"))
-    rank = partial(_retrieval, trials=budget.ranking_trials, seed=derive(seed, "ranking"), short=False)
+    judge = partial(_retrieval, trials=budget.trials, seed=trials_seed(seed, "transplants"))
+    rank = partial(_retrieval, trials=budget.ranking_trials, seed=trials_seed(seed, "ranking"), short=False)
+    select = partial(_retrieval, trials=budget.trials, seed=trials_seed(seed, "selection"), short=False)
     spans = query_spans(end.original_model)
     groups = {"nothing": [], **_groups(end)}
-    with progress(f"transplants, {what}", _evaluations(budget, len(spans), len(groups))) as advance:
+    heads = {name: group for name, group in groups.items() if name in head_groups(end)}
+    with progress(f"transplants, {what}", _evaluations(budget, len(spans), len(groups), len(heads))) as advance:
         effects = partial(span_effects, progress=advance)
         frames = [
             effects(start, end.original_model, groups, judge).assign(arm=GROUPS, into=START),
             effects(end, start.original_model, groups, judge).assign(arm=GROUPS, into=END),
+            effects(end, start.original_model, heads, select).assign(arm=SELECTION, into=END, span_set=SELECTION),
         ]
         alone = {str(span): [span] for span in spans}
         both = {f"{span} and key": _with_key(span) for span in spans}
@@ -278,6 +285,17 @@ def _causes(
             frames.append(measured(start, end, sets, into=START, span_set=TOGETHER, order=by, draw=draw))
     measured_all = pd.concat(frames, ignore_index=True).drop(columns=["phase", "role", "tokens"])
     return SPAN_EFFECTS.frame(measured_all), SPAN_PREDICTORS.frame(foreseen)
+
+
+def trials_seed(seed: int, purpose: Purpose) -> int:
+    """The seed of the trials that judge, of those that rank spans, or of those that select a head; all differ."""
+    return derive(seed, purpose)
+
+
+def head_groups(model: HookedCausalLM) -> list[str]:
+    """The groups that are a head's queries and keys, by name."""
+    heads = heads_of(model.config).query
+    return [f"W_Q, W_K, layer {layer} head {head}" for layer in range(len(model.blocks)) for head in range(heads)]
 
 
 def _groups(model: HookedCausalLM) -> dict[str, list[Span]]:
@@ -357,7 +375,7 @@ def _predictors(
     of_weights = queries.set_index(["layer", "head", "pair"])["value"]
     read = states[states["site"].str.endswith("_q")]
     table = read.pivot_table(index=["layer", "head", "pair"], columns="metric", values="value")
-    of_states = table["rel_change"] * table["norm_before"]
+    of_states = table["change_norm"]
     reverting = gradient_times_change(end, start.original_model, spans, loss)
     return {
         "change_norm": [of_weights[span[:3]] for span in spans],
@@ -367,11 +385,11 @@ def _predictors(
     }
 
 
-def _evaluations(budget: Budget, spans: int, groups: int) -> int:
+def _evaluations(budget: Budget, spans: int, groups: int, heads: int) -> int:
     """How many transplants are measured."""
     picks = sum(spans - done for done in range(budget.greedy))
     curves = 3 * (1 + budget.orders) + len(PREDICTORS) + 2 * (budget.greedy > 0)
-    return 2 * groups + 2 * spans + 2 * picks + curves * len(budget.sizes)
+    return 2 * groups + heads + 2 * spans + 2 * picks + curves * len(budget.sizes)
 
 
 def _greedy(

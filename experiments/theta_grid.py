@@ -57,8 +57,8 @@ THETA_GRID = declare(
     "theta_grid",
     "Retrieval in the cells of the grid, and what the gates of their bases measured.",
     (
-        "phase", "head_dim", "short_theta", "long_theta", "steps", "task", "seq_len", "tokens", "distance", "low",
-        "high",
+        "phase", "head_dim", "short_theta", "long_theta", "steps", "task", "seq_len", "tokens", "distance",
+        "trials", "low", "high",
     ),
     dict(RETRIEVAL.metrics),
     own={
@@ -67,6 +67,7 @@ THETA_GRID = declare(
         "long_theta": Column("float64", "theta of the extension"),
         "steps": Column("Int64", "steps of the extension"),
         "task": RETRIEVAL.columns["task"],
+        "trials": RETRIEVAL.columns["trials"],
     },
 )  # fmt: skip
 THETAS = (300.0, 2_000.0, 20_000.0, 100_000.0, 1_000_000.0)

@@ -717,21 +717,26 @@ def _drift_tables(frame: "pd.DataFrame") -> list[str]:
 
 def _spans_tables(changed: "pd.DataFrame", statistics: "pd.DataFrame", geometry: "pd.DataFrame") -> list[str]:
     """How much each part changed, how the queries' change is spread, and the query spans that changed most."""
-    whole = changed[(changed["metric"] == "rel_change") & changed["head"].isna()]
+    whole = changed[changed["head"].isna()]
     parts = whole.assign(part=whole["site"].str.rpartition(".")[2], layer=whole["layer"].astype("string").fillna("-"))
-    by_layer = parts.pivot_table(index="layer", columns="part", values="value", sort=False)
+    by_layer, norms = (
+        parts[parts["metric"] == metric].pivot_table(index="layer", columns="part", values="value", sort=False)
+        for metric in ("rel_change", "change_norm")
+    )
     wanted = statistics[statistics["site"].str.endswith(("W_Q", "W_K"))]
-    spread = wanted.pivot_table(index="site", columns="metric", values="value", sort=False)
+    spread = wanted.pivot_table(index=["site", "change"], columns="metric", values="value", sort=False)
     windows = geometry.pivot_table(index=["phase", "seq_len"], columns="metric", values="value", sort=False)
     by_pair = changed[changed["pair"].notna() & changed["site"].str.endswith("W_Q")]
     of_pair = by_pair.pivot_table(
         index=["layer", "head", "pair", "wavelength", "wavelength_after"], columns="metric", values="value"
     )
-    columns = ["rel_change", "cosine", "norm_change", "rotation_tokens", "qk_rel_change"]
+    columns = ["rel_change", "change_norm", "cosine", "norm_change", "rotation_tokens", "qk_rel_change"]
     most = of_pair.nlargest(10, "rel_change").reindex(columns=columns).reset_index()
     return [
         "Relative change of the weights by layer",
         _table(by_layer, "{:.3g}"),
+        "\nNorm of the change of the weights by layer",
+        _table(norms, "{:.3g}"),
         "\nHow it is spread over heads and pairs",
         _table(spread, "{:.3g}"),
         "\nWhere the windows lie in the rotary spectrum",

@@ -1,13 +1,18 @@
+import itertools
 import sys
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from experiments import phase_scaling, propagation, query_span_verdicts, query_spans, stages, toy_checkpoints
 from rope_probe import InputError, KeyValueStream, KeyValueTask, Span, load_model, retrieval_accuracy, span_effects
+from rope_probe.distillation.signal import SIGNAL
+from rope_probe.models import checkpoints
 from rope_probe.retrieval.probe import RETRIEVAL
+from rope_probe.runs.intervals import share_interval
 from rope_probe.runs.results import is_complete, new_run, source_hash
 from rope_probe.runs.tables import Tables
 from rope_probe.seeds import derive
@@ -118,20 +123,51 @@ def test_the_repeated_windows_are_what_the_predictions_speak_of():
     assert len(arms["repeated document"].window) == len(propagation.packed_documents(0)) == propagation.WINDOW
 
 
+@pytest.fixture(scope="module")
+def untrained():
+    config = toy_checkpoints.architecture({"rope_type": "default", "rope_theta": 300.0})
+    frame = propagation.identities(checkpoints.build(config, seed=3), 0)
+    return frame.assign(model=propagation.UNTRAINED, seed=0)
+
+
+def test_identities_hold_on_weights_that_were_never_trained(untrained):
+    table = propagation.judged(untrained, SIGNAL.frame([]))
+    identities = table[table["kind"] == "identity"]
+    assert identities["prediction"].tolist() == [1, 3, 4, 7]
+    assert (identities["held"] == "held").all()
+    contrasts = table[table["kind"].isna()]
+    assert len(contrasts) == 2
+    assert (contrasts["measured"] > 100 * propagation.FLOOR).all()
+
+
+def test_what_is_no_identity_is_found_out_on_such_weights(untrained):
+    other = untrained.assign(masked=~untrained["masked"].fillna(False))  # takes copies that see each other for masked
+    table = propagation.judged(
+        other[other["arm"] != propagation.DOSES_ARM].pipe(
+            lambda copies: pd.concat([copies, untrained[untrained["arm"] == propagation.DOSES_ARM]])
+        ),
+        SIGNAL.frame([]),
+    )
+    masked = table[table["claim"].str.contains("masked")]
+    assert (masked["kind"].item(), masked["held"].item()) == ("identity", "not held")
+
+
 def test_verdicts_of_phase_scaling_are_arithmetic():
-    far = {"kd_phase_wise": (1.0, 0.9), "ce_phase_wise": (0.0, 0.1), "kd_large_theta": (0.5, 0.4)}
-    at = {"seq_len": 1024, "distance": 512, "metric": "accuracy", "low": 0.0, "high": 1.0}
+    far = {"kd_phase_wise": (1, 0.9, 0.98), "ce_phase_wise": (0, 0.1, 0.05), "kd_large_theta": (0.5, 0.4, 0.48)}
+    at = {"seq_len": 1024, "distance": 512, "metric": "accuracy", "low": 0.0, "high": 1.0, "trials": 128}
     rows = [
         {**at, "value": value, "model": arm, "seed": seed}
         for arm, values in far.items()
         for seed, value in enumerate(values)
     ]
     table = phase_scaling.judged(RETRIEVAL.frame(rows)).set_index("prediction")
-    assert table.loc[1, "measured"] == pytest.approx(0.95)
+    assert table.loc[1, "measured"] == pytest.approx(0.96)
     assert table.loc[1, "held"] == "held"
+    assert (table.loc[1, "low"], table.loc[1, "high"]) == share_interval([1, 0.9, 0.98], 128)
     assert table.loc[2, "held"] == "held"
     assert table.loc[4, "measured"] == pytest.approx(0.5)
     assert table.loc[4, "held"] == "not held"
+    assert table.loc[4, "low"] > phase_scaling.TIE
     few = phase_scaling.judged(RETRIEVAL.frame([row for row in rows if row["seed"] == 0])).set_index("prediction")
     assert few.loc[4, "held"] == "undecided"
     one = phase_scaling.judged(RETRIEVAL.frame(rows[:1])).iloc[0]
@@ -210,3 +246,39 @@ def test_effects_of_spans_fit_their_table():
     left_out = [column for column in measured.columns if column not in SPAN_EFFECTS.columns]
     assert left_out == ["phase", "role", "tokens"]
     assert len(SPAN_EFFECTS.frame(measured.drop(columns=left_out))) == 4
+
+
+def test_trials_that_select_share_none_with_those_that_judge():
+    purposes = ("transplants", "ranking", "selection")
+    for seed in (0, 1):
+        task = KeyValueTask(query_spans.SHORT_DOCUMENTS, query_spans.LONG)
+        drawn = [
+            {tuple(row) for d in query_spans.DISTANCES
+             for row in task.trials(d, 32, seed=query_spans.trials_seed(seed, purpose)).tolist()}
+            for purpose in purposes
+        ]  # fmt: skip
+        assert [len(rows) for rows in drawn] == [128] * 3
+        assert not any(one & other for one, other in itertools.combinations(drawn, 2))
+
+
+def test_the_causal_head_is_selected_on_one_set_of_trials_and_judged_on_the_other():
+    at = {"model": "kd_adamw", "seed": 0, "seq_len": 1024, "distance": 128}
+    ends = {"nothing": 0.0, "everything": 1.0}
+    judging = {"head 0": (0.9, 0.1), "head 1": (0.4, 0.5), "head 2": (0.3, 0.7)}  # head 2 stands out by chance
+    rows = []
+    for into, place in ((query_spans.END, 0), (query_spans.START, 1)):
+        values = {name: both[place] for name, both in judging.items()}
+        values |= ends if into == query_spans.START else {"nothing": 1.0, "everything": 0.0}
+        rows += [
+            {**at, "arm": query_spans.GROUPS, "into": into, "group": name, "metric": "accuracy", "value": value}
+            for name, value in values.items()
+        ]
+    rows += [
+        {**at, "arm": query_spans.SELECTION, "into": query_spans.END, "group": name, "metric": "answer_logprob_nats",
+         "value": value}
+        for name, value in {"head 0": -0.1, "head 1": -5.0, "head 2": -1.0}.items()
+    ]  # fmt: skip
+    found = query_span_verdicts.causal_heads(SPAN_EFFECTS.frame(rows)).loc["kd_adamw", 0]
+    assert found["head"] == "head 1"
+    assert (found["left"], found["brings"]) == (0.4, 0.5)
+    assert (found["left, other heads"], found["brings, other heads"]) == pytest.approx((0.6, 0.4))

@@ -20,6 +20,7 @@ from rope_probe.distillation.log import LOSSES
 from rope_probe.gallery import figures as plots
 from rope_probe.gallery.report import _figures, _slug, gallery, write_figure
 from rope_probe.retrieval.probe import RETRIEVAL
+from rope_probe.runs.intervals import share_interval
 from rope_probe.runs.results import new_run, read_manifest, read_run, read_tables
 from rope_probe.runs.tables import TABLES
 from rope_probe.spans.statistics import LANDMARKS
@@ -211,7 +212,13 @@ def test_retrieval_shows_means_and_seeds(tmp_path):
     np.testing.assert_allclose(lines["ce"].error_y.array, 0.1)
     assert (lines["kd"].error_y.visible, lines["ce"].error_y.visible) == (False, True)
     assert "seeds 0, 1 (1 to 2 of them for a model)" in notes(figure)[-1]
-    assert "bars: 95% over trials" in notes(figure)[-1]
+    assert "bars: 95% over seeds and trials" in notes(figure)[-1]
+    line = {line.name: line for line in plots.retrieval_by_distance(frame.assign(trials=128)).data}["kd"]
+    low, high = share_interval([1, 0.8], 128)
+    assert (line.y[0] - line.error_y.arrayminus[0], line.y[0] + line.error_y.array[0]) == pytest.approx((low, high))
+    odd = frame.assign(trials=128, value=frame["value"] + 5)
+    line = {line.name: line for line in plots.retrieval_by_distance(odd).data}["kd"]
+    assert not line.error_y.visible
     points = next(line for line in figure.data if line.name is None)
     assert sorted(points.y) == [0.2, 0.6, 0.6, 0.8, 0.8, 1]
 
@@ -691,8 +698,15 @@ def test_the_signal_shows_the_numbers_of_the_frame():
     np.testing.assert_allclose(lines["loss of tiny"].y, loss["value"])
     at = (frame["perturbation"] == str(shifts[1])) & (frame["site"] == "blocks.1.attn.W_K")
     of_keys = frame[at].set_index("metric")["value"]
-    marks = dict(zip(lines["tiny"].x, lines["tiny"].y, strict=True))
-    assert list(marks) == [f"{i}, W_{matrix}" for i in (0, 1) for matrix in "QKV"]
+    sizes, cosines = (
+        [line for line in figure.data if line.name == "tiny" and line.xaxis == axis] for axis in ("x2", "x3")
+    )
+    marks, along = (dict(zip(lines[0].x, lines[0].y, strict=True)) for lines in (sizes, cosines))
+    assert list(marks) == list(along) == [f"{i}, W_{matrix}" for i in (0, 1) for matrix in "QKV"]
+    assert along["1, W_K"] == pytest.approx(of_keys["remaining_gradient_cosine"])
+    remaining = frame[(frame["metric"] == "remaining_kl_nats") & frame["occurrence"].notna()]
+    remaining = remaining[remaining["perturbation"] == str(shifts[1])]
+    np.testing.assert_allclose(lines["loss of tiny, signal gone"].y, remaining["value"])
     assert marks["1, W_K"] == pytest.approx(of_keys["signal_gradient"] / of_keys["loss_gradient"])
 
 

@@ -1,5 +1,4 @@
 import json
-import math
 
 import numpy as np
 import pandas as pd
@@ -9,7 +8,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import ByT5Tokenizer, GenerationConfig, LlamaForCausalLM
 
 from rope_probe import InputError, KeyValueStream, load_model
-from rope_probe.retrieval.probe import KeyValueTask, retrieval_accuracy, retrieval_trials, student_interval, trials_hash
+from rope_probe.retrieval.probe import KeyValueTask, retrieval_accuracy, retrieval_trials, trials_hash
 from rope_probe.retrieval.tasks import TextTask
 from tests import zoo
 
@@ -67,9 +66,7 @@ def test_intervals_have_their_textbook_values():
     hits, z = round(100 * frame["value"]), 1.959964
     middle, half = (hits + z**2 / 2) / (100 + z**2), z * (hits * (100 - hits) / 100 + z**2 / 4) ** 0.5 / (100 + z**2)
     assert (frame["low"], frame["high"]) == pytest.approx((max(0, middle - half), middle + half), abs=1e-6)
-    low, high = student_interval(pd.Series([0.9, 1.0, 0.8]))
-    assert (low, high) == pytest.approx((0.9 - 4.302653 * 0.1 / 3**0.5, 0.9 + 4.302653 * 0.1 / 3**0.5), abs=1e-6)
-    assert student_interval(pd.Series([0.9])) == (-math.inf, math.inf)
+    assert frame["trials"] == 100
 
 
 def test_odd_windows_are_refused():
@@ -148,7 +145,7 @@ def test_accuracy_is_the_string_match_of_what_the_plain_model_generates(speaker,
     assert sum(done) == len(scores)
 
 
-def test_intervals_of_shares_are_students_inside_0_and_1_and_of_one_answer_wilsons(speaker):
+def test_intervals_of_several_answers_have_the_dispersion_between_trials_and_of_one_answer_are_wilsons(speaker):
     try:
         hooked = load_model(speaker)
         several = retrieval_accuracy(hooked, FWE, [None], trials=5).set_index("metric").loc["accuracy"]
@@ -156,10 +153,12 @@ def test_intervals_of_shares_are_students_inside_0_and_1_and_of_one_answer_wilso
         one = retrieval_accuracy(hooked, FWE, [None], trials=1).set_index("metric").loc["accuracy"]
     finally:
         hooked.release()
-    half = 2.776445 * np.std([1, 1, 2 / 3, 1 / 3, 0], ddof=1) / 5**0.5
-    assert (several["low"], several["high"]) == pytest.approx((0.6 - half, min(1, 0.6 + half)), abs=1e-6)
+    part = 2.776445**2 * (np.var([1, 1, 2 / 3, 1 / 3, 0], ddof=1) / 5 / 0.24)
+    middle, half = (0.6 + part / 2) / (1 + part), (part * (0.24 + part / 4)) ** 0.5 / (1 + part)
+    assert (several["low"], several["high"]) == pytest.approx((middle - half, middle + half), abs=1e-6)
     assert (single["low"], single["high"]) == pytest.approx((0.094531, 0.905469), abs=1e-6)
-    assert (one["low"], one["high"]) == (0, 1)
+    low = 3 / (3 + 1.959964**2)
+    assert (one["low"], one["high"]) == pytest.approx((low, 1), abs=1e-6)
 
 
 def test_transcripts_say_what_was_written_of_every_trial(speaker):

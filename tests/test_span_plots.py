@@ -64,8 +64,12 @@ def run(tmp_path_factory):
 def test_the_heatmap_of_pairs_shows_the_mean_over_heads_and_where_windows_end(run):
     frame = read_tables([run]).joined(["spans", "landmarks"])
     figure = plots.span_heatmap(frame, "tiny")
-    queries, keys = figure.data
+    queries, keys, norms, norms_of_keys = figure.data
     np.testing.assert_allclose(queries.z, 0.5, rtol=1e-6)
+    changed = frame[(frame["metric"] == "change_norm") & frame["site"].str.endswith("W_Q") & frame["pair"].notna()]
+    np.testing.assert_allclose(norms.z, changed.pivot_table(index="layer", columns="pair", values="value"))
+    assert (queries.coloraxis, norms.coloraxis) == ("coloraxis", "coloraxis2")
+    assert (np.asarray(norms_of_keys.z) == 0).all()
     assert queries.z.shape == (2, 4)
     assert (np.asarray(keys.z) == 0).all()
     turning = frame[frame["metric"] == "turning_pairs"].groupby("phase")["value"].first()
@@ -80,7 +84,8 @@ def test_the_heatmap_of_pairs_shows_the_mean_over_heads_and_where_windows_end(ru
 
 def test_the_panel_of_heads_is_of_one_seed(run):
     frame = read_tables([run]).joined(["spans", "landmarks"])
-    queries, keys = plots.span_heads(frame).data
+    queries, keys, *norms = plots.span_heads(frame).data
+    assert [panel.z.shape for panel in norms] == [queries.z.shape, keys.z.shape]
     assert queries.z.shape == (8, 4)
     assert keys.z.shape == (4, 4)
     assert [name.strip() for name in queries.y[:5]] == ["0.0", "0.1", "0.2", "0.3", "1.0"]
@@ -89,8 +94,11 @@ def test_the_panel_of_heads_is_of_one_seed(run):
 def test_parts_are_drawn_by_layer(run):
     frame = read_tables([run])["spans"]
     figure = plots.change_by_part(frame)
-    lines = {line.name: line for line in figure.data if line.mode == "lines+markers"}
+    lines = {line.name: line for line in figure.data if line.mode == "lines+markers" and line.xaxis == "x"}
     assert list(lines) == ["W_Q", "W_K", "W_V", "W_O", "MLP"]
+    norms = {line.name: line for line in figure.data if line.mode == "lines+markers" and line.xaxis == "x2"}
+    changed = frame[(frame["metric"] == "change_norm") & frame["head"].isna() & frame["site"].str.endswith("mlp")]
+    np.testing.assert_allclose(norms["MLP"].y, changed.groupby("layer")["value"].mean())
     for name, wanted in (("W_Q", 0.5), ("MLP", 0.5), ("W_V", 0.0)):
         np.testing.assert_allclose(lines[name].y, wanted, rtol=1e-6)
 

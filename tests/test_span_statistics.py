@@ -12,7 +12,7 @@ from scipy import stats
 
 from rope_probe import InputError, compare_spans, rope
 from rope_probe.spans import contrast, enrichment, gini, landmarks, span_statistics, stability, top_share
-from rope_probe.spans.statistics import bands
+from rope_probe.spans.statistics import bands, partial_rank_correlation
 from tests import zoo
 
 SHARES = st.lists(st.floats(0, 1e6, allow_subnormal=False).map(lambda x: round(x, 6)), min_size=1, max_size=30)
@@ -58,7 +58,7 @@ def test_enrichment_of_one_pair_that_alone_changed_is_as_likely_as_it_is():
 
 def test_rank_correlation_has_the_p_value_of_permutations():
     profile = np.array([8.0, 7, 6, 5, 4, 1, 2, 3])
-    found = span_statistics(frame_of(profile), short=64, long=1000).set_index("metric")["value"]
+    found = span_statistics(frame_of(profile), short=64, long=1000, metrics=["rel_change"]).set_index("metric")["value"]
     wanted = stats.spearmanr(np.arange(8), profile)
     assert found["rank_correlation_p"] == pytest.approx(wanted.pvalue, abs=0.01)
 
@@ -95,7 +95,7 @@ def frame_of(profile, seed=0, heads=2, metric="rel_change", site="blocks.0.attn.
 
 def test_a_frame_of_spans_gets_its_statistics():
     profile = np.array([8.0, 7, 6, 5, 1, 1.1, 1.2, 1.3])
-    found = span_statistics(frame_of(profile), short=64, long=1000).set_index("metric")
+    found = span_statistics(frame_of(profile), short=64, long=1000, metrics=["rel_change"]).set_index("metric")
     squares = np.outer([0.5, 1.5], profile).flatten() ** 2
     assert found.loc["gini", "value"] == pytest.approx(gini(squares))
     assert found.loc["top_tenth_share", "value"] == pytest.approx(top_share(squares))
@@ -106,7 +106,7 @@ def test_a_frame_of_spans_gets_its_statistics():
     assert found.loc["enrichment_fast", "value"] == pytest.approx(fast.mean() / profile[3:].mean())
     assert 0 < found.loc["enrichment_fast_p", "value"] < 0.06
     with pytest.raises(InputError, match="hold no 'cosine' by pair"):
-        span_statistics(frame_of(profile), short=64, long=1000, metric="cosine")
+        span_statistics(frame_of(profile), short=64, long=1000, metrics=["cosine"])
 
 
 def test_a_comparison_of_models_gets_statistics_even_where_nothing_changed():
@@ -114,6 +114,49 @@ def test_a_comparison_of_models_gets_statistics_even_where_nothing_changed():
     found = span_statistics(compare_spans(model, model), short=10, long=100)
     assert (found[found["metric"].isin(["gini", "top_tenth_share"])]["value"] == 0).all()
     assert set(found["site"]) == {f"blocks.{i}.attn.W_{p}" for i in range(2) for p in "QK"}
+
+
+def test_the_partial_correlation_is_that_of_the_formula_on_ranks():
+    x, y, z = [1, 2, 3, 4, 5, 6], [2, 1, 4, 3, 6, 5], [1, 3, 2, 6, 5, 4]
+    # by 1 - 6 sum d^2 / (n (n^2 - 1)): d^2 of xy 6, xz 10, yz 20
+    xy, xz, yz = 1 - 36 / 210, 1 - 60 / 210, 1 - 120 / 210
+    rho, low, high, p_value = partial_rank_correlation(x, y, z)
+    assert rho == pytest.approx((xy - xz * yz) / math.sqrt((1 - xz**2) * (1 - yz**2)), abs=1e-12)
+    assert math.atanh(high) - math.atanh(rho) == pytest.approx(1.959964 / math.sqrt(2), abs=1e-6)
+    assert low < rho < high
+    assert 0.01 < p_value < 0.3
+
+
+@pytest.mark.parametrize("given", [[1, 2, 3, 4, 5, 6], [3, 3, 3, 3, 3, 3]])
+def test_nothing_is_said_where_the_norm_goes_with_wavelength_exactly_or_is_constant(given):
+    assert math.isnan(partial_rank_correlation([1, 2, 3, 4, 5, 6], [2, 1, 4, 3, 6, 5], given)[0])
+
+
+def test_a_relative_change_that_falls_only_because_the_norm_rises_is_told_apart():
+    rng = np.random.default_rng(3)
+    pairs = 64
+    norm = np.exp(3 * np.arange(pairs) / pairs + 0.4 * rng.standard_normal(pairs))
+    change = np.exp(0.2 * rng.standard_normal(pairs))
+    frame = pd.concat([frame_of(change / norm), frame_of(change, metric="change_norm")])
+    # frame_of scales heads alike in both, so the norm of every head is the same
+    found = span_statistics(frame, short=64, long=1000).set_index(["change", "metric"])["value"]
+    assert found["rel_change", "rank_correlation"] < -0.8
+    assert found["rel_change", "rank_correlation_p"] < 0.001
+    assert abs(found["change_norm", "rank_correlation"]) < 0.25
+    assert found["rel_change", "norm_rank_correlation"] > 0.8
+    for measure in ("rel_change", "change_norm"):
+        assert abs(found[measure, "partial_rank_correlation"]) < 0.25
+        assert found[measure, "partial_rank_correlation_p"] > 0.05
+
+
+def test_a_change_that_goes_with_wavelength_itself_is_left_when_the_norm_is_partialled_out():
+    rng = np.random.default_rng(3)
+    norm = np.exp(rng.standard_normal(64))
+    change = norm * (1 + np.arange(64)[::-1])
+    frame = pd.concat([frame_of(change / norm), frame_of(change, metric="change_norm")])
+    found = span_statistics(frame, short=64, long=1000).set_index(["change", "metric"])["value"]
+    assert found["rel_change", "partial_rank_correlation"] < -0.9
+    assert found["change_norm", "partial_rank_correlation"] < -0.5
 
 
 def test_stability_is_the_agreement_of_profiles_whatever_the_heads():

@@ -27,6 +27,7 @@ from rope_probe.errors import InputError
 from rope_probe.models.hooked import HookedCausalLM, KeysAndValues
 from rope_probe.names import KEY_VALUE, LONGEST_WINDOW
 from rope_probe.retrieval.tasks import Trial
+from rope_probe.runs.intervals import share_interval
 from rope_probe.runs.provenance import hash_tokens
 from rope_probe.runs.tables import Column, Metric, declare
 from rope_probe.windows.corpora import KeyValueStream
@@ -35,13 +36,16 @@ _TOKENS_PER_BATCH = 2**14
 RETRIEVAL = declare(
     "retrieval",
     "How often a model finds what it saw `distance` tokens ago, and how likely the answer is to it; means over trials.",
-    ("phase", "role", "task", "seq_len", "tokens", "distance", "low", "high"),
+    ("phase", "role", "task", "seq_len", "tokens", "distance", "trials", "low", "high"),
     {
         "accuracy": Metric("share of the answers that the model writes by greedy decoding"),
         "answer_logprob_nats": Metric("log-probability of the answer, summed over its tokens", "nats"),
         "gate_accuracy": Metric("accuracy as the gate at the end of a phase measured it"),
     },
-    own={"task": Column("string", "what is asked: key_value, passkey, or a task of RULER")},
+    own={
+        "task": Column("string", "what is asked: key_value, passkey, or a task of RULER"),
+        "trials": Column("Int64", "trials that the value is a mean over"),
+    },
 )
 _FINGERPRINT = 64
 
@@ -185,8 +189,8 @@ def retrieval_accuracy(
     """Accuracy and log-probability of the answer at each distance; a tidy frame with 95% intervals in `low`, `high`.
 
     Metrics, means over trials:
-    - `accuracy`: share of a trial's answers that the model writes by greedy decoding (see the task). For a task of one
-      answer with Wilson's interval, else with Student's over trials, inside 0..1.
+    - `accuracy`: share of a trial's answers that the model writes by greedy decoding (see the task). With Wilson's
+      interval, for several answers a trial with the dispersion between trials (`runs.intervals.share_interval`).
     - `answer_logprob_nats`: log-probability of the answer as the trial spells and orders it, summed over its tokens,
       each given those before it (teacher forcing). With a normal interval.
 
@@ -202,7 +206,7 @@ def retrieval_accuracy(
     for done in (table.iloc[first : first + count] for first in range(0, len(table), count)):
         shares, logprobs = done["accuracy"].tolist(), done["answer_logprob_nats"].tolist()
         distance = done["distance"].iloc[0]
-        columns = {"task": task.name, "seq_len": task.window, "seed": seed}
+        columns = {"task": task.name, "seq_len": task.window, "seed": seed, "trials": count}
         columns["distance"] = None if pd.isna(distance) else int(distance)
         low, high = _accuracy_interval(shares, task.answers)
         rows.append({**columns, "metric": "accuracy", "value": float(np.mean(shares)), "low": low, "high": high})
@@ -385,7 +389,7 @@ def _accuracy_interval(shares: Sequence[float], answers: int) -> tuple[float, fl
     if answers == 1:
         low, high = stats.binomtest(int(sum(shares)), len(shares)).proportion_ci(method="wilson")
     else:
-        low, high = np.clip(student_interval(pd.Series(shares)), 0, 1)
+        low, high = share_interval(shares, answers)  # answers of one trial go together, as trials of a seed do
     return float(low), float(high)
 
 
@@ -393,14 +397,4 @@ def _normal_interval(values: Sequence[float]) -> tuple[float, float]:
     """95% interval of a mean; the mean itself where nothing varies."""
     mean, error = float(np.mean(values)), float(np.std(values)) / math.sqrt(len(values))
     low, high = stats.norm.interval(0.95, loc=mean, scale=error) if error else (mean, mean)
-    return float(low), float(high)
-
-
-def student_interval(values: pd.Series) -> tuple[float, float]:
-    """95% interval of a mean over seeds, Student's t; unbounded for one value, which tells no spread."""
-    if len(values) < 2:
-        return -math.inf, math.inf
-    if not values.std(ddof=1):
-        return float(values.mean()), float(values.mean())
-    low, high = stats.t.interval(0.95, len(values) - 1, loc=values.mean(), scale=values.sem())
     return float(low), float(high)

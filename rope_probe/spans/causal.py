@@ -24,7 +24,7 @@ SPAN_EFFECTS = declare(
     "What a measurement finds in one checkpoint with some of its weights as another has them.",
     (
         "arm", "into", "group", "span_set", "order", "draw", "moved", "movable", "layer", "head", "pair",
-        "task", "seq_len", "distance", "low", "high",
+        "task", "seq_len", "distance", "trials", "low", "high",
     ),
     dict(RETRIEVAL.metrics),
     own={
@@ -36,6 +36,7 @@ SPAN_EFFECTS = declare(
         "moved": Column("Int64", "how many query spans are transplanted"),
         "movable": Column("Int64", "how many there are"),
         "task": RETRIEVAL.columns["task"],
+        "trials": RETRIEVAL.columns["trials"],
     },
 )  # fmt: skip
 """Metrics are those of retrieval; `span_effects` itself returns whatever columns its measurement has."""

@@ -27,6 +27,7 @@ SPAN_STATES = declare(
         "norm_before": Metric("root mean square of the pair, in the first checkpoint"),
         "norm_after": Metric("the same in the second"),
         "rel_change": Metric("norm of the change over the norm before"),
+        "change_norm": Metric("root mean square of the change"),
         "cosine": Metric("cosine of all of the document's states, before and after"),
         "phase_radians": Metric("the one turn that brings the states after closest to those before", "radians"),
         "norm_share_before": Metric("the pair's share of its layer's squared norm, in the first checkpoint"),
@@ -51,7 +52,8 @@ def compare_states(
     T times as many), means over windows, angles by their directions:
 
     - `norm_before`, `norm_after`: root mean square of |z| over the document's positions;
-    - `rel_change`, root of the sum of |z' - z|^2 over that of |z|^2; `cosine`, between all of the document's z and z';
+    - `change_norm`, root mean square of |z' - z|; `rel_change`, root of the sum of |z' - z|^2 over that of |z|^2;
+      `cosine`, between all of the document's z and z';
       `phase_radians`, the one angle by which the z' are best turned against the z;
     - `norm_share_before`, `norm_share_after`: the pair's share of its layer's squared norm, over all heads and
       dimensions. Massive values (arXiv 2502.01563) are pairs and heads with a share far above 1 / (H * D / 2).
@@ -124,6 +126,7 @@ def _compared(x: Tensor, y: Tensor, groups: Int[Tensor, " T"], rotary: Rotary) -
         "norm_before": (before / size).sqrt(),
         "norm_after": (after / size).sqrt(),
         "rel_change": torch.where(change == 0, change, (change / before)).sqrt(),
+        "change_norm": (change / size).sqrt(),
         "cosine": product.real / (before * after).sqrt(),
         "phase_radians": product.angle(),
         "norm_share_before": before / of_layer[0],

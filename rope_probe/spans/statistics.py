@@ -2,7 +2,8 @@
 
 import itertools
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -13,13 +14,15 @@ from transformers import PreTrainedModel
 from rope_probe import rope
 from rope_probe.errors import InputError
 from rope_probe.models.architectures import rotary_layers
-from rope_probe.runs.tables import Metric, declare
+from rope_probe.runs.tables import Column, Metric, declare
 from rope_probe.spans.weights import SPANS
 
 Values = npt.ArrayLike
 BANDS = ("fast", "middle", "slow")
 _PERMUTATIONS = 10_000
 _LONGEST_BOUND = 2**17
+CHANGES = ("rel_change", "change_norm")
+"""Measures of change, told side by side: what is divided by the norm before falls where that norm rises."""
 _SPAN = ["site", "layer", "head", "pair"]
 
 
@@ -82,18 +85,22 @@ def enrichment(by_pair: Values, inside: npt.ArrayLike, *, permutations: int = 10
 SPAN_STATISTICS = declare(
     "span_statistics",
     "How the change of a site is spread over its heads and pairs.",
-    ("layer", "site", "low", "high"),
+    ("layer", "site", "change", "low", "high"),
     {
         "gini": Metric("Gini coefficient of the squared change over heads and pairs"),
         "top_tenth_share": Metric("share of the squared change in the tenth of the spans that changed most"),
         "rank_correlation": Metric("Spearman's, between a pair's wavelength and its change"),
         "rank_correlation_p": Metric("its p value, by permutations of the pairs"),
+        "partial_rank_correlation": Metric("the same with the pair's norm before partialled out"),
+        "partial_rank_correlation_p": Metric("its p value, by permutations of what the norm leaves of the ranks"),
+        "norm_rank_correlation": Metric("Spearman's, between a pair's wavelength and its norm before"),
         **{f"enrichment_{band}": Metric(f"mean change of {band} pairs over that of the others") for band in BANDS},
         **{f"enrichment_{band}_p": Metric("its p value, by permutations of the pairs") for band in BANDS},
         "seed_rank_correlation": Metric(
             "Spearman's, between the changes by pair of two seeds; mean over pairs of seeds"
         ),
     },
+    own={"change": Column("string", "the measure of change that it is of: rel_change or change_norm")},
 )
 LANDMARKS = declare(
     "landmarks",
@@ -142,41 +149,104 @@ def landmarks(before: PreTrainedModel, after: PreTrainedModel, *, short: int, lo
 
 
 def span_statistics(
-    frame: pd.DataFrame, *, short: float, long: float, metric: str = "rel_change", seed: int = 0
+    frame: pd.DataFrame, *, short: float, long: float, metrics: Sequence[str] = CHANGES, seed: int = 0
 ) -> pd.DataFrame:
     """Statistics of the rows by pair of a frame of `compare_spans` or `compare_states`, for each site; a tidy frame.
 
-    - `gini`, `top_tenth_share`: how the squared `metric` is concentrated over heads and pairs;
+    Of each of the `metrics`, named in the column `change`:
+
+    - `gini`, `top_tenth_share`: how the squared metric is concentrated over heads and pairs;
     - `rank_correlation`: Spearman's between a pair's wavelength (after) and its mean over heads, `low` and `high` by
       Fisher's transformation; `rank_correlation_p`, by permutations of the pairs (as exchangeable, see `enrichment`);
+    - `partial_rank_correlation`, with `low`, `high` and `_p`: the same given the pair's norm before (mean over heads),
+      which itself may go with wavelength (`norm_rank_correlation`); see `partial_rank_correlation`;
     - `enrichment_fast`, `_middle`, `_slow` (see `bands`, of wavelengths after) and their `_p`; no row for a band that
       holds no pair, or all.
 
-    What is undefined, as a correlation where nothing changed, has no row.
+    The norm before is read off `change_norm` and `rel_change`; without both of them nothing is partialled out. What is
+    undefined, as a correlation where nothing changed, has no row. Raises InputError for a metric that is not there.
     """
-    rows = frame[frame["pair"].notna() & (frame["metric"] == metric)]
-    if rows.empty:
-        raise InputError(f"these results hold no {metric!r} by pair; compare two checkpoints with compare_spans")
+    of_pairs = frame[frame["pair"].notna()]
+    norms = _norms_before(of_pairs)
     statistics_rows = []
-    for site, part in rows.groupby("site", sort=False):
-        columns = {"site": site, "layer": part["layer"].iloc[0]}
-        squares = part.groupby(["head", "pair"])["value"].mean().to_numpy() ** 2
-        profile = part.groupby("pair").agg({"wavelength_after": "first", "value": "mean"})
-        lengths, values = (profile[column].to_numpy(float) for column in ("wavelength_after", "value"))
-        rho, low, high, p_value = _rank_correlation(lengths, values, seed)
-        statistics_rows += [
-            {**columns, "metric": "gini", "value": gini(squares)},
-            {**columns, "metric": "top_tenth_share", "value": top_share(squares)},
-            {**columns, "metric": "rank_correlation", "value": rho, "low": low, "high": high},
-            {**columns, "metric": "rank_correlation_p", "value": p_value},
-        ]
-        label = bands(lengths, short, long)
-        for band in BANDS:
-            if 0 < (label == band).sum() < len(label) and values.any():
-                ratio, p_value = enrichment(values, label == band, seed=seed)
-                statistics_rows.append({**columns, "metric": f"enrichment_{band}", "value": ratio})
-                statistics_rows.append({**columns, "metric": f"enrichment_{band}_p", "value": p_value})
+    for metric in metrics:
+        rows = of_pairs[of_pairs["metric"] == metric]
+        if rows.empty:
+            raise InputError(f"these results hold no {metric!r} by pair; compare two checkpoints with compare_spans")
+        for site, part in rows.groupby("site", sort=False):
+            statistics_rows += _site_statistics(part, norms.get(site), metric, short, long, seed)
     return SPAN_STATISTICS.frame([row for row in statistics_rows if not math.isnan(row["value"])])
+
+
+def _norms_before(of_pairs: pd.DataFrame) -> dict[str, pd.Series]:
+    """By site, the norm before of each pair, mean over heads: the change's norm over the relative change."""
+    if not set(CHANGES) <= set(of_pairs["metric"]):
+        return {}
+    changes = of_pairs[of_pairs["metric"].isin(CHANGES)]
+    keys = [column for column in ("site", "head", "pair", "document") if column in changes]
+    table = changes.pivot_table(index=keys, columns="metric", values="value")
+    norm = (table["change_norm"] / table["rel_change"]).groupby(["site", "pair"]).mean()
+    return {site: part.droplevel("site") for site, part in norm.groupby("site")}
+
+
+def _site_statistics(
+    part: pd.DataFrame, norms: pd.Series | None, metric: str, short: float, long: float, seed: int
+) -> list[dict[str, Any]]:
+    """The statistics of one site and measure of change."""
+    columns = {"site": part["site"].iloc[0], "layer": part["layer"].iloc[0], "change": metric}
+    squares = part.groupby(["head", "pair"])["value"].mean().to_numpy() ** 2
+    profile = part.groupby("pair").agg({"wavelength_after": "first", "value": "mean"})
+    lengths, values = (profile[column].to_numpy(float) for column in ("wavelength_after", "value"))
+    rho, low, high, p_value = _rank_correlation(lengths, values, seed)
+    rows = [
+        {**columns, "metric": "gini", "value": gini(squares)},
+        {**columns, "metric": "top_tenth_share", "value": top_share(squares)},
+        {**columns, "metric": "rank_correlation", "value": rho, "low": low, "high": high},
+        {**columns, "metric": "rank_correlation_p", "value": p_value},
+    ]
+    if norms is not None:
+        before = norms.reindex(profile.index).to_numpy(float)
+        rho, low, high, p_value = partial_rank_correlation(lengths, values, before, seed=seed)
+        rows += [
+            {**columns, "metric": "partial_rank_correlation", "value": rho, "low": low, "high": high},
+            {**columns, "metric": "partial_rank_correlation_p", "value": p_value},
+        ]
+        rho, low, high, _ = _rank_correlation(lengths, before, seed)
+        rows.append({**columns, "metric": "norm_rank_correlation", "value": rho, "low": low, "high": high})
+    label = bands(lengths, short, long)
+    for band in BANDS:
+        if 0 < (label == band).sum() < len(label) and values.any():
+            ratio, p_value = enrichment(values, label == band, seed=seed)
+            rows.append({**columns, "metric": f"enrichment_{band}", "value": ratio})
+            rows.append({**columns, "metric": f"enrichment_{band}_p", "value": p_value})
+    return rows
+
+
+def partial_rank_correlation(
+    x: Values, y: Values, given: Values, *, seed: int = 0
+) -> tuple[float, float, float, float]:
+    """Spearman's correlation of x and y with the ranks of a third partialled out: value, 95% low and high, p value.
+
+    It is Pearson's correlation of what is left of both ranks after regression on the third's. The interval is by
+    Fisher's transformation with one degree of freedom less, the p value by permutations of the residuals. NaN for fewer
+    than 5 values, where one is constant or not finite, and where the third leaves nothing of x or y.
+    """
+    variables = [np.asarray(values, float) for values in (x, y, given)]
+    usable = all(np.isfinite(values).all() and np.ptp(values) > 0 for values in variables if len(values))
+    if len(variables[0]) < 5 or not usable:
+        return (math.nan,) * 4
+    one, other, third = (stats.zscore(stats.rankdata(values)) for values in variables)
+    left, right = (ranks - (ranks @ third / len(third)) * third for ranks in (one, other))
+    if min(left @ left, right @ right) < 1e-9 * len(third):
+        return (math.nan,) * 4
+    left, right = (part / math.sqrt(part @ part) for part in (left, right))
+    rho = float(np.clip(left @ right, -1, 1))
+    middle = math.atanh(np.clip(rho, -1 + 1e-15, 1 - 1e-15))
+    reach = stats.norm.ppf(0.975) / math.sqrt(len(third) - 4)
+    order = np.random.default_rng(seed).random((_PERMUTATIONS, len(third))).argsort(1)
+    at_least = (np.abs(right[order] @ left) >= abs(rho) - 1e-12).sum()
+    p_value = float((at_least + 1) / (_PERMUTATIONS + 1))
+    return rho, math.tanh(middle - reach), math.tanh(middle + reach), p_value
 
 
 def _rank_correlation(x: np.ndarray, y: np.ndarray, seed: int) -> tuple[float, float, float, float]:
@@ -204,9 +274,8 @@ def stability(frame: pd.DataFrame, metric: str = "rel_change") -> pd.DataFrame:
     correlations = []
     for (site, layer), part in profiles.groupby(["site", "layer"]):
         between = [stats.spearmanr(part[a], part[b]).statistic for a, b in itertools.combinations(part, 2)]
-        correlations.append(
-            {"site": site, "layer": layer, "metric": "seed_rank_correlation", "value": float(np.mean(between))}
-        )
+        agreement = {"metric": "seed_rank_correlation", "value": float(np.mean(between))}
+        correlations.append({"site": site, "layer": layer, "change": metric, **agreement})
     return SPAN_STATISTICS.frame(correlations)
 
 

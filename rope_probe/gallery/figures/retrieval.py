@@ -8,6 +8,7 @@ import plotly.graph_objects as go
 
 from rope_probe.errors import InputError
 from rope_probe.gallery.figures.style import BESIDE, drawing, line_style, listed, styled
+from rope_probe.runs.intervals import share_interval
 
 _MARGIN = 1.15
 
@@ -31,8 +32,8 @@ def is_document_length(frame: pd.DataFrame) -> pd.Series:
 def retrieval_by_distance(frame: pd.DataFrame, label: str = "") -> go.Figure:
     """Accuracy of retrieval against distance, a line for each model: the mean over seeds, and every seed as a point.
 
-    With one seed the bars are its 95% intervals. The legend goes from the best to the worst at the farthest distance,
-    and so do thick lines to thin ones, which leaves those seen that lie under others.
+    Bars are 95% intervals that carry seeds and trials, of one seed trials alone. The legend goes from the best to the
+    worst at the farthest distance, and so do thick lines to thin ones, which leaves those seen that lie under others.
     Where the frame has document lengths, the one that most models trained on and their window stand as vertical lines.
     Raises InputError where the frame has no accuracy by distance.
     """
@@ -48,9 +49,13 @@ def retrieval_by_distance(frame: pd.DataFrame, label: str = "") -> go.Figure:
     for model, thickness in zip(order, np.linspace(1, 0.4, len(order)), strict=True):
         part = rows[rows["model"] == model]
         colour, dash, symbol = styles[model]
-        mean = part.groupby("distance")[["value", "low", "high"]].mean()
+        mean = _pooled(part, "distance")
         one = part["seed"].nunique() <= 1
-        bars = {"array": mean["high"] - mean["value"], "arrayminus": mean["value"] - mean["low"], "visible": one}
+        bars = {
+            "array": mean["high"] - mean["value"],
+            "arrayminus": mean["value"] - mean["low"],
+            "visible": bool(mean["low"].notna().any()),
+        }
         figure.add_trace(
             go.Scatter(
                 x=mean.index.to_numpy(),
@@ -83,7 +88,7 @@ def retrieval_by_distance(frame: pd.DataFrame, label: str = "") -> go.Figure:
     uneven = f" ({seeds.min()} to {seeds.max()} of them for a model)" if seeds.min() < seeds.max() else ""
     note = (
         f"window {listed(rows['seq_len'])} tokens, seeds {listed(rows['seed'])}{uneven}; lines: mean over seeds, "
-        f"points: seeds{', bars: 95% over trials, where there is one seed' if seeds.min() <= 1 else ''}"
+        f"points: seeds, bars: 95% over seeds and trials"
     )
     figure = styled(figure, "Retrieval by distance", label, note, height=560)
     ranked = {"text": f"best to worst<br>at {distances[-1]:,} tokens", "font": {"size": 12}}
@@ -94,7 +99,8 @@ def retrieval_by_distance(frame: pd.DataFrame, label: str = "") -> go.Figure:
 def retrieval_by_task(frame: pd.DataFrame, label: str = "") -> go.Figure:
     """Accuracy of tasks without a distance, points for each model: the mean over seeds, and every seed as a small one.
 
-    With one seed the lines are its 95% intervals. Raises InputError where the frame has no such accuracy.
+    Lines are 95% intervals that carry seeds and trials, of one seed trials alone. Raises InputError where the frame has
+    no such accuracy.
     """
     rows = frame[is_accuracy_of_task(frame)]
     if rows.empty:
@@ -104,9 +110,13 @@ def retrieval_by_task(frame: pd.DataFrame, label: str = "") -> go.Figure:
     figure = go.Figure()
     for i, (model, part) in enumerate(rows.groupby("model")):
         colour, _, symbol = line_style(i)
-        mean = part.groupby("task")[["value", "low", "high"]].mean()
+        mean = _pooled(part, "task")
         one = part["seed"].nunique() <= 1
-        bars = {"array": mean["high"] - mean["value"], "arrayminus": mean["value"] - mean["low"], "visible": one}
+        bars = {
+            "array": mean["high"] - mean["value"],
+            "arrayminus": mean["value"] - mean["low"],
+            "visible": bool(mean["low"].notna().any()),
+        }
         together = {"legendgroup": str(model), "offsetgroup": str(model), "mode": "markers"}
         figure.add_trace(
             go.Scatter(
@@ -131,9 +141,24 @@ def retrieval_by_task(frame: pd.DataFrame, label: str = "") -> go.Figure:
     note = "; ".join([
         f"window {listed(rows['seq_len'])} tokens, seeds {listed(rows['seed'])}",
         *(["points: mean over seeds, small ones: seeds"] if several.max() > 1 else []),
-        *(["lines: 95% over trials, where there is one seed"] if several.min() <= 1 else []),
+        "lines: 95% over seeds and trials",
     ])  # fmt: skip
     return styled(figure, "Retrieval by task", label, note, height=460).update_layout(legend=BESIDE)
+
+
+def _pooled(rows: pd.DataFrame, by: str) -> pd.DataFrame:
+    """`value`, `low` and `high` over seeds for each value of a column; of one seed they are its own.
+
+    Several seeds have no interval where runs do not tell their trials, or hold what is no accuracy.
+    """
+    pooled = rows.groupby(by)[["value", "low", "high"]].mean()
+    for key, part in rows.groupby(by):
+        if part["seed"].nunique() > 1:
+            known = "trials" in part and (part["trials"] > 0).fillna(False).all() and part["value"].between(0, 1).all()
+            trials = part["trials"].to_numpy(float) if known else None
+            interval = (math.nan, math.nan) if trials is None else share_interval(part["value"], trials)
+            pooled.loc[key, ["low", "high"]] = interval
+    return pooled
 
 
 def _landmarks(frame: pd.DataFrame) -> list[tuple[float, str]]:

@@ -7,20 +7,24 @@ from plotly.subplots import make_subplots
 from rope_probe.errors import InputError
 from rope_probe.gallery.figures.style import drawing, line_style, listed, styled
 
-_KL = ("loss_kl_nats", "signal_kl_nats")
+_KL = ("loss_kl_nats", "signal_kl_nats", "remaining_kl_nats")
 _GRADIENTS = ("loss_gradient", "signal_gradient")
+_COSINE = "remaining_gradient_cosine"
 _MATRIX = r"blocks\.\d+\.attn\.W_[QKV]"
 
 
 def is_signal(frame: pd.DataFrame) -> pd.Series:
     """Rows that `signal_of_distillation` draws."""
     matrix = frame["site"].str.fullmatch(_MATRIX).fillna(False)
-    return frame["metric"].isin(_KL) | (frame["metric"].isin(_GRADIENTS) & matrix)
+    return frame["metric"].isin(_KL) | (frame["metric"].isin([*_GRADIENTS, _COSINE]) & matrix)
 
 
 @drawing
 def signal_of_distillation(frame: pd.DataFrame, label: str = "") -> go.Figure:
-    """Of each student: the loss and the signal by distance (left), the signal's part of the gradients (right).
+    """Of each student: its loss against the teacher and the perturbed one by distance, and two views of its gradients.
+
+    The gradients' panels: the norm of what the perturbation takes over the loss's, and the cosine of the gradients with
+    and without it.
 
     The perturbation with the largest signal is drawn. Means over seeds, bars from the smallest to the largest. Raises
     InputError where the frame has no signal.
@@ -32,39 +36,58 @@ def signal_of_distillation(frame: pd.DataFrame, label: str = "") -> go.Figure:
     strongest = whole.groupby("perturbation")["value"].mean().idxmax()
     rows = rows[rows["perturbation"].isna() | (rows["perturbation"] == strongest)]
     rows = rows.assign(model=rows["model"].fillna(""))
-    titles = ("KL by tokens since the token last occurred", "part of the gradient's norm that hangs on position")
-    figure = make_subplots(rows=1, cols=2, subplot_titles=titles, horizontal_spacing=0.12)
+    titles = ("KL by tokens since the token last occurred", "gradient: size of what is taken", "with and without it")
+    figure = make_subplots(rows=1, cols=3, subplot_titles=titles, horizontal_spacing=0.1, column_widths=[1.6, 1, 1])
     signal = rows[rows["metric"] == _KL[1]]
     figure.add_trace(_by_distance(signal, "signal in the teacher's logits", {"color": "#000000", "dash": "dot"}), 1, 1)
     for i, (model, part) in enumerate(rows.groupby("model", sort=False)):
         colour, dash, symbol = line_style(i)
         loss = _by_distance(part[part["metric"] == _KL[0]], f"loss of {model}", {"color": colour, "dash": dash})
         figure.add_trace(loss, 1, 1)
+        remaining = part[part["metric"] == _KL[2]]
+        if len(remaining):
+            line = {"color": colour, "dash": "dot"}
+            figure.add_trace(_by_distance(remaining, f"loss of {model}, signal gone", line), 1, 1)
+            cosines = part[part["metric"] == _COSINE].groupby(["site", "seed"], dropna=False)["value"].mean()
+            cosine = _by_matrix(cosines.groupby("site").agg(["mean", "min", "max"]))
+            figure.add_trace(_marks(cosine, str(model), colour, symbol), 1, 3)
         sizes = part.groupby(["site", "seed", "metric"], dropna=False)["value"].mean().unstack("metric")
         sizes = sizes.reindex(columns=_GRADIENTS)
         share = (sizes[_GRADIENTS[1]] / sizes[_GRADIENTS[0]]).dropna().groupby("site").agg(["mean", "min", "max"])
-        share = share.loc[sorted(share.index, key=lambda site: (site.split(".")[1].zfill(4), "QKV".index(site[-1])))]
-        share.index = [site.removeprefix("blocks.").replace(".attn.", ", ") for site in share.index]
-        marks = go.Scatter(
-            x=share.index,
-            y=share["mean"],
-            error_y=_range(share),
-            mode="markers",
-            name=str(model),
-            marker={"color": colour, "symbol": symbol, "size": 10},
-            showlegend=False,
-        )
-        figure.add_trace(marks, 1, 2)
-    figure.update_xaxes(title="tokens since it last occurred, up to", type="category", tickangle=0, row=1, col=1)
+        figure.add_trace(_marks(_by_matrix(share), str(model), colour, symbol), 1, 2)
+    figure.update_xaxes(
+        title="tokens since it last occurred, up to", type="category", tickangle=90, title_standoff=4, row=1, col=1
+    )
     figure.update_yaxes(title="nats per position", rangemode="tozero", row=1, col=1)
-    figure.update_xaxes(title="layer and matrix of the student", row=1, col=2)
-    figure.update_yaxes(title="norm of what is taken / norm of the loss's", type="log", tickformat="~g", row=1, col=2)
+    figure.update_xaxes(title="layer, matrix", title_standoff=4, tickangle=90, row=1, col=2)
+    figure.update_yaxes(title="norm / norm of the loss's", type="log", tickformat="~g", row=1, col=2)
+    figure.update_xaxes(title="layer, matrix", title_standoff=4, tickangle=90, row=1, col=3)
+    figure.update_yaxes(title="cosine of the two gradients", range=[-1.05, 1.05], row=1, col=3)
     note = (
         f"taken from the teacher: {strongest}; window {listed(rows['seq_len'])} tokens, one window a seed, seeds "
         f"{listed(rows['seed'])}; bars: smallest to largest seed"
     )
-    return styled(figure, "What position contributes to distillation", label, note, height=560, below=72).update_layout(
-        legend={"orientation": "v", "x": 1.02, "y": 1, "yanchor": "top"}
+    return styled(
+        figure, "What position contributes to distillation", label, note, height=580, below=104
+    ).update_layout(legend={"orientation": "v", "x": 1.02, "y": 1, "yanchor": "top"})
+
+
+def _by_matrix(table: pd.DataFrame) -> pd.DataFrame:
+    """Rows by site in the order of layers, then Q, K, V, under short names."""
+    ordered = sorted(table.index, key=lambda site: (site.split(".")[1].zfill(4), "QKV".index(site[-1])))
+    names = {site: site.removeprefix("blocks.").replace(".attn.", ", ") for site in ordered}
+    return table.loc[ordered].rename(index=names)
+
+
+def _marks(table: pd.DataFrame, name: str, colour: str, symbol: str) -> go.Scatter:
+    return go.Scatter(
+        x=table.index,
+        y=table["mean"],
+        error_y=_range(table),
+        mode="markers",
+        name=name,
+        marker={"color": colour, "symbol": symbol, "size": 10},
+        showlegend=False,
     )
 
 

@@ -1,5 +1,7 @@
 """What changed between two checkpoints, by part, head and rotary pair; and what transplants of spans do."""
 
+from typing import NamedTuple
+
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
@@ -9,19 +11,20 @@ from rope_probe.gallery.figures.style import BESIDE, drawing, line_style, listed
 
 _PARTS = {"W_Q": "W_Q", "W_K": "W_K", "W_V": "W_V", "W_O": "W_O", "mlp": "MLP"}
 _ROTARY = ("W_Q", "W_K")
+_CHANGES = {"rel_change": "relative change", "change_norm": "norm of change"}
 _GREY = "#999999"
 
 
 def is_change_of_pair(frame: pd.DataFrame) -> pd.Series:
-    """Rows that `span_heatmap` and `span_heads` draw: relative change of a pair in W_Q or W_K."""
+    """Rows that `span_heatmap` and `span_heads` draw: change of a pair in W_Q or W_K, relative and its norm."""
     rotary = frame["site"].str.endswith(_ROTARY).fillna(False)
-    return rotary & frame["pair"].notna() & (frame["metric"] == "rel_change")
+    return rotary & frame["pair"].notna() & frame["metric"].isin(_CHANGES)
 
 
 def is_change_of_part(frame: pd.DataFrame) -> pd.Series:
-    """Rows that `change_by_part` draws: relative change of a part of a layer."""
+    """Rows that `change_by_part` draws: change of a part of a layer, relative and its norm."""
     part = frame["site"].str.split(".").str[-1].isin(list(_PARTS)).fillna(False)
-    return part & frame["layer"].notna() & frame["head"].isna() & (frame["metric"] == "rel_change")
+    return part & frame["layer"].notna() & frame["head"].isna() & frame["metric"].isin(_CHANGES)
 
 
 def is_landmark(frame: pd.DataFrame) -> pd.Series:
@@ -44,71 +47,78 @@ def is_transplant(frame: pd.DataFrame) -> pd.Series:
 
 @drawing
 def span_heatmap(frame: pd.DataFrame, label: str = "") -> go.Figure:
-    """Relative change of W_Q and W_K, layer x rotary pair: the mean over heads and seeds.
+    """Change of W_Q and W_K, layer x rotary pair, relative and below it its norm: the mean over heads and seeds.
 
     The axis has each pair's wavelength before and after; lines stand behind the last pair that completes a turn in the
     window before, and after, where the frame has these. Raises InputError where the frame has no changes by pair.
     """
     rows = _by_pair(frame)
     sites = [part for part in _ROTARY if rows["part"].eq(part).any()]
-    figure = make_subplots(rows=1, cols=len(sites), shared_yaxes=True, subplot_titles=sites, horizontal_spacing=0.04)
-    figure.update_annotations(yshift=14)
-    for column, part in enumerate(sites, start=1):
-        table = rows[rows["part"] == part].pivot_table(index="layer", columns="pair", values="value")
-        _heatmap(figure, table, [f"layer {layer}" for layer in table.index], _lengths(rows), frame, column)
-    figure.update_yaxes(autorange="reversed")
+    panels = _panels(rows, sites, horizontal_spacing=0.04, shared_yaxes=True)
+    for place, part in panels.parts:
+        table = part.pivot_table(index="layer", columns="pair", values="value")
+        _heatmap(panels, place, table, [f"layer {layer}" for layer in table.index], _lengths(rows), frame)
+    panels.figure.update_yaxes(autorange="reversed")
     title = "Which rotary pairs changed"
-    return styled(figure, title, label, _pair_note(rows, "mean over heads"), height=330 + 30 * len(table), below=95)
+    height = 100 + panels.rows * (230 + 30 * len(table))
+    return styled(panels.figure, title, label, _pair_note(rows, "mean over heads"), height=height, below=95)
 
 
 @drawing
 def span_heads(frame: pd.DataFrame, label: str = "") -> go.Figure:
-    """Relative change of W_Q and W_K by pair, for every head of every layer; otherwise as `span_heatmap`.
+    """Change of W_Q and W_K by pair, relative and below it its norm, for every head; otherwise as `span_heatmap`.
 
     With several seeds that of the first is drawn, since one seed's first head is not another's.
     """
     rows = _by_pair(frame)
     rows = rows[rows["seed"].fillna(-1) == rows["seed"].fillna(-1).min()]
     sites = [part for part in _ROTARY if rows["part"].eq(part).any()]
-    figure = make_subplots(rows=1, cols=len(sites), subplot_titles=sites, horizontal_spacing=0.1)
-    figure.update_annotations(yshift=14)
-    for column, part in enumerate(sites, start=1):
-        table = rows[rows["part"] == part].pivot_table(index=["layer", "head"], columns="pair", values="value")
+    panels = _panels(rows, sites, horizontal_spacing=0.1, shared_yaxes=False)
+    for place, part in panels.parts:
+        table = part.pivot_table(index=["layer", "head"], columns="pair", values="value")
         names = [f"{layer}.{head} " for layer, head in table.index]
-        _heatmap(figure, table, names, _lengths(rows), frame, column)
-    figure.update_yaxes(autorange="reversed", type="category", title="layer.head")
+        _heatmap(panels, place, table, names, _lengths(rows), frame)
+    panels.figure.update_yaxes(autorange="reversed", type="category", title="layer.head")
     tallest = rows.groupby("part").apply(lambda part: len(part[["layer", "head"]].drop_duplicates())).max()
-    height = 330 + min(22 * int(tallest), 1600)
-    return styled(figure, "Which pairs of which heads changed", label, _pair_note(rows, ""), height=height, below=95)
+    height = 100 + panels.rows * (230 + min(22 * int(tallest), 1600))
+    return styled(
+        panels.figure, "Which pairs of which heads changed", label, _pair_note(rows, ""), height=height, below=95
+    )
 
 
 @drawing
 def change_by_part(frame: pd.DataFrame, label: str = "") -> go.Figure:
-    """Relative change of W_Q against W_K, W_V, W_O and the MLP, by layer: the mean over seeds, every seed as a point.
+    """Change of W_Q against W_K, W_V, W_O and the MLP, by layer: the mean over seeds, every seed as a point.
 
-    Raises InputError where the frame has no changes of whole parts.
+    On the left relative to the norm before, on the right the norm of the change itself. Raises InputError where the
+    frame has no changes of whole parts.
     """
     rows = frame[is_change_of_part(frame)]
     if rows.empty:
         raise InputError("these results hold no changes of parts; compare two checkpoints with compare_spans")
     rows = rows.assign(part=rows["site"].str.split(".").str[-1])
-    figure = go.Figure()
-    for i, (part, name) in enumerate(_PARTS.items()):
-        mine = rows[rows["part"] == part]
-        mean = mine.groupby("layer")["value"].mean()
-        colour, dash, symbol = line_style(i)
-        line = {"color": colour, "dash": dash, "width": 2.5}
-        marker = {"symbol": symbol, "size": 10}
-        figure.add_trace(go.Scatter(x=mean.index, y=mean, name=name, mode="lines+markers", line=line, marker=marker))
-        if mine["seed"].nunique() > 1:
-            points = {"x": mine["layer"], "y": mine["value"], "mode": "markers", "showlegend": False}
-            figure.add_trace(
-                go.Scatter(**points, marker={"color": colour, "size": 5, "opacity": 0.5}, hoverinfo="skip")
-            )
+    metrics = [metric for metric in _CHANGES if rows["metric"].eq(metric).any()]
+    figure = make_subplots(rows=1, cols=len(metrics), horizontal_spacing=0.14)
+    for column, metric in enumerate(metrics, start=1):
+        for i, (part, name) in enumerate(_PARTS.items()):
+            mine = rows[(rows["part"] == part) & (rows["metric"] == metric)]
+            mean = mine.groupby("layer")["value"].mean()
+            colour, dash, symbol = line_style(i)
+            line = {"color": colour, "dash": dash, "width": 2.5}
+            marker = {"symbol": symbol, "size": 10}
+            together = {"mode": "lines+markers", "legendgroup": part, "showlegend": column == 1}
+            mean_line = go.Scatter(x=mean.index, y=mean, name=name, line=line, marker=marker, **together)
+            figure.add_trace(mean_line, row=1, col=column)
+            if mine["seed"].nunique() > 1:
+                points = {"x": mine["layer"], "y": mine["value"], "mode": "markers", "showlegend": False}
+                small = {"color": colour, "size": 5, "opacity": 0.5}
+                seeds = go.Scatter(**points, marker=small, hoverinfo="skip", legendgroup=part)
+                figure.add_trace(seeds, row=1, col=column)
+        title = "norm of change / norm before" if metric == "rel_change" else "norm of change"
+        figure.update_yaxes(title=title, rangemode="tozero", row=1, col=column)
     layers = sorted(rows["layer"].unique())
     ticks = {"tickvals": layers} if len(layers) <= 16 else {}
     figure.update_xaxes(title="layer", **ticks)
-    figure.update_yaxes(title="norm of change / norm before", rangemode="tozero")
     return styled(figure, "How much each part changed", label, _note(rows, ""), height=460)
 
 
@@ -221,28 +231,65 @@ def _lengths(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.groupby("pair")[["wavelength", "wavelength_after"]].first()
 
 
+class _Panels(NamedTuple):
+    """A figure of heatmaps: a row for each measure of change, a column for each site; the rows that each draws."""
+
+    figure: go.Figure
+    rows: int
+    parts: list[tuple[tuple[int, int], pd.DataFrame]]
+
+
+def _panels(rows: pd.DataFrame, sites: list[str], *, horizontal_spacing: float, shared_yaxes: bool) -> _Panels:
+    metrics = [metric for metric in _CHANGES if rows["metric"].eq(metric).any()]
+    titles = [f"{site}, {_CHANGES[metric]}" for metric in metrics for site in sites]
+    figure = make_subplots(
+        rows=len(metrics),
+        cols=len(sites),
+        shared_yaxes=shared_yaxes,
+        subplot_titles=titles,
+        horizontal_spacing=horizontal_spacing,
+        vertical_spacing=0.3 if len(metrics) > 1 else 0,
+    )
+    figure.update_annotations(yshift=14)
+    parts = []
+    for i, metric in enumerate(metrics, start=1):
+        bar = {"title": _CHANGES[metric].replace(" ", "<br>", 1), "len": 1 / len(metrics), "yanchor": "top"}
+        bar["y"] = 1 - (i - 1) / len(metrics)
+        axis = "coloraxis" if i == 1 else f"coloraxis{i}"
+        figure.update_layout({axis: {"colorscale": "Viridis", "colorbar": bar}})
+        for j, site in enumerate(sites, start=1):
+            parts.append(((i, j), rows[(rows["part"] == site) & (rows["metric"] == metric)]))
+    return _Panels(figure, len(metrics), parts)
+
+
 def _heatmap(
-    figure: go.Figure, table: pd.DataFrame, names: list[str], lengths: pd.DataFrame, frame: pd.DataFrame, column: int
+    panels: _Panels,
+    place: tuple[int, int],
+    table: pd.DataFrame,
+    names: list[str],
+    lengths: pd.DataFrame,
+    frame: pd.DataFrame,
 ) -> None:
     """One panel: rows by name, pairs along a common axis with their wavelengths, and where windows end in it."""
+    figure, (row, column) = panels.figure, place
     trace = go.Heatmap(
         z=table.to_numpy(),
         x=table.columns,
         y=names,
-        coloraxis="coloraxis",
+        coloraxis="coloraxis" if row == 1 else f"coloraxis{row}",
         hovertemplate="%{y}, pair %{x}: %{z:.4g}<extra></extra>",
     )
-    figure.add_trace(trace, row=1, col=column)
+    figure.add_trace(trace, row=row, col=column)
     step = max(1, len(lengths) // 8)
     shown = lengths.iloc[::step]
     text = [f"{_short(row.wavelength)}<br>{_short(row.wavelength_after)}" for row in shown.itertuples()]
     title = "wavelength before, and after"
-    figure.update_xaxes(tickvals=shown.index, ticktext=text, title=title, row=1, col=column)
+    figure.update_xaxes(tickvals=shown.index, ticktext=text, title=title, row=row, col=column)
     ends = frame[is_landmark(frame)].groupby(["phase", "seq_len"])["value"].first()
     for (phase, window), turning in ends.items():
         dash = "dot" if phase == "before" else "solid"
-        figure.add_vline(x=turning - 0.5, line={"color": "white", "width": 3, "dash": dash}, row=1, col=column)
-        axis = "" if column == 1 else str(column)
+        figure.add_vline(x=turning - 0.5, line={"color": "white", "width": 3, "dash": dash}, row=row, col=column)
+        axis = next(figure.select_xaxes(row=row, col=column)).plotly_name.removeprefix("xaxis")
         figure.add_annotation(
             x=turning - 0.5,
             y=1,
@@ -253,13 +300,14 @@ def _heatmap(
             showarrow=False,
             font={"size": 11, "color": "#555555"},
         )
-    figure.update_layout(coloraxis={"colorscale": "Viridis", "colorbar": {"title": "relative<br>change"}})
 
 
 def _note(rows: pd.DataFrame, how: str) -> str:
     seeds = listed(rows["seed"])
     return "; ".join(
-        part for part in ("norm of the change over the norm before", how, f"seeds {seeds}" if seeds else "") if part
+        part
+        for part in ("relative change: norm of the change over the norm before", how, f"seeds {seeds}" if seeds else "")
+        if part
     )
 
 
