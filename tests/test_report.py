@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from experiments import phase_scaling
 from experiments.theta_grid import THETA_GRID, cells
-from rope_probe import InputError, PositionShift, copy_deltas, load_model, repeated_window, rope, trace
+from rope_probe import InputError, PairTurn, PositionShift, copy_deltas, load_model, repeated_window, rope, trace
 from rope_probe.distillation import distillation_signal
 from rope_probe.distillation.log import LOSSES
 from rope_probe.gallery import figures as plots
@@ -97,6 +97,19 @@ def test_shifts_that_are_restricted_differently_are_not_pooled(tmp_path):
 def test_shifts_back_and_by_nothing_are_drawn():
     frame = trace(load_model(zoo.llama()), repeated_window(3, 4), [PositionShift("q", d) for d in (-4.0, 0.0, 4.0)])
     assert plots.dose_response(frame).layout.xaxis.type == "linear"
+
+
+def test_turns_by_one_angle_are_drawn_against_the_angle():
+    turns = [PairTurn("q", radians) for radians in (0.1, 1.0)]
+    frame = trace(load_model(zoo.llama()), repeated_window(zoo.tokens(1, 10)[0], 2), turns)
+    figure = plots.dose_response(frame)
+    kl = frame[frame["metric"] == "kl_nats"].groupby("radians")["value"].mean()
+    line = next(line for line in figure.data if line.name == "queries only")
+    np.testing.assert_allclose(line.x, kl.index)
+    np.testing.assert_allclose(line.y, kl)
+    assert figure.layout.xaxis.title.text == "turn of every pair, radians"
+    lowest, highest = figure.layout.yaxis.range
+    assert lowest < np.log10(kl.min()) < np.log10(kl.max()) < highest < lowest + 6  # no room down to rounding
 
 
 @pytest.mark.parametrize("drawing", plots.DRAWINGS, ids=lambda drawing: drawing.name)

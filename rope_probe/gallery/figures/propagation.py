@@ -16,7 +16,16 @@ SIDES = {
     "k": ("keys only", "#d55e00", "diamond-open", "dash"),
     "qk": ("both", "#009e73", "square", "solid"),
 }
-KINDS = {"PositionShift": "shift, tokens", "PositionJitter": "largest move of a position, tokens"}
+KINDS = {
+    "PositionShift": "shift, tokens",
+    "PositionJitter": "largest move of a position, tokens",
+    "PairTurn": "turn of every pair, radians",
+}
+MOVES = {
+    "PositionShift": "a shift of position",
+    "PositionJitter": "jitter of positions",
+    "PairTurn": "one angle for all pairs",
+}
 PANELS = {
     "hook_rot_q": "queries as rotated",
     "unrotated_q": "queries, rotation undone",
@@ -48,11 +57,17 @@ def _is_sized(frame: pd.DataFrame) -> pd.Series:
 
 
 def is_dose(frame: pd.DataFrame) -> pd.Series:
-    """Rows that `dose_response` draws: shifts, or jitter, of several sizes or not restricted to a part of the model."""
-    rows = frame["kind"].isin(list(KINDS)).fillna(False) & (frame["metric"] == "kl_nats") & _is_sized(frame)
+    """Rows that `dose_response` draws: shifts, jitter or turns, of several sizes or of the whole model."""
+    sized = np.isfinite(_dose(frame)) & frame["side"].isin(SIDES)
+    rows = frame["kind"].isin(list(KINDS)).fillna(False) & (frame["metric"] == "kl_nats") & sized
     alike = [frame[column] for column in ("run_id", "model", "arm", "masked", "kind", "restriction")]
-    doses = frame["delta_tokens"].where(rows).groupby(alike, dropna=False).transform("nunique")
-    return rows & ((doses > 1) | frame[["inject_layer", "head", "pair"]].isna().all(axis=1))
+    doses = _dose(frame).where(rows).groupby(alike, dropna=False).transform("nunique")
+    return rows & ((doses > 1) | (frame["restriction"].fillna("") == ""))
+
+
+def _dose(frame: pd.DataFrame) -> pd.Series:
+    """How large a move is, in tokens, or in radians where it is one angle for all pairs."""
+    return frame["delta_tokens"].mask((frame["kind"] == "PairTurn").fillna(False), frame["radians"])
 
 
 @drawing
@@ -127,7 +142,8 @@ def copy_heatmap(frame: pd.DataFrame, label: str = "") -> go.Figure:
 def dose_response(frame: pd.DataFrame, label: str = "") -> go.Figure:
     """KL of the logits against the tokens shifted, q only, k only and both; the float64 control of both dashed grey.
 
-    Or of jitter against its size. Raises InputError where the frame has neither, both, or ones restricted differently.
+    Or of jitter against its size, or of a turn of every pair against its angle. Raises InputError where the frame has
+    none of these, several, or ones restricted differently.
     """
     rows = frame[is_dose(frame)]
     if rows.empty:
@@ -138,16 +154,18 @@ def dose_response(frame: pd.DataFrame, label: str = "") -> go.Figure:
         raise InputError(
             f"these shifts are restricted in {kinds.size} ways, {', '.join(kinds)}; draw one way at a time"
         )
-    cancels = classes[0] == "PositionShift"
+    cancels = classes[0] in ("PositionShift", "PairTurn")
+    unit = "radians" if classes[0] == "PairTurn" else "tokens"
+    rows = rows.assign(dose=_dose(rows))
     figure = go.Figure()
     for side, (name, colour, symbol, dash) in SIDES.items():
         chosen = rows[rows["side"] == side]
         if chosen.empty:
             continue
         name = f"{name}, which cancels" if side == "qk" and cancels else name
-        curve = chosen.groupby("delta_tokens")[["value", "value_float64"]].agg(["mean", "min", "max"])
+        curve = chosen.groupby("dose")[["value", "value_float64"]].agg(["mean", "min", "max"])
         dose, value, exact = curve.index.to_numpy(), curve["value"], curve["value_float64"]["mean"]
-        hover = "%{x} tokens: %{y:.3g} nats"
+        hover = f"%{{x}} {unit}: %{{y:.3g}} nats"
         figure.add_trace(
             go.Scatter(
                 x=[*dose, *dose[::-1]],
@@ -185,8 +203,10 @@ def dose_response(frame: pd.DataFrame, label: str = "") -> go.Figure:
                     hovertemplate=hover,
                 )
             )
-    highest = np.log10(max(rows["value"].max(), 10 * _LOWEST_KL))
-    doses = sorted(rows["delta_tokens"].unique())
+    positive = rows["value"].where(rows["value"] > _LOWEST_KL)
+    highest = np.log10(max(positive.max(), 10 * _LOWEST_KL)) if positive.notna().any() else -15.0
+    lowest = np.log10(positive.min()) if (rows["value"] > _LOWEST_KL).all() else np.log10(_LOWEST_KL)
+    doses = sorted(rows["dose"].unique())
     figure.update_xaxes(
         type="log" if doses[0] > 0 else "linear", title=KINDS[classes[0]], tickvals=doses, tickformat="~g"
     )
@@ -194,12 +214,11 @@ def dose_response(frame: pd.DataFrame, label: str = "") -> go.Figure:
         type="log",
         title="KL(clean || perturbed), nats",
         exponentformat="power",
-        dtick=2,
-        range=[np.log10(_LOWEST_KL), highest + 0.5],
+        dtick=2 if highest - lowest > 6 else 1,
+        range=[lowest - 0.5, highest + 0.5],
     )
     note = f"lines: mean over documents, bands: smallest to largest document; {sample(rows)}"
-    what = "a shift of position" if cancels else "jitter of positions"
-    return styled(figure, f"How {what} changes the output", label, note, height=540)
+    return styled(figure, f"How {MOVES[classes[0]]} changes the output", label, note, height=540)
 
 
 def sample(rows: pd.DataFrame) -> str:
