@@ -540,7 +540,7 @@ def _kept_trials(out: Path, run: "Run") -> Iterator[Path]:
 
 @app.command(name="distill")
 def distill_command(
-    config: Annotated[Path, typer.Argument(help="TOML file; see README.")],
+    config: Annotated[Path, typer.Argument(help="TOML file; see docs/distillation.md.")],
     out: Annotated[Path | None, typer.Option(help="Run directory to write [default: the config's].")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was cut short.")] = False,
     seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Seed [default: the config's].")] = None,
