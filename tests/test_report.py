@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from experiments import phase_scaling
+from experiments.longred import SKILLS
 from experiments.theta_grid import THETA_GRID, cells
 from rope_probe import InputError, PositionShift, copy_deltas, load_model, repeated_window, rope, trace
 from rope_probe.distillation import distillation_signal
@@ -467,9 +468,13 @@ def test_the_gallery_draws_every_figure_of_its_experiment(tmp_path):
             made.record(LOSSES, losses(arm, 0, (2, 1), metric="kd_nats", phase="extension"))
     with new_run(tmp_path / "grid", "theta_grid", {}) as made:
         made.record(THETA_GRID, grid_rows())
+    with new_run(tmp_path / "arm", "longred", {}) as made:
+        made.record(SKILLS, only("skills", rows_for("trade_off", what_each_drawing_draws("arm")["trade_off"])))
     with new_run(tmp_path / "other", "other", {"note": "no figure"}) as made:
         made.record(LOSSES, [{"metric": "loss", "value": 1.0}])
-    page = gallery(map(tmp_path.joinpath, ("kd_phase_wise", "kd_small_theta", "grid", "other")), tmp_path / "out")
+    page = gallery(
+        map(tmp_path.joinpath, ("kd_phase_wise", "kd_small_theta", "grid", "arm", "other")), tmp_path / "out"
+    )
     found = re.findall(r'<iframe src="([^"]+)\.html"', page.read_text())
     assert found == [
         "1-phase-scaling-retrieval-by-distance-window-64",
@@ -477,6 +482,7 @@ def test_the_gallery_draws_every_figure_of_its_experiment(tmp_path):
         "3-phase-scaling-rotations-by-pair",
         "4-phase-scaling-loss-curves",
         "5-theta-grid-theta-grid",
+        "6-longred-trade-off-arm",
     ]
     assert "1 run, nothing to draw" in page.read_text()
     assert "no figure" in page.read_text()
