@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from experiments import phase_scaling
+from experiments.longred import SKILLS
 from experiments.theta_grid import THETA_GRID, cells
 from rope_probe import InputError, PairTurn, PositionShift, copy_deltas, load_model, repeated_window, rope, trace
 from rope_probe.distillation import distillation_signal
@@ -487,9 +488,13 @@ def test_the_gallery_draws_every_figure_of_its_experiment(tmp_path):
             made.record(LOSSES, losses(arm, 0, (2, 1), metric="kd_nats", phase="extension"))
     with new_run(tmp_path / "grid", "theta_grid", {}) as made:
         made.record(THETA_GRID, grid_rows())
+    with new_run(tmp_path / "arm", "longred", {}) as made:
+        made.record(SKILLS, only("skills", rows_for("trade_off", what_each_drawing_draws("arm")["trade_off"])))
     with new_run(tmp_path / "other", "other", {"note": "no figure"}) as made:
         made.record(LOSSES, [{"metric": "loss", "value": 1.0}])
-    page = gallery(map(tmp_path.joinpath, ("kd_phase_wise", "kd_small_theta", "grid", "other")), tmp_path / "out")
+    page = gallery(
+        map(tmp_path.joinpath, ("kd_phase_wise", "kd_small_theta", "grid", "arm", "other")), tmp_path / "out"
+    )
     found = re.findall(r'<iframe src="([^"]+)\.html"', page.read_text())
     assert found == [
         "1-phase-scaling-retrieval-by-distance-window-64",
@@ -497,6 +502,7 @@ def test_the_gallery_draws_every_figure_of_its_experiment(tmp_path):
         "3-phase-scaling-rotations-by-pair",
         "4-phase-scaling-loss-curves",
         "5-theta-grid-theta-grid",
+        "6-longred-trade-off-arm",
     ]
     assert "1 run, nothing to draw" in page.read_text()
     assert "no figure" in page.read_text()
@@ -788,6 +794,10 @@ def what_each_drawing_draws(name):
     return {
         "retrieval_by_distance": every(0, **accuracies)
         + every(16, **runs, metric=["document_length"], phase=["extension"], seq_len=[16]),
+        "trade_off": every(
+            0, **runs, metric=["short_accuracy", "long_accuracy"], arm=[name], seq_len=[64], query_scale=[1.0],
+            low=[0.0], high=[1.0],
+        ),
         "theta_grid": every(0, **{**base, **accuracies, "distance": [512]}, phase=[name], steps=[75],
                             long_theta=[300.0, 20_000.0])
         + every(1, **base, metric=["gate_accuracy"], phase=["short"], seq_len=[64]),

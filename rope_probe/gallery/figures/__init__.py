@@ -18,6 +18,7 @@ from rope_probe.gallery.figures import (
     sensitivity,
     signal,
     spans,
+    trade,
     training,
 )
 from rope_probe.gallery.figures.cost import trace_cost
@@ -35,6 +36,7 @@ from rope_probe.gallery.figures.sensitivity import (
 )
 from rope_probe.gallery.figures.signal import signal_of_distillation
 from rope_probe.gallery.figures.spans import causal_curves, change_by_part, span_heads, span_heatmap, transplants
+from rope_probe.gallery.figures.trade import trade_off
 from rope_probe.gallery.figures.training import loss_curves
 from rope_probe.names import KEY_VALUE
 
@@ -61,6 +63,7 @@ __all__ = [
     "span_heatmap",
     "theta_grid",
     "trace_cost",
+    "trade_off",
     "transplants",
 ]
 
@@ -126,6 +129,7 @@ DRAWINGS = [
         retrieval_by_task,
         lambda rows: [_phase(rows), "window " + rows["seq_len"].astype("string")],
     ),
+    Drawing("trade_off", ("skills",), trade.is_skill, trade_off, lambda rows: [rows["arm"].fillna("")]),
     Drawing("theta_grid", ("theta_grid",), grid.is_cell, theta_grid, context=grid.is_gate),
     Drawing(
         "rotations_by_pair", ("geometry",), geometry.is_rotations, rotations_by_pair, context=geometry.is_spectrum_use

@@ -1,0 +1,73 @@
+"""What extension buys and costs: skill far away in the long window against skill in the short one."""
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from rope_probe.errors import InputError
+from rope_probe.gallery.figures.style import BESIDE, drawing, line_style, listed, styled
+from rope_probe.retrieval.probe import student_interval
+
+_SHORT, _LONG = "short_accuracy", "long_accuracy"
+
+
+def is_skill(frame: pd.DataFrame) -> pd.Series:
+    """Rows with the accuracy of a model in one of the two windows, its queries as they are."""
+    return frame["metric"].isin([_SHORT, _LONG]) & (frame["query_scale"] == 1).fillna(False)
+
+
+@drawing
+def trade_off(frame: pd.DataFrame, label: str = "") -> go.Figure:
+    """Accuracy far away against accuracy in the short window, a point for each model: the mean over seeds.
+
+    Bars are 95% intervals: Student's over seeds inside 0 to 1, with one seed those over trials. Raises InputError where
+    no model has both.
+    """
+    rows = frame[is_skill(frame)]
+    rows = rows.assign(model=rows["model"].fillna(""))
+    points = {
+        model: (_pooled(part, _SHORT), _pooled(part, _LONG))
+        for model, part in rows.groupby("model")
+        if {_SHORT, _LONG} <= set(part["metric"])
+    }
+    if not points:
+        raise InputError("these results hold no model with skill in both windows; run experiments.longred")
+    figure = go.Figure()
+    for i, (model, (short, long)) in enumerate(points.items()):
+        colour, _, symbol = line_style(i)
+        figure.add_trace(
+            go.Scatter(
+                x=[short[0]],
+                y=[long[0]],
+                error_x=_bars(short),
+                error_y=_bars(long),
+                name=model,
+                mode="markers",
+                marker={"color": colour, "symbol": symbol, "size": 12},
+                hovertemplate="short %{x:.3f}, long %{y:.3f}",
+                showlegend=True,
+            )
+        )
+    windows = {metric: listed(rows.loc[rows["metric"] == metric, "seq_len"]) for metric in (_SHORT, _LONG)}
+    figure.update_xaxes(title=f"accuracy in a window of {windows[_SHORT]} tokens", range=[-0.03, 1.03])
+    figure.update_yaxes(title=f"accuracy far away in a window of {windows[_LONG]} tokens", range=[-0.03, 1.03])
+    several = rows.groupby("model")["seed"].nunique().max() > 1
+    bars = "Student's over seeds, over trials where there is one seed" if several else "over trials"
+    note = f"points: means over distances and seeds {listed(rows['seed'])}; bars: 95%, {bars}"
+    return styled(figure, "Long skill against short skill", label, note, height=560).update_layout(legend=BESIDE)
+
+
+def _pooled(rows: pd.DataFrame, metric: str) -> tuple[float, float, float]:
+    """Mean over seeds with its interval; of one seed its own interval."""
+    part = rows[rows["metric"] == metric]
+    mean = part["value"].mean()
+    if part["seed"].nunique() > 1:
+        low, high = np.clip(student_interval(part.groupby("seed")["value"].mean()), 0, 1)
+    else:
+        low, high = part["low"].fillna(mean).mean(), part["high"].fillna(mean).mean()
+    return mean, float(low), float(high)
+
+
+def _bars(pooled: tuple[float, float, float]) -> dict:
+    mean, low, high = pooled
+    return {"array": [max(high - mean, 0.0)], "arrayminus": [max(mean - low, 0.0)], "thickness": 1, "width": 3}
