@@ -1,8 +1,8 @@
 """Multiple choice made of a text, with no download: which words end this sentence?
 
-A question gives the text before a sentence and the sentence's beginning. The choices are the last words of that sentence and
-of three others of the same document. The model's choice is the one of the highest mean log-probability a token, so that a
-choice's length counts for little. Chance is 1 / 4.
+A question gives the text before a sentence and the sentence's beginning. The choices are the last words of that
+sentence and of three others of the same document. The model's choice is the one of the highest mean log-probability
+a token, so that a choice's length counts for little. Chance is 1 / 4.
 """
 
 import re
@@ -52,8 +52,9 @@ class _Sentence:
 
 
 def questions(documents: Sequence[str], count: int, *, seed: int = 0) -> list[Question]:
-    """`count` questions about sentences of these documents, no sentence asked for twice; a pure function of the arguments.
+    """`count` questions about sentences of these documents, none of them asked for twice.
 
+    They are a pure function of the arguments.
     Distractors stand neither in the context nor in the sentence, and are not the same words as the truth.
     Raises InputError where the documents have not sentences enough.
     """
@@ -103,7 +104,7 @@ def _words(text: str, sentence: _Sentence) -> str:
 
 
 def answered(model: HookedCausalLM, asked: Sequence[Question]) -> pd.DataFrame:
-    """A row for each question: `question`, its number, and `correct`, 1 where the truth has the highest score, else 0."""
+    """A row for each question: `question`, its number, and `correct`, 1 if the truth has the highest score, else 0."""
     with model.measuring():
         correct = [float(int(_scores(model, question).argmax()) == question.truth) for question in asked]
     return pd.DataFrame({"question": range(len(asked)), "correct": correct})

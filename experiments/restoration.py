@@ -1,17 +1,17 @@
 """SmolLM2-135M with a larger theta: does drift foresee what short text loses, and does a short LongReD run restore it?
 
-The text is the language reference that Python carries. A unit of each interval is a window of one document, a passkey trial
-or a multiple-choice question (`experiments.cloze`).
+The text is the language reference that Python carries. A unit of each interval is a window of one document, a passkey
+trial or a multiple-choice question (`experiments.cloze`).
 
 - `drift`: the model untrained at one theta. Drift by layer, loss of natural text (also with scaled queries), passkeys,
   multiple choice.
-- `train`: theta as in the paper, 40 times the original's or near it, by LongReD-U or by cross-entropy alone on long text. Same
-  tokens, optimiser and learning rate.
+- `train`: theta as in the paper, 40 times the original's or near it, by LongReD-U or by cross-entropy alone on long
+  text. Same tokens, optimiser and learning rate.
 - `evaluate`: original, swapped and both trained models on documents that no training read.
 - `beyond`: passkeys in a window longer than the model was pretrained on.
 
-"Long" text has 1,024 tokens in training. That is inside the pretrained window of 8,192, so this tests restoration of short
-skill and not extension. The full plan only: it takes about an hour.
+"Long" text has 1,024 tokens in training. That is inside the pretrained window of 8,192, so this tests restoration of
+short skill and not extension. The full plan only: it takes about an hour.
 
     python -m experiments.restoration drift 5000000 runs/restoration/drift-5000000
 """
@@ -54,18 +54,20 @@ PREDICTIONS = {
     2: "Over thetas, attention KL foresees the loss: Spearman's correlation, within a document, .9 or more.",
     3: "The ratio of the thetas alone foresees it as well: its correlation is not lower than that of attention KL.",
     4: "At one theta, documents of more attention KL lose more: partial rank correlation above .3.",
-    5: "The layer whose attention KL foresees best on half of the windows does no better on the others than the mean over "
-    "layers: its correlation there is not higher by .1.",
-    6: "The best of a few scalings of queries, chosen on half of the windows, restores less than a quarter of what theta "
-    "5,000,000 costs the other half.",
+    5: "The layer whose attention KL foresees best on half of the windows does no better on the others than the mean "
+    "over layers: its correlation there is not higher by .1.",
+    6: "The best of a few scalings of queries, chosen on half of the windows, restores less than a quarter of what "
+    "theta 5,000,000 costs the other half.",
     7: "Multiple choice hardly falls: at theta 5,000,000 accuracy is at most .1 below the original's.",
     8: "LongReD-U restores half or more of the loss that the swap cost windows of 256 tokens.",
-    9: "Cross-entropy on long text of the same kind restores more of it than LongReD-U does: it learns the kind of text.",
+    9: "Cross-entropy on long text of the same kind restores more of it than LongReD-U does: it learns the kind of "
+    "text.",
     10: "LongReD-U ends nearer to the original than cross-entropy does: a smaller cosine distance of the last state.",
     11: "Multiple choice: LongReD-U answers as well as cross-entropy or better.",
     12: "A passkey in 12,288 tokens is likelier to the swapped model than to the original, by 5 nats or more.",
 }
-"""Written before the first run. 12 had not been seen; that smaller thetas than the original's keep passkeys, untrained, had."""
+"""Written before the first run. That passkeys outlive a smaller theta than the original's, untrained, had been seen; the
+rest had not."""
 
 MODEL = "smollm2-135m"
 ORIGINAL_THETA, TRAINED_THETA = 100_000.0, 5_000_000.0

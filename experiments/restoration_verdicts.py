@@ -68,7 +68,7 @@ def over_thetas(foreseen_by: pd.DataFrame, rise: pd.DataFrame) -> np.ndarray:
 
 
 def at_one_theta(foreseen_by: pd.DataFrame, rise: pd.DataFrame) -> float:
-    """Partial rank correlation over windows: Pearson's of ranks taken within each theta, so theta itself tells nothing."""
+    """Partial rank correlation over windows: of ranks taken within each theta, so that theta itself tells nothing."""
     centred = [frame.rank(axis=0) - (len(frame) + 1) / 2 for frame in (foreseen_by, rise)]
     return float(np.corrcoef(centred[0].to_numpy().ravel(), centred[1].to_numpy().ravel())[0, 1])
 
