@@ -66,18 +66,18 @@ PREDICTIONS = {
     11: "Multiple choice: LongReD-U answers as well as cross-entropy or better.",
     12: "A passkey in 12,288 tokens is likelier to the swapped model than to the original, by 5 nats or more.",
 }
-"""Written before the first run. That passkeys outlive a smaller theta than the original's, untrained, had been seen; the
-rest had not."""
+"""Written before the first run. That passkeys outlive a smaller theta than the original's, untrained, had been seen;
+the rest had not."""
 
 MODEL = "smollm2-135m"
 ORIGINAL_THETA, TRAINED_THETA = 100_000.0, 5_000_000.0
 """LongReD goes from 500,000 to 2e7, 40 times; of the thetas below, 5,000,000 is the nearest to that ratio."""
 THETAS = (ORIGINAL_THETA, 200_000.0, 500_000.0, 1e6, 2e6, TRAINED_THETA, 1e7)
 SCALINGS = (1.1, 1.2, 1.3)
-WINDOW, WINDOWS = 512, 10
+WINDOW, WINDOWS = 512, 8
 SHORT, SHORT_WINDOWS, LONG, LONG_WINDOWS = 256, 16, 2048, 5
 DRIFT_WINDOWS = 6
-QUESTIONS = 48
+QUESTIONS = 40
 PASSKEY_WINDOW, PASSKEY_DISTANCE, PASSKEY_TRIALS = 1024, 700, 4
 BEYOND_WINDOW, BEYOND_DISTANCE, BEYOND_TRIALS = 12_288, 10_000, 3
 RESTORED_SITES = 5
@@ -155,8 +155,23 @@ def model_of(name: str, original: HookedCausalLM, trained: Path | None) -> tuple
 
 
 def all_texts() -> list[str]:
-    """The documents, longest first."""
-    return sorted(embedded_text.documents(), key=lambda text: (-len(text), text))
+    """The documents, longest first, but none that has a paragraph in common with a longer one.
+
+    Some topics are chapters of others, or the same text under two names.
+    """
+    kept: list[str] = []
+    said: set[str] = set()
+    for text in sorted(embedded_text.documents(), key=lambda text: (-len(text), text)):
+        paragraphs = long_paragraphs(text)
+        if not paragraphs & said:
+            kept.append(text)
+        said |= paragraphs
+    return kept
+
+
+def long_paragraphs(text: str) -> set[str]:
+    """Paragraphs of 60 characters or more, whatever their line breaks."""
+    return {spoken for paragraph in text.split("\n\n") if len(spoken := " ".join(paragraph.split())) >= 60}
 
 
 def held_out_texts() -> list[str]:
