@@ -3,8 +3,8 @@
 The text is the language reference that Python carries. A unit of each interval is a window of one document, a passkey
 trial or a multiple-choice question (`experiments.cloze`).
 
-- `drift`: the model untrained at one theta. Drift by layer, loss of natural text (also with scaled queries), passkeys,
-  multiple choice.
+- `drift`: the model untrained at one theta. Drift by layer, loss of natural text, passkeys, multiple choice.
+- `scaling`: loss of the same windows with scaled queries.
 - `train`: theta as in the paper, 40 times the original's or near it, by LongReD-U or by cross-entropy alone on long
   text. Same tokens, optimiser and learning rate.
 - `evaluate`: original, swapped and both trained models on documents that no training read.
@@ -81,15 +81,15 @@ QUESTIONS = 40
 PASSKEY_WINDOW, PASSKEY_DISTANCE, PASSKEY_TRIALS = 1024, 700, 4
 BEYOND_WINDOW, BEYOND_DISTANCE, BEYOND_TRIALS = 12_288, 10_000, 3
 RESTORED_SITES = 5
-TRAIN_WINDOW, STEP_TOKENS, STEPS = 1024, 2048, 20
-Part = Literal["drift", "train", "evaluate", "beyond"]
+TRAIN_WINDOW, STEP_TOKENS, STEPS = 1024, 2048, 12
+Part = Literal["drift", "scaling", "train", "evaluate", "beyond"]
 ARMS = ("long_ce", "longred_u")
 MODELS = ("original", "swapped", *ARMS)
 
 
 def measure(
     part: Part,
-    name: Annotated[str, typer.Argument(help="A theta for `drift`, an arm or model for the others.")],
+    name: Annotated[str, typer.Argument(help="A theta for `drift` and `scaling`, an arm or model for the others.")],
     out: Path,
     trained: Annotated[Path | None, typer.Option(help="Run of `train`, for `evaluate` and `beyond`.")] = None,
     drifted: Annotated[Path | None, typer.Option(help="Run of `drift`, from which `train` takes its sites.")] = None,
@@ -108,10 +108,13 @@ def measure(
             model = swapped(original, float(name))
             rows = [
                 *drift_rows(original, model, windows(original, all_texts(), WINDOW, WINDOWS)),
-                *scaling_rows(model, windows(original, all_texts(), WINDOW, WINDOWS)),
                 *passkey_rows(model, PASSKEY_WINDOW, PASSKEY_DISTANCE, PASSKEY_TRIALS),
                 *choice_rows(model, all_texts()),
             ]
+            run.record(RESTORATION, rows, model=MODEL, theta=float(name))
+            return
+        if part == "scaling":
+            rows = scaling_rows(swapped(original, float(name)), windows(original, all_texts(), WINDOW, WINDOWS))
             run.record(RESTORATION, rows, model=MODEL, theta=float(name))
             return
         model, theta = model_of(name, original, trained)
@@ -380,8 +383,9 @@ def stages(options: Options) -> dict[str, Stage]:
     if not options.full or not is_available(MODEL):
         return {}
     sites = f"drift-{TRAINED_THETA:.0f}"
-    planned = [_stage("drift", f"{theta:.0f}", options, 240.0) for theta in THETAS]
-    planned += [_stage("train", arm, options, 900.0, drifted=sites if arm == "longred_u" else None) for arm in ARMS]
+    planned = [_stage("drift", f"{theta:.0f}", options, 150.0) for theta in THETAS]
+    planned += [_stage("scaling", f"{theta:.0f}", options, 60.0) for theta in THETAS]
+    planned += [_stage("train", arm, options, 400.0, drifted=sites if arm == "longred_u" else None) for arm in ARMS]
     for part, seconds in (("evaluate", 200.0), ("beyond", 300.0)):
         for name in MODELS:
             trained = f"train-{name}" if name in ARMS else None

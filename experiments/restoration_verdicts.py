@@ -35,6 +35,9 @@ SHORT, LONG = 256, 2048
 RESAMPLES = 2000
 _SEED = 0
 
+ABOVE_0 = float(np.nextafter(0, 1))
+"""For claims of "above 0", which a difference of exactly 0 does not meet."""
+
 Statistic = Callable[[np.ndarray], float]
 
 
@@ -68,9 +71,13 @@ def over_thetas(foreseen_by: pd.DataFrame, rise: pd.DataFrame) -> np.ndarray:
 
 
 def at_one_theta(foreseen_by: pd.DataFrame, rise: pd.DataFrame) -> float:
-    """Partial rank correlation over windows: of ranks taken within each theta, so that theta itself tells nothing."""
+    """Partial rank correlation over windows: of ranks taken within each theta, so that theta itself tells nothing.
+
+    NaN where nothing varies over windows.
+    """
     centred = [frame.rank(axis=0) - (len(frame) + 1) / 2 for frame in (foreseen_by, rise)]
-    return float(np.corrcoef(centred[0].to_numpy().ravel(), centred[1].to_numpy().ravel())[0, 1])
+    with np.errstate(invalid="ignore"):
+        return float(np.corrcoef(centred[0].to_numpy().ravel(), centred[1].to_numpy().ravel())[0, 1])
 
 
 def best_layer(rows: pd.DataFrame, units: Iterable[int]) -> int:
@@ -153,13 +160,13 @@ def _of_training(rows: pd.DataFrame) -> list[dict]:
         told.append(_share_beside("share that long cross-entropy restores", by_ce))
         difference = short["longred_u"] - short["long_ce"]
         told.append(
-            _judge(9, "loss of LongReD-U less that of cross-entropy at 256 tokens, above 0", difference, low=0.0)
+            _judge(9, "loss of LongReD-U less that of cross-entropy at 256 tokens, above 0", difference, low=ABOVE_0)
         )
         last = rows[(rows["metric"] == COSINE_DISTANCE)]
         last = _of_models(last[last["layer"] == last["layer"].max()], COSINE_DISTANCE)
         nearer = last["long_ce"] - last["longred_u"]
         told.append(
-            _judge(10, "cosine distance of the last state, cross-entropy's less LongReD-U's, above 0", nearer, 0.0)
+            _judge(10, "cosine distance of the last state, cross-entropy's less LongReD-U's, above 0", nearer, ABOVE_0)
         )
         correct = _of_models(rows, "choice_correct")
         better = correct["longred_u"] - correct["long_ce"]

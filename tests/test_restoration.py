@@ -1,4 +1,4 @@
-"""Multiple choice made of text, and what is said of a real model's drift and restoration: arithmetic on planted rows."""
+"""Multiple choice made of text, and what is said of a real model's drift and restoration, on planted rows."""
 
 import dataclasses
 from pathlib import Path
@@ -98,8 +98,10 @@ def test_scores_are_mean_log_probabilities_of_each_choice_alone(asked):
 def test_training_reads_no_document_that_is_held_out(tmp_path):
     read = {Path(file).read_text(encoding="utf-8") for file in restoration.written_texts(tmp_path / "texts")}
     held_out = set(restoration.held_out_texts())
-    assert not read & held_out
-    assert read | held_out == set(documents())
+    assert len(read) + len(held_out) == len(restoration.all_texts()) < len(set(documents()))
+    learnt, asked = (set().union(*map(restoration.long_paragraphs, texts)) for texts in (read, held_out))
+    assert len(learnt) > 300
+    assert not learnt & asked
 
 
 def test_the_arms_read_as_much_and_longred_in_its_published_mix():
@@ -123,7 +125,7 @@ def test_the_arms_read_as_much_and_longred_in_its_published_mix():
 def test_it_is_planned_in_full_alone():
     assert restoration.stages(Options(Path("runs"))) == {}
     planned = restoration.stages(Options(Path("runs"), full=True))
-    assert len(planned) == (len(restoration.THETAS) + 2 + 8 if is_available(restoration.MODEL) else 0)
+    assert len(planned) == (2 * len(restoration.THETAS) + 2 + 8 if is_available(restoration.MODEL) else 0)
 
 
 LAYER_THAT_KNOWS = 2
@@ -131,8 +133,8 @@ COSTS = np.array([0.3, 0.9, 0.5, 0.7, 0.4, 0.8, 0.6, 1.0, 0.35, 0.95])
 """What ten documents lose for each step of theta."""
 
 
-def untrained_rows(noise=0.0):
-    """Loss rises by a document's cost with log theta; the attention of one layer says so, that of others says nothing."""
+def untrained_rows():
+    """Loss rises by a document's cost with log theta; the attention of one layer says so, that of others nothing."""
     rng = np.random.default_rng(0)
     rows = []
     for theta in restoration.THETAS:
@@ -176,8 +178,7 @@ def test_theta_itself_says_nothing_of_documents():
     rise = said.rise_of_loss(untrained_rows())
     of_theta = pd.DataFrame([np.log(rise.columns)] * len(rise), index=rise.index, columns=rise.columns)
     np.testing.assert_allclose(said.over_thetas(of_theta, rise), 1.0)
-    with np.errstate(invalid="ignore"):
-        assert np.isnan(said.at_one_theta(of_theta, rise))
+    assert np.isnan(said.at_one_theta(of_theta, rise))
 
 
 def trained_rows():
@@ -189,7 +190,7 @@ def trained_rows():
             rows.append(
                 {**place, "seq_len": 256, "query_scale": 1.0, "metric": "loss_nats", "value": loss + 0.01 * unit}
             )
-            rows.append({**place, "seq_len": 512, "layer": 3, "metric": COSINE_DISTANCE, "value": abs(loss - 2) + unit})
+            rows.append({**place, "seq_len": 512, "layer": 3, "metric": COSINE_DISTANCE, "value": abs(loss - 2)})
             rows.append({**place, "metric": "choice_correct", "value": float(unit % 2)})
             logprob = -20.0 if model == "original" else -12.0 - unit / 10
             rows.append(
@@ -206,7 +207,8 @@ def test_verdicts_of_training_are_arithmetic():
     table = table.dropna(subset=["prediction"]).set_index("prediction")
     assert (table.loc[8, "measured"], table.loc[8, "held"]) == (pytest.approx(0.75), "held")
     assert (table.loc[9, "measured"], table.loc[9, "held"]) == (pytest.approx(0.5), "held")
-    assert table.loc[10, "held"] == "undecided"  # both are .25 away: a difference of 0 is not above 0
+    assert (table.loc[10, "measured"], table.loc[10, "held"]) == (0, "not held")  # both .25 away: 0 is not above 0
+    assert (table.loc[11, "measured"], table.loc[11, "held"]) == (0, "held")
     assert table.loc[12, "held"] == "held"
     shown = said.tables_of(rows)["after training"]
     assert len(shown) == 4
@@ -214,5 +216,5 @@ def test_verdicts_of_training_are_arithmetic():
 
 def test_a_part_that_was_left_out_is_not_judged():
     table = said.judged(trained_rows().query("seq_len != 12288"))
-    assert 12 not in table["prediction"].tolist()
+    assert 12 not in table["prediction"].dropna().tolist()
     assert said.judged(trained_rows().iloc[:0]).empty
