@@ -75,9 +75,14 @@ def at_one_theta(foreseen_by: pd.DataFrame, rise: pd.DataFrame) -> float:
 
     NaN where nothing varies over windows.
     """
-    centred = [frame.rank(axis=0) - (len(frame) + 1) / 2 for frame in (foreseen_by, rise)]
+    return _at_one_theta(foreseen_by.to_numpy(), rise.to_numpy())
+
+
+def _at_one_theta(foreseen_by: np.ndarray, rise: np.ndarray) -> float:
+    """The same of arrays [windows, thetas]."""
+    centred = [stats.rankdata(values, axis=0) - (len(values) + 1) / 2 for values in (foreseen_by, rise)]
     with np.errstate(invalid="ignore"):
-        return float(np.corrcoef(centred[0].to_numpy().ravel(), centred[1].to_numpy().ravel())[0, 1])
+        return float(np.corrcoef(centred[0].ravel(), centred[1].ravel())[0, 1])
 
 
 def best_layer(rows: pd.DataFrame, units: Iterable[int]) -> int:
@@ -120,23 +125,22 @@ def _of_drift(rows: pd.DataFrame) -> list[dict]:
         _judge(3, "correlation of log theta ratio less that of attention KL, 0 or more", of_ratio - of_drift, 0.0)
     )
     told.append(_beside("over thetas, correlation of log theta ratio and loss", of_ratio))
-    units = rise.index.to_numpy()
+    of_documents, of_all = rise.to_numpy(), kl.loc[rise.index].to_numpy()
 
     def partial(chosen: np.ndarray) -> float:
-        return at_one_theta(kl.loc[chosen], rise.loc[chosen])
+        return _at_one_theta(of_all[chosen], of_documents[chosen])
 
-    told.append(_judge_resampled(4, "at one theta, partial rank correlation above .3", units, partial, low=0.3))
-    even = units[units % 2 == 0]
-    odd = units[units % 2 == 1]
-    layer = best_layer(rows, even)
-    of_layer = attention_drift(rows, layer)
+    rows_of = np.arange(len(rise))
+    told.append(_judge_resampled(4, "at one theta, partial rank correlation above .3", rows_of, partial, low=0.3))
+    even = rise.index.to_numpy() % 2 == 0
+    layer = best_layer(rows, rise.index[even])
+    of_layer = attention_drift(rows, layer).loc[rise.index].to_numpy()
 
     def gain(chosen: np.ndarray) -> float:
-        return at_one_theta(of_layer.loc[chosen], rise.loc[chosen]) - partial(chosen)
+        return _at_one_theta(of_layer[chosen], of_documents[chosen]) - partial(chosen)
 
-    told.append(
-        _judge_resampled(5, f"partial correlation of layer {layer} less that of all, below .1", odd, gain, high=0.1)
-    )
+    claim = f"partial correlation of layer {layer} less that of all, below .1"
+    told.append(_judge_resampled(5, claim, rows_of[~even], gain, high=0.1))
     if trained_theta in rise:
         scale, losses = restored_by_scaling(rows, trained_theta)
         claim = f"share of the cost of theta 5,000,000 restored by queries x {scale:g}, below .25"
@@ -206,14 +210,19 @@ def _judge_resampled(
 
 
 def _judge_share(number: int, claim: str, losses: pd.DataFrame, low: float = -np.inf, high: float = np.inf) -> dict:
-    units = losses.index.to_numpy()
-    return _judge_resampled(number, claim, units, lambda chosen: share_restored(losses.loc[chosen]), low, high)
+    return _judge_resampled(number, claim, np.arange(len(losses)), _share_of(losses), low, high)
 
 
 def _share_beside(claim: str, losses: pd.DataFrame) -> dict:
-    units = losses.index.to_numpy()
-    low, high = resampled(units, lambda chosen: share_restored(losses.loc[chosen]))
-    return beside(claim, share_restored(losses), n=len(units), low=low, high=high)
+    low, high = resampled(np.arange(len(losses)), _share_of(losses))
+    return beside(claim, share_restored(losses), n=len(losses), low=low, high=high)
+
+
+def _share_of(losses: pd.DataFrame) -> Statistic:
+    """`share_restored` of the rows that are chosen by number."""
+    gone = (losses["swapped"] - losses["restored"]).to_numpy()
+    cost = (losses["swapped"] - losses["original"]).to_numpy()
+    return lambda chosen: float(gone[chosen].sum() / cost[chosen].sum())
 
 
 def _beside(claim: str, values: np.ndarray) -> dict:
