@@ -28,7 +28,6 @@ from jaxtyping import Float
 from scipy import stats
 from torch import Tensor
 
-from experiments.phase_scaling import mean_and_interval
 from experiments.stages import Options, Stage
 from experiments.toy_checkpoints import (
     BATCH_TOKENS,
@@ -52,7 +51,8 @@ from rope_probe.distillation.terms.relations import Relations, relation_sites
 from rope_probe.errors import InputError
 from rope_probe.models import checkpoints
 from rope_probe.names import MISSED_GATE
-from rope_probe.retrieval.probe import RETRIEVAL, student_interval
+from rope_probe.retrieval.probe import RETRIEVAL
+from rope_probe.runs.intervals import share_interval, student_interval
 from rope_probe.runs.progress import progress
 from rope_probe.runs.results import new_run, read_manifest
 from rope_probe.runs.tables import Column, Metric, Tables, declare
@@ -467,6 +467,20 @@ def as_table(values: pd.DataFrame) -> pd.DataFrame:
         cells.setdefault(model, {})[metric] = f"{mean:.3f}{interval}"
     table = pd.DataFrame.from_dict(cells, orient="index")
     return table.reindex([name for name in EVERY if name in table.index]).fillna("")
+
+
+def mean_and_interval(rows: pd.DataFrame) -> tuple[float, float, float]:
+    """The mean of one metric over seeds with its interval; of one seed, that over trials where there is one."""
+    values = rows["value"]
+    metric = rows["metric"].iloc[0]
+    if len(rows) == 1:
+        low, high = rows["low"].item(), rows["high"].item()
+    elif "accuracy" in metric:  # with queries scaled or not
+        distances = SHORT_DISTANCES if "short" in metric else FAR
+        low, high = share_interval(values, TRIALS * len(distances))
+    else:
+        low, high = student_interval(values)
+    return values.mean(), low, high
 
 
 LAST_STATE = f"drift of {FINAL_NORM}"
