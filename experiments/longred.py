@@ -431,7 +431,11 @@ def report(results: Mapping[str, Tables]) -> Section:
     named = values[~values["model"].isin(ABLATIONS)]
     ablated = values[(values["seed"] == 0) & values["model"].isin([*ABLATIONS, "longred_u"])]
     wide = skilled.assign(metric=skilled["metric"] + ", queries x " + skilled["query_scale"].map("{:g}".format))
-    scaled = wide[wide["query_scale"].ne(1) & wide["metric"].str.contains("accuracy") & wide["model"].isin(ARMS)]
+    scaled = wide[
+        wide["query_scale"].ne(1)
+        & skilled["metric"].isin(["short_accuracy", "long_accuracy"])
+        & wide["model"].isin(ARMS)
+    ]
     return Section(
         judged(values, skilled),
         {

@@ -101,6 +101,7 @@ KINDS_WINDOW, KINDS_DISTANCE, KINDS_TRIALS = 1024, 768, 8
 """Beyond the 512 tokens that a local layer of Gemma 3 sees."""
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
 """Kinds of layers, as configs of transformers call them."""
+ARMS_OF_KINDS = [f"{kind}{how}" for kind in (LOCAL, GLOBAL) for how in ("", " turned")]
 GLOBAL_LAYERS = (5, 11, 17)
 """Of Gemma 3 270M."""
 CARRIERS: tuple[Head, ...] = ((19, 8), (16, 0))
@@ -364,7 +365,7 @@ def report(results: Mapping[str, Tables]) -> Section:
     mine = results["pretrained"]
     deltas, silence = mine["deltas"], mine["silence"]
     logits = deltas[(deltas["site"] == LOGITS) & (deltas["metric"] == "kl_nats")]
-    by_kind = logits[logits["arm"].str.contains("_attention")]
+    by_kind = logits[logits["arm"].isin(ARMS_OF_KINDS)]
     tables = {
         "the heads whose shift by 16 tokens costs most, and what they attend to": _carriers(logits, mine["heads"]),
         "logit KL by tokens shifted, nats": logits[logits["arm"] == "dose"].pivot_table(
@@ -460,8 +461,7 @@ def judged(mine: Tables) -> pd.DataFrame:
         quarter = len(pairs.columns) // 4
         ratio = pairs.iloc[:, :quarter].mean(axis=1) / pairs.iloc[:, -quarter:].mean(axis=1)
         judge(7, "KL of the fastest quarter of the pairs over the slowest, at 1 radian, above 1", ratio, low=1.0)
-    of_kinds = [f"{kind}{what}" for kind in (LOCAL, GLOBAL) for what in ("", " turned")]
-    kinds = logits[(logits["model"] == MODELS[1]) & logits["arm"].isin(of_kinds)]
+    kinds = logits[(logits["model"] == MODELS[1]) & logits["arm"].isin(ARMS_OF_KINDS)]
     if len(kinds):
         by_kind = kinds.pivot_table(index="seed", columns="arm", values="value")
         ratio = by_kind[LOCAL] / by_kind[GLOBAL]

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rope_probe.spans.drift import drift
     from rope_probe.tracing.heads import head_scores, pair_contributions
     from rope_probe.tracing.perturbations import (
+        AttentionTemperature,
         DocumentOffset,
         PairFreeze,
         PairTurn,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from rope_probe.windows.packing import Batch, Window, pack, repeated_window
 
 _MODULE_OF = {
+    "AttentionTemperature": "tracing.perturbations",
     "Batch": "windows.packing",
     "DocumentOffset": "tracing.perturbations",
     "HookedCausalLM": "models.hooked",
@@ -68,6 +70,7 @@ _MODULE_OF = {
 }
 
 __all__ = [
+    "AttentionTemperature",
     "Batch",
     "DocumentOffset",
     "HookedCausalLM",

@@ -3,7 +3,7 @@
 KERNELS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 """Attention kernels; see `attention`."""
 
-SWEEPS = ("dose", "layer", "head", "pair", "pair-tokens", "jitter", "theta")
+SWEEPS = ("dose", "layer", "head", "pair", "pair-tokens", "jitter", "theta", "temperature")
 """Sweeps of perturbations; see `sweeps`."""
 
 KEY_VALUE = "key_value"

@@ -58,6 +58,16 @@ def inv_freq(
     return _rope_init(rope_parameters, head_dim, max_position_embeddings, seq_len, dtype)[0]
 
 
+def yarn_temperature(extension: float) -> float:
+    """What YaRN multiplies attention scores by when a window grows `extension` times: (0.1 ln(s) + 1) squared.
+
+    Half of it is on the queries and half on the keys (arXiv 2309.00071). Raises InputError for less than 1.
+    """
+    if not extension >= 1:
+        raise InputError(f"extension must be 1 or more times the window, but it is {extension}")
+    return (0.1 * math.log(extension) + 1) ** 2
+
+
 def attention_scaling(
     rope_parameters: Mapping[str, Any],
     head_dim: int,

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, models
 from transformer_lens.model_bridge import TransformerBridge
 
 from rope_probe import (
+    AttentionTemperature,
     DocumentOffset,
     InputError,
     PairFreeze,
@@ -20,6 +21,7 @@ from rope_probe import (
     load_model,
     pack,
     repeated_window,
+    rope,
 )
 from rope_probe.models.checkpoints import with_rope
 from tests import zoo
@@ -247,6 +249,7 @@ def tokenizer(tmp_path_factory):
 @pytest.mark.parametrize("perturbation", [
     PositionShift("q", 3.5), PositionShift("k", -2.0, layers=1, pairs=[0, 3]), ThetaSwap("qk", 300.0),
     PositionJitter("q", 4.0, heads=[0]), PairFreeze("k", [0, 1]), PairTurn("q", 1.0, pairs=1), DocumentOffset(1, 9.0),
+    AttentionTemperature(1.5),
 ], ids=lambda p: type(p).__name__ + p.side)  # fmt: skip
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2"])
 def test_perturbations_do_the_same_on_transformer_bridge(name, perturbation, tokenizer):
@@ -274,6 +277,77 @@ def test_a_bridge_without_hooks_after_rotation_is_refused(tokenizer):
     bridge = TransformerBridge.boot_transformers("tiny/model", hf_model=plain, tokenizer=tokenizer, device="cpu")
     with pytest.raises(InputError, match="load_model"):
         PositionShift("q", 1.0).hooks(bridge)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "gemma2"])
+def test_a_temperature_is_queries_or_keys_scaled(name):
+    """Partial rotary too: the part of a head that does not rotate counts in the score."""
+    model = load_model(zoo.model(zoo.CONFIGS[name](), scale=0.15).double())
+
+    def scaled(*sides):
+        hooks = [
+            (f"blocks.{layer}.attn.hook_rot_{side}", lambda x, hook: 1.7 * x) for layer in (0, 1) for side in sides
+        ]
+        with torch.no_grad():
+            return model.run_with_hooks(packed(), fwd_hooks=hooks)
+
+    for side in ("q", "k", "qk"):
+        ours = logits(model, packed(), AttentionTemperature(1.7, side))
+        torch.testing.assert_close(ours, scaled(*side), rtol=0, atol=1e-12)
+    one_side = logits(model, packed(), AttentionTemperature(1.7))
+    torch.testing.assert_close(one_side, logits(model, packed(), AttentionTemperature(1.7, "k")), rtol=0, atol=1e-12)
+    assert torch.equal(logits(model, packed(), AttentionTemperature(1.0)), model(packed()).detach())
+
+
+def test_a_temperature_is_query_weights_scaled():
+    plain = zoo.llama().double()
+    model, weights = load_model(plain), load_model(zoo.llama().double())
+    with torch.no_grad():
+        weights.original_model.model.layers[1].self_attn.q_proj.weight[8:16] *= 0.4  # head 1 of width 8
+    ours = logits(model, packed(), AttentionTemperature(0.4, layers=1, heads=1))
+    torch.testing.assert_close(ours, weights(packed()), rtol=0, atol=1e-12)
+
+
+def test_a_temperature_of_all_pairs_is_a_temperature_where_all_of_a_head_rotates():
+    model = load_model(zoo.llama().double())
+    whole = logits(model, packed(), AttentionTemperature(2.0))
+    torch.testing.assert_close(
+        logits(model, packed(), AttentionTemperature(2.0, pairs=range(4))), whole, rtol=0, atol=1e-12
+    )
+    some = [logits(model, packed(), AttentionTemperature(2.0, pairs=pair)) for pair in range(4)]
+    assert all((one - whole).abs().max() > 1e-6 for one in some)
+
+
+def test_log_n_grows_from_the_reference_on():
+    factors = AttentionTemperature("log_n", reference=8).factors(torch.arange(64).double())
+    assert torch.equal(factors[:8], torch.ones(8, dtype=torch.float64))
+    np.testing.assert_allclose(factors[[15, 63]], [math.log(16) / math.log(8), 2.0], rtol=1e-15)
+    model = load_model(zoo.llama().double())
+    clean, warmer = model(packed()), logits(model, packed(), AttentionTemperature("log_n", reference=8))
+    assert (clean - warmer).abs()[0, :8].max() == 0 < (clean - warmer).abs()[0, 8:].max()
+
+
+def test_yarns_temperature_is_that_of_transformers():
+    parameters = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 64}
+    assert rope.yarn_temperature(8.0) == pytest.approx(rope.attention_scaling(parameters, 8) ** 2, rel=1e-15)
+    with pytest.raises(InputError, match=r"but it is 0\.5"):
+        rope.yarn_temperature(0.5)
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda: AttentionTemperature(-1.0), "0 or more, but it is -1"),
+        (lambda: AttentionTemperature("ln"), "'log_n', but it is 'ln'"),
+        (lambda: AttentionTemperature("log_n"), "reference"),
+        (lambda: AttentionTemperature(2.0, reference=64), "reference"),
+        (lambda: AttentionTemperature("log_n", reference=1), "2 tokens or more, but it is 1"),
+        (lambda: AttentionTemperature(math.nan), "finite"),
+    ],
+)
+def test_temperatures_that_make_no_sense_are_refused(make, told):
+    with pytest.raises(InputError, match=told):
+        make()
 
 
 @pytest.mark.parametrize("tokens", [math.nan, math.inf, -math.inf])

@@ -57,6 +57,7 @@ SHARED = {
     "restriction": Column("string", "layers, heads, pairs and positions that it is restricted to, as text"),
     "side": Column("string", "what it acts on: q, k or qk"),
     "delta_tokens": Column("float64", "by how much it moves positions, or how far apart two copies begin", "tokens"),
+    "factor": Column("float64", "what it multiplies attention scores by, where that is one number"),
     "radians": Column("float64", "by how much it turns pairs, where that is one angle for all", "radians"),
     "inject_layer": Column("Int64", "the one layer that it acts in; null for several"),
     "inject_layers": Column("string", "the several layers that it acts in, as ranges; null for one, and for all"),

@@ -1,8 +1,9 @@
 """Perturbations of position: what an intervention does to rotated q or k, each a small frozen dataclass.
 
-Every one of them turns rotary pairs by extra angles at `blocks.{i}.attn.hook_rot_q` and `hook_rot_k`. Turning a rotated
-query by d * inv_freq is exactly what the model would have computed had it stood d tokens further on, so no perturbation
-touches `position_ids`, and each runs on any model with those hook points, TransformerLens' TransformerBridge included.
+They turn rotary pairs by extra angles at `blocks.{i}.attn.hook_rot_q` and `hook_rot_k`; AttentionTemperature, a rival
+explanation of what they do, scales instead. Turning a rotated query by d * inv_freq is exactly what the model would
+have computed had it stood d tokens further on, so no perturbation touches `position_ids`, and each runs on any model
+with those hook points, TransformerLens' TransformerBridge included.
 
 All of them can be restricted: `side` "q", "k" or "qk"; `layers`; `heads` (of that side: query heads for q, key-value
 heads for k; for "qk" key-value heads with the query heads they serve); `pairs`, 0 fastest; `positions`, indices into
@@ -40,10 +41,14 @@ Site = tuple[str, int]
 
 @dataclass(frozen=True)
 class Turn:
-    """What a perturbation does to rotated q or k of one layer: turn pairs by `angles` (radians), times `scale`."""
+    """What a perturbation does to rotated q or k of one layer.
+
+    It turns pairs by `angles` (radians), times `scale`, and multiplies whole vectors by `stretch`.
+    """
 
     angles: Float[Tensor, "T P"]
     scale: Float[Tensor, "T P"]
+    stretch: Float[Tensor, " T"]
     heads: list[int] | None
     rotary: Rotary
 
@@ -51,6 +56,8 @@ class Turn:
         """`x`, whose positions are those of the window `at` these indices, turned."""
         angles, scale = (table[at].unsqueeze(1).to(x.device) for table in (self.angles, self.scale))  # [n, 1, P]
         turned = self.rotary.turn(x if self.heads is None else x[:, :, self.heads], angles, scale)
+        if (self.stretch != 1).any():
+            turned = turned * self.stretch[at].to(turned)[:, None, None]  # [n, 1, 1]
         if self.heads is None:
             return turned
         changed = x.clone()
@@ -60,7 +67,7 @@ class Turn:
     @property
     def changes(self) -> Bool[Tensor, " T"]:
         """Where it does anything at all."""
-        return ((self.angles != 0) | (self.scale != 1)).any(1)
+        return ((self.angles != 0) | (self.scale != 1)).any(1) | (self.stretch != 1)
 
 
 class Perturbation(ABC):
@@ -132,7 +139,7 @@ class Perturbation(ABC):
     def turns(self, model: PreTrainedModel, length: int, window: Window | None = None) -> dict[Site, "Turn"]:
         """What to do to rotated "q" or "k" of each layer, for windows of `length` positions; errors as `hooks`."""
         positions = torch.arange(length) if window is None else window.position_ids[0].cpu()
-        tables: dict[tuple, tuple[Tensor, Tensor]] = {}
+        tables: dict[tuple, tuple[Tensor, Tensor, Tensor]] = {}
 
         def turn(side: str, rotary: Rotation) -> Turn:
             key = (rotary.inv_freq.numpy().tobytes(), rotary.scaling)
@@ -156,15 +163,15 @@ class Perturbation(ABC):
             self._heads(side, model.config)
         return rotating
 
-    def _tables(self, rotary: Rotation, positions: Tensor, window: Window | None) -> tuple[Tensor, Tensor]:
-        """Angles and scale, [T, P] in float64."""
+    def _tables(self, rotary: Rotation, positions: Tensor, window: Window | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Angles and scale, [T, P], and stretch, [T], in float64."""
         where = torch.tensor(_select("position", self.positions, len(positions))).unsqueeze(1)
         pairs = _select("pair", self.pairs, len(rotary.inv_freq))
         angles = torch.zeros(len(positions), len(rotary.inv_freq), dtype=torch.float64)
         scale = torch.ones_like(angles)
         angles[where, pairs] = self.angles(rotary, positions, window)[where, pairs]
         scale[where, pairs] = self.scaling(rotary)
-        return angles, scale
+        return angles, scale, torch.ones_like(positions)
 
     def _check_fires(self, model: Any, sites: list[Site]) -> None:
         """A bridge can have hook points that never fire, and a perturbation there would silently do nothing."""
@@ -301,6 +308,60 @@ class ThetaSwap(Perturbation):
     def scaling(self, rotary: Rotation) -> float:
         """What the other theta's scaling of cos and sin is of the model's: 1 for every type there is."""
         return rotary.with_theta(self.theta).scaling / rotary.scaling
+
+
+@dataclass(frozen=True)
+class AttentionTemperature(Perturbation):
+    """Multiply attention scores by `factor`: above 1 attention is sharper, below 1 flatter. It moves no position.
+
+    "log_n" is log(i + 1) / log(`reference`) for position i, and 1 up to the reference, the window that a model was
+    trained on: the factor that keeps the entropy of attention as it was while the number of keys grows (arXiv
+    2202.12172). YaRN's is `rope.yarn_temperature(extension)`. On one `side` scores are multiplied once, on "qk" twice.
+    `pairs` restrict it to what these pairs add to the score; without them the part of a head that does not rotate is
+    scaled too.
+
+    Raises InputError for a factor that is negative, or neither a number nor "log_n", and for a reference below 2
+    tokens, or one that is given without "log_n" or is lacking with it.
+    """
+
+    factor: float | Literal["log_n"]
+    side: Side = "q"
+    reference: int | None = None
+    layers: Selection = None
+    heads: Selection = None
+    pairs: Selection = None
+    positions: Selection = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.factor, str) and self.factor != "log_n":
+            raise InputError(f"factor must be a number or 'log_n', but it is {self.factor!r}")
+        if not isinstance(self.factor, str) and self.factor < 0:
+            raise InputError(f"factor must be 0 or more, but it is {self.factor}")
+        if (self.reference is None) == (self.factor == "log_n"):
+            raise InputError("reference, the window a model was trained on, goes with factor 'log_n' alone")
+        if self.reference is not None and self.reference < 2:
+            raise InputError(f"reference must be 2 tokens or more, but it is {self.reference}")
+
+    def angles(self, rotary: Rotary, positions: Float[Tensor, " T"], window: Window | None) -> Float[Tensor, "T P"]:
+        """None at all."""
+        return torch.zeros(len(positions), len(rotary.inv_freq), dtype=torch.float64)
+
+    def factors(self, positions: Float[Tensor, " T"]) -> Float[Tensor, " T"]:
+        """What scores are multiplied by at each position, float64."""
+        if self.reference is None:
+            return torch.full_like(positions, float(self.factor))
+        return (torch.log1p(positions) / math.log(self.reference)).clamp(min=1.0)
+
+    def _tables(self, rotary: Rotation, positions: Tensor, window: Window | None) -> tuple[Tensor, Tensor, Tensor]:
+        angles, scale, stretch = super()._tables(rotary, positions, window)
+        chosen = _select("position", self.positions, len(positions))
+        factors = torch.ones_like(positions)
+        factors[chosen] = self.factors(positions)[chosen]
+        if self.pairs is None:
+            return angles, scale, factors
+        scale[:, _select("pair", self.pairs, scale.shape[1])] = factors.unsqueeze(1)
+        return angles, scale, stretch
 
 
 @dataclass(frozen=True)

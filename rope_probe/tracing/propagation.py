@@ -41,8 +41,8 @@ DELTAS = declare(
     "over the positions of a document, or of the window.",
     (
         "arm", "seq_len", "masked", "document", "position", "perturbation", "kind", "restriction", "side",
-        "delta_tokens", "radians", "inject_layer", "inject_layers", "layer", "site", "head", "pair", "wavelength",
-        "value_float64",
+        "delta_tokens", "radians", "factor", "inject_layer", "inject_layers", "layer", "site", "head", "pair",
+        "wavelength", "value_float64",
     ),
     {
         "l2": Metric("Euclidean norm of the delta"),
@@ -310,6 +310,7 @@ def _columns(perturbation: Perturbation, model: HookedCausalLM) -> dict[str, Any
         "side": perturbation.side,
         "delta_tokens": perturbation.delta_tokens,
         "radians": getattr(perturbation, "radians", None),
+        "factor": None if isinstance(factor := getattr(perturbation, "factor", None), str) else factor,
         "inject_layer": layer,
         "inject_layers": _several(perturbation.layers),
         "head": head,

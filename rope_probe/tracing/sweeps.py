@@ -8,6 +8,8 @@ pair-tokens  ... shifted by 16 tokens: a turn of many radians for fast pairs, an
              whose wavelength divides the shift looks as if it did nothing
 jitter       every position moved by its own random amount, up to 1/4 token, 1, 4, ... and the window
 theta        rotation by 1/4, 1/2, 2 and 4 times the model's theta
+temperature  attention scores times 1/2, 3/4, 1 1/4, 1 1/2, 2 and 3, without moving any position: what sharper or
+             flatter attention alone would do
 
 Each can be narrowed to layers and heads. A pair has one wavelength only among layers that rotate alike, and a theta is
 that of one kind of layers. Where a model has several kinds (Gemma 3: local and global), the sweeps of pairs and thetas
@@ -25,6 +27,7 @@ from rope_probe.models.hooked import HookedCausalLM
 from rope_probe.models.rotation import Rotation, rotations_of
 from rope_probe.names import SWEEPS
 from rope_probe.tracing.perturbations import (
+    AttentionTemperature,
     PairTurn,
     Perturbation,
     PositionJitter,
@@ -37,6 +40,7 @@ from rope_probe.tracing.perturbations import (
 SIZE = 16.0
 RADIANS = 1.0
 THETA_FACTORS = (0.25, 0.5, 2.0, 4.0)
+TEMPERATURE_FACTORS = (0.5, 0.75, 1.25, 1.5, 2.0, 3.0)
 Layers = tuple[int, ...]
 
 
@@ -192,6 +196,10 @@ def _theta(chosen: _Chosen) -> list[Perturbation]:
     ]
 
 
+def _temperature(chosen: _Chosen) -> list[Perturbation]:
+    return [AttentionTemperature(factor, layers=chosen.layers, heads=chosen.heads) for factor in TEMPERATURE_FACTORS]
+
+
 def _indices(selection: Selection) -> Layers | None:
     if selection is None:
         return None
@@ -206,4 +214,5 @@ _SWEEPS: dict[str, Callable[[_Chosen], list[Perturbation]]] = {
     "pair-tokens": _pair_tokens,
     "jitter": _jitter,
     "theta": _theta,
+    "temperature": _temperature,
 }
