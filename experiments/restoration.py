@@ -28,7 +28,7 @@ import torch
 import typer
 
 from experiments.cloze import answered, questions
-from experiments.restoration_verdicts import RESTORATION, judged, tables_of
+from experiments.restoration_verdicts import ORIGINAL_THETA, RESTORATION, TRAINED_THETA, judged, tables_of
 from experiments.stages import Options, Stage
 from rope_probe import HookedCausalLM, TextTask, Window, load_model, pack
 from rope_probe.distillation import CrossEntropy, HiddenStates, Phase, Stream, train_phase
@@ -70,9 +70,8 @@ PREDICTIONS = {
 the rest had not."""
 
 MODEL = "smollm2-135m"
-ORIGINAL_THETA, TRAINED_THETA = 100_000.0, 5_000_000.0
-"""LongReD goes from 500,000 to 2e7, 40 times; of the thetas below, 5,000,000 is the nearest to that ratio."""
 THETAS = (ORIGINAL_THETA, 200_000.0, 500_000.0, 1e6, 2e6, TRAINED_THETA, 1e7)
+"""LongReD trains at 40 times its original's theta, 2e7 for 500,000; of these, 5,000,000 is nearest to that ratio."""
 SCALINGS = (1.1, 1.2, 1.3)
 WINDOW, WINDOWS = 512, 8
 SHORT, SHORT_WINDOWS, LONG, LONG_WINDOWS = 256, 16, 2048, 3

@@ -31,7 +31,10 @@ RESTORATION = declare(
 )
 
 PRETRAINED = "smollm2-135m"
-SHORT, LONG = 256, 2048
+ORIGINAL_THETA, TRAINED_THETA = 100_000.0, 5_000_000.0
+FEWEST_THETAS = 4
+"""Of the untrained model, the original's theta among them, to correlate over."""
+SHORT = 256
 RESAMPLES = 2000
 _SEED = 0
 
@@ -111,13 +114,31 @@ def restored_by_scaling(rows: pd.DataFrame, theta: float) -> tuple[float, pd.Dat
 
 
 def _of_drift(rows: pd.DataFrame) -> list[dict]:
+    losses = _by_unit(rows[rows["query_scale"] == 1.0], "loss_nats")
+    if ORIGINAL_THETA not in losses:
+        return []
+    told = _of_cost(rows) if TRAINED_THETA in losses else []
+    return told if losses.shape[1] < FEWEST_THETAS else [*told, *_of_foresight(rows)]
+
+
+def _of_cost(rows: pd.DataFrame) -> list[dict]:
+    """What the theta of the training costs, and how much of it scaled queries restore."""
+    cost = rise_of_loss(rows)[TRAINED_THETA]
+    told = [_judge(1, "nats that theta 5,000,000 costs, .3 or more", cost, low=0.3)]
+    if (rows["query_scale"] > 1).any():
+        scale, losses = restored_by_scaling(rows, TRAINED_THETA)
+        claim = f"share of the cost of theta 5,000,000 restored by queries x {scale:g}, below .25"
+        told.append(_judge_share(6, claim, losses, high=0.25))
+    correct = _by_unit(rows, "choice_correct")
+    fall = correct[correct.columns.min()] - correct[TRAINED_THETA]
+    told.append(_judge(7, "multiple choice: accuracy lost at theta 5,000,000, .1 or less", fall, high=0.1))
+    return told
+
+
+def _of_foresight(rows: pd.DataFrame) -> list[dict]:
+    """Whether drift foresees the loss: over thetas, and over documents at one theta."""
     told: list[dict] = []
-    if rows["theta"].nunique() < 3:
-        return told
-    trained_theta = 5e6
     rise, kl = rise_of_loss(rows), attention_drift(rows)
-    if trained_theta in rise:
-        told.append(_judge(1, "nats that theta 5,000,000 costs, .3 or more", rise[trained_theta], low=0.3))
     of_drift = over_thetas(kl, rise)
     of_ratio = over_thetas(pd.DataFrame([rise.columns] * len(rise), index=rise.index, columns=rise.columns), rise)
     told.append(_judge(2, "over thetas, correlation of attention KL and loss, .9 or more", of_drift, low=0.9))
@@ -141,13 +162,6 @@ def _of_drift(rows: pd.DataFrame) -> list[dict]:
 
     claim = f"partial correlation of layer {layer} less that of all, below .1"
     told.append(_judge_resampled(5, claim, rows_of[~even], gain, high=0.1))
-    if trained_theta in rise:
-        scale, losses = restored_by_scaling(rows, trained_theta)
-        claim = f"share of the cost of theta 5,000,000 restored by queries x {scale:g}, below .25"
-        told.append(_judge_share(6, claim, losses, high=0.25))
-        correct = _by_unit(rows, "choice_correct")
-        fall = correct[correct.columns.min()] - correct[trained_theta]
-        told.append(_judge(7, "multiple choice: accuracy lost at theta 5,000,000, .1 or less", fall, high=0.1))
     return told
 
 

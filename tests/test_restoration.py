@@ -218,3 +218,7 @@ def test_a_part_that_was_left_out_is_not_judged():
     table = said.judged(trained_rows().query("seq_len != 12288"))
     assert 12 not in table["prediction"].dropna().tolist()
     assert said.judged(trained_rows().iloc[:0]).empty
+    rows = untrained_rows()
+    assert said.judged(rows[rows["theta"] > said.ORIGINAL_THETA]).empty  # nothing to compare with
+    few = said.judged(rows[rows["theta"].isin([said.ORIGINAL_THETA, said.TRAINED_THETA])])
+    assert few["prediction"].tolist() == [1, 6, 7]
