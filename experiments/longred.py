@@ -14,8 +14,7 @@ Other arms of two streams give each one half of the tokens. Ablations change one
 
 import dataclasses
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,9 +23,7 @@ import numpy as np
 import pandas as pd
 import torch
 import typer
-from jaxtyping import Float
 from scipy import stats
-from torch import Tensor
 
 from experiments.stages import Options, Stage
 from experiments.toy_checkpoints import (
@@ -41,7 +38,14 @@ from experiments.toy_checkpoints import (
     short_phase,
     train_to_gate,
 )
-from rope_probe import HookedCausalLM, KeyValueStream, KeyValueTask, load_model, retrieval_accuracy
+from rope_probe import (
+    AttentionTemperature,
+    HookedCausalLM,
+    KeyValueStream,
+    KeyValueTask,
+    load_model,
+    retrieval_accuracy,
+)
 from rope_probe.distillation import CrossEntropy, Divergence, Gate, HiddenStates, Phase, Term, train_phase
 from rope_probe.distillation.log import LOSSES
 from rope_probe.distillation.loop import ORIGINAL
@@ -349,27 +353,13 @@ def measure(
     return pd.concat(frames, ignore_index=True)
 
 
-@contextmanager
-def scaled_queries(model: HookedCausalLM, factor: float) -> Iterator[HookedCausalLM]:
-    """The model with the queries of every layer multiplied by `factor` after rotation: attention that is sharper."""
-
-    def scale(q: Float[Tensor, "B T H D"], hook: Any) -> Float[Tensor, "B T H D"]:
-        return q * factor
-
-    hooks: list[tuple[str, Callable[..., Any]]] = [
-        (f"blocks.{layer}.attn.hook_rot_q", scale) for layer in range(len(model.blocks))
-    ]
-    with model.hooks(fwd_hooks=hooks):
-        yield model
-
-
 def skills(model: HookedCausalLM, seed: int, measured: pd.DataFrame, trials: int = TRIALS) -> pd.DataFrame:
     """Short and far skill with queries as they are, of `measured`, and with queries scaled; rows of SKILLS."""
     rows = []
     for factor in QUERY_SCALES:
         frame = measured
         if factor != 1:
-            with scaled_queries(model, factor):
+            with model.hooks(fwd_hooks=AttentionTemperature(factor).hooks(model)):
                 frame = measure(model, seed, FAR, trials)
         rows += skill_rows(frame, factor, trials)
     return SKILLS.frame(rows)

@@ -30,7 +30,7 @@ import typer
 from experiments.cloze import answered, questions
 from experiments.restoration_verdicts import ORIGINAL_THETA, RESTORATION, TRAINED_THETA, judged, tables_of
 from experiments.stages import Options, Stage
-from rope_probe import HookedCausalLM, TextTask, Window, load_model, pack
+from rope_probe import AttentionTemperature, HookedCausalLM, TextTask, Window, load_model, pack
 from rope_probe.distillation import CrossEntropy, HiddenStates, Phase, Stream, train_phase
 from rope_probe.distillation.log import LOSSES
 from rope_probe.distillation.sites import sites_by_drift
@@ -302,14 +302,9 @@ def scaling_rows(model: HookedCausalLM, read: list[Window]) -> list[dict]:
     """Loss of each window with queries scaled after rotation."""
     rows = []
     for scale in SCALINGS:
-        hooks = [(f"blocks.{layer}.attn.hook_rot_q", partial(_scaled, scale)) for layer in range(len(model.blocks))]
-        with model.hooks(fwd_hooks=hooks):
+        with model.hooks(fwd_hooks=AttentionTemperature(scale).hooks(model)):
             rows += [{**row, "query_scale": scale} for row in loss_rows(model, read)]
     return rows
-
-
-def _scaled(scale: float, x: torch.Tensor, hook: Any) -> torch.Tensor:
-    return x * scale
 
 
 @torch.no_grad()

@@ -50,19 +50,6 @@ def test_an_ablation_differs_from_longred_u_in_what_its_name_says_alone():
         assert mine.share == theirs.share
 
 
-def test_queries_scaled_are_a_scale_of_attention_scores(model):
-    tokens = longred.SHORT_DOCUMENTS.documents(2, seed=0)[:, :32]
-    with longred.scaled_queries(model, 3.0), torch.no_grad():
-        scaled = model.hidden(tokens)
-    sharper = load_model(checkpoints.with_rope(model.plain_copy(), longred.SMALL_THETA))
-    with torch.no_grad():
-        for name, weight in sharper.original_model.named_parameters():
-            if name.endswith("q_proj.weight"):
-                weight.mul_(3.0)
-        assert torch.allclose(scaled, sharper.hidden(tokens), atol=1e-5)
-        assert not torch.allclose(scaled, model.hidden(tokens), atol=1e-3)
-
-
 def test_skills_are_means_over_distances_with_intervals_over_all_trials(model):
     measured = longred.measure(model, 0, longred.FAR, trials=4)
     rows = pd.DataFrame(longred.skill_rows(measured, 1.0, trials=4)).set_index("metric")
