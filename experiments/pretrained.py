@@ -405,7 +405,7 @@ def judged(mine: Tables) -> pd.DataFrame:
         """Whether the mean lies between two bounds."""
         if not len(by_seed):
             return
-        values = pd.Series(by_seed, dtype=float)
+        values = pd.Series(by_seed, dtype=float).dropna()
         bottom, top = student_interval(values)
         inside = low <= bottom and top <= high
         outside = top < low or bottom > high
