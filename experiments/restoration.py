@@ -11,7 +11,7 @@ trial or a multiple-choice question (`experiments.cloze`).
 - `beyond`: passkeys in a window longer than the model was pretrained on.
 
 "Long" text has 1,024 tokens in training. That is inside the pretrained window of 8,192, so this tests restoration of
-short skill and not extension. The full plan only: it takes about an hour.
+short skill and not extension. The full plan only: it takes most of an hour.
 
     python -m experiments.restoration drift 5000000 runs/restoration/drift-5000000
 """
