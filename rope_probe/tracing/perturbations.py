@@ -321,7 +321,8 @@ class AttentionTemperature(Perturbation):
     scaled too.
 
     Raises InputError for a factor that is negative, or neither a number nor "log_n", and for a reference below 2
-    tokens, or one that is given without "log_n" or is lacking with it.
+    tokens, or one that is given without "log_n" or is lacking with it. "log_n" counts positions, not the keys that
+    masks leave; layers without RoPE are left as they are.
     """
 
     factor: float | Literal["log_n"]
