@@ -26,6 +26,7 @@ from rope_probe.gallery.figures.drift import drift_by_layer
 from rope_probe.gallery.figures.geometry import rotations_by_pair
 from rope_probe.gallery.figures.grid import theta_grid
 from rope_probe.gallery.figures.heads import head_map
+from rope_probe.gallery.figures.layout import fitted
 from rope_probe.gallery.figures.propagation import copy_heatmap, dose_response
 from rope_probe.gallery.figures.retrieval import retrieval_by_distance, retrieval_by_task
 from rope_probe.gallery.figures.sensitivity import (
@@ -36,6 +37,8 @@ from rope_probe.gallery.figures.sensitivity import (
 )
 from rope_probe.gallery.figures.signal import signal_of_distillation
 from rope_probe.gallery.figures.spans import causal_curves, change_by_part, span_heads, span_heatmap, transplants
+from rope_probe.gallery.figures.static import save_figure, save_figures
+from rope_probe.gallery.figures.style import themed
 from rope_probe.gallery.figures.trade import trade_off
 from rope_probe.gallery.figures.training import loss_curves
 from rope_probe.names import KEY_VALUE
@@ -48,6 +51,7 @@ __all__ = [
     "copy_heatmap",
     "dose_response",
     "drift_by_layer",
+    "fitted",
     "head_effects",
     "head_map",
     "injected_by_read",
@@ -57,10 +61,13 @@ __all__ = [
     "retrieval_by_distance",
     "retrieval_by_task",
     "rotations_by_pair",
+    "save_figure",
+    "save_figures",
     "sensitivity_by_pair",
     "signal_of_distillation",
     "span_heads",
     "span_heatmap",
+    "themed",
     "theta_grid",
     "trace_cost",
     "trade_off",

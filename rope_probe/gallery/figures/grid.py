@@ -7,7 +7,7 @@ import plotly.graph_objects as go
 from rope_probe import rope
 from rope_probe.errors import InputError
 from rope_probe.gallery.figures.layout import headroom_for, mark_at, panels
-from rope_probe.gallery.figures.style import PLAIN, SCALE, bar_of, drawing, listed, styled
+from rope_probe.gallery.figures.style import PLAIN, SCALE, bar_of, drawing, in_short, listed, styled
 
 FAR, GATE = 8, 0.95
 _HEAD_DIMS, _THETAS, _DISTANCES = (4, 1024), (1.0, 1e99), (1, 2**20)
@@ -134,19 +134,11 @@ def _panel(
             figure.add_shape(type="rect", **corners, line={"color": _OUTLINE, "width": 3}, **at)
     edge = float(np.searchsorted(table.columns, bound)) - 0.5
     share = (edge + 0.5) / len(table.columns)
-    mark_at(figure, at["row"], edge, f"base bound {_short(bound)}", 0, share=share, dash="dash", colour=_BOUND)
+    mark_at(figure, at["row"], edge, f"base bound {in_short(bound)}", 0, share=share, dash="dash", colour=_BOUND)
 
 
 def _tick(theta: float, head_dim: int, window: int) -> str:
     """A theta with the pairs that complete a turn in a window."""
     pairs = head_dim // 2
     use = rope.spectrum_use(rope.inv_freq({"rope_type": "default", "rope_theta": theta}, head_dim), window)
-    return f"{_short(theta)}<br>{use * pairs:.0f}/{pairs}"
-
-
-def _short(theta: float) -> str:
-    """A theta in few letters: 300, 12.6k, 1M."""
-    for unit, letter in ((1e6, "M"), (1e3, "k")):
-        if theta >= unit:
-            return f"{theta / unit:.3g}{letter}"
-    return f"{theta:.3g}"
+    return f"{in_short(theta)}<br>{use * pairs:.0f}/{pairs}"

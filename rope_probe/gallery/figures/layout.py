@@ -163,8 +163,9 @@ def mark_at(
 ) -> None:
     """A vertical line in panel k, with its text above the panel in one of the lines that `headroom` keeps.
 
-    `place` is in the axis's own coordinates (the logarithm on a logarithmic one), `share` from 0 to 1 along the panel:
-    in the right half the text ends at the line, in the left one it begins there, so that none leaves the panel.
+    `place` is in the axis's own coordinates: the logarithm, on an axis that is logarithmic already. `share` says how far
+    along the panel that is, from 0 to 1: in the right half the text ends at the line, in the left one it begins there,
+    so that none leaves the panel.
     """
     axis = getattr(figure.layout, f"xaxis{'' if k == 1 else k}")
     at = 10**place if axis.type == "log" else place
@@ -289,7 +290,7 @@ def lay_out(figure: go.Figure, width: int, *, words: bool = True) -> None:
     for name, bar_height in bars:
         notes.append(_line_of_text("bar", plan["bars"][name], 0, at - bottom))
         at -= TEXT * _LINE + 4
-        layout[name].colorbar.update(y=at / height)
+        layout[name].colorbar.update(y=(at - bottom) / inside_height)
         at -= bar_height - TEXT * _LINE - 4
     if caption:
         notes.append(_line_of_text("caption", caption, _EDGE - left, at - bottom - 2))
@@ -423,7 +424,7 @@ def _bars(figure: go.Figure) -> list[tuple[str, float]]:
             xref="paper",
             xanchor="left",
             xpad=0,
-            yref="container",
+            yref="paper",
             yanchor="top",
             ypad=0,
             len=1,

@@ -24,6 +24,7 @@ from rope_probe.gallery.figures.style import (
     across,
     down,
     drawing,
+    in_short,
     log_range,
     logarithmic,
     short,
@@ -141,6 +142,7 @@ def sensitivity_by_pair(frame: pd.DataFrame, label: str = "") -> go.Figure:
         if floor.gt(0).any():
             shared = {"name": "noise floor: distance to float64", "legendgroup": "floor", "showlegend": i == 0}
             figure.add_trace(go.Scatter(x=floor.index, y=floor, line={"color": GREY, "dash": "dot"}, **shared))
+    figure.update_xaxes(type="log")
     shown = rows.loc[rows["wavelength"] > 0, "wavelength"]
     shortest, longest = min([shown.min(), *lengths]), max([shown.max(), *lengths])
     if np.isfinite([shortest, longest]).all() and 0 < shortest < longest:
@@ -156,7 +158,7 @@ def sensitivity_by_pair(frame: pd.DataFrame, label: str = "") -> go.Figure:
     title = "wavelength in tokens, and pair" if ticks else "wavelength of the pair, tokens"
     if not ticks:
         ticks = {"dtick": 1, "tickformat": "~s"} if is_wide else {"tickformat": "~g"}
-    figure.update_xaxes(type="log", title=title, **ticks)
+    figure.update_xaxes(title=title, **ticks)
     values = pd.concat([rows["value"], distance[distance > 0]])
     span = log_range(values, _MOST_DECADES_OF_AXIS)
     figure.update_yaxes(type="log", title="KL(clean || perturbed), nats", exponentformat="power", dtick=1, range=span)
@@ -166,17 +168,9 @@ def sensitivity_by_pair(frame: pd.DataFrame, label: str = "") -> go.Figure:
 def _pair_ticks(rows: pd.DataFrame) -> dict[str, Any]:
     """Ticks that tell the wavelength, and below it the pair, of as many pairs as there is room for."""
     pairs = rows[rows["wavelength"] > 0].groupby("wavelength")["pair"].first()
-    texts = {wavelength: f"{_in_short(wavelength)}<br>pair {pair}" for wavelength, pair in pairs.items()}
+    texts = {wavelength: f"{in_short(wavelength)}<br>pair {pair}" for wavelength, pair in pairs.items()}
     kept = roomy(list(texts), list(texts.values()), np.log10(list(texts))) if texts else []
     return {"tickvals": kept, "ticktext": [texts[wavelength] for wavelength in kept]}
-
-
-def _in_short(tokens: float) -> str:
-    """A wavelength in few letters: 6.28, 12.6k, 3M."""
-    for unit, letter in ((1e6, "M"), (1e3, "k")):
-        if tokens >= unit:
-            return f"{tokens / unit:.3g}{letter}"
-    return f"{tokens:.3g}"
 
 
 def _lengths(rows: pd.DataFrame) -> dict[int, str]:

@@ -22,6 +22,7 @@ from rope_probe.gallery.figures.style import (
     bar_of,
     down,
     drawing,
+    in_short,
     line_style,
     listed,
     short,
@@ -321,7 +322,7 @@ def _pair_ticks(rows: pd.DataFrame) -> tuple[dict[str, Any], str]:
     lengths = rows.groupby("pair")[["wavelength", "wavelength_after"]].first()
     moved = bool((lengths["wavelength_after"] != lengths["wavelength"]).fillna(False).any())
     texts = {
-        pair: "<br>".join([f"{pair}", *map(_short, (before, after) if moved else (before,))])
+        pair: "<br>".join([f"{pair}", *map(in_short, (before, after) if moved else (before,))])
         for pair, before, after in lengths.itertuples()
     }
     kept = roomy(list(texts), list(texts.values()), list(texts))
@@ -340,8 +341,3 @@ def _note(rows: pd.DataFrame, how: str) -> str:
 
 def _pair_note(rows: pd.DataFrame, how: str) -> str:
     return f"{_note(rows, how)}; white lines: the last pair that turns in the window before (dotted) and after (solid)"
-
-
-def _short(tokens: float) -> str:
-    """A wavelength in few letters."""
-    return f"{tokens / 1000:.3g}k" if tokens >= 1000 else f"{tokens:.3g}"

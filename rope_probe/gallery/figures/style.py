@@ -14,7 +14,7 @@ from rope_probe.gallery.figures.letters import LONGEST_LABEL, LONGEST_NAME, lite
 
 __all__ = ["LONGEST_LABEL", "LONGEST_NAME", "PALETTE", "drawing", "listed", "literal", "measured", "short", "styled"]
 
-PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b")
+PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8833dd")
 """Told apart by the colour-blind too, at the least its first five; each shows on a light page and on a dark one."""
 GREY = "#888888"
 """Of references, on light and dark pages."""
@@ -111,6 +111,14 @@ def logarithmic(shown: pd.Series, title: str, most_decades: float = math.inf) ->
     if not ticks:  # all within a step
         ticks = {log: f"{10**log:.3g}" for log in dict.fromkeys([lowest, highest])}
     return {"colorscale": SCALE, "cmin": lowest, "cmax": highest, "colorbar": bar_of(title, ticks)}
+
+
+def in_short(number: float) -> str:
+    """A theta or a wavelength in few letters: 6.28, 12.6k, 3M."""
+    for unit, letter in ((1e6, "M"), (1e3, "k")):
+        if unit <= number < 1e9:
+            return f"{number / unit:.3g}{letter}"
+    return f"{number:.3g}"
 
 
 def log_range(values: pd.Series, most_decades: float) -> tuple[float, float] | None:
