@@ -827,6 +827,9 @@ def what_each_drawing_draws(name):
             0, **runs, metric=["accuracy"], task=[name, "vt"], seq_len=[64], low=[0.0], high=[1.0]
         ),
         "head_map": every(0, **runs, metric=list(plots.heads.PANELS), layer=[0, 1], head=[0, 1]),
+        "head_pairs": every(
+            1, **runs, metric=["pair_contribution"], layer=[0, 1], head=[0, 1], pair=[0, 1], wavelength=[6.0]
+        ),
         "transplants": every(0, **accuracies, into=[name], group=[name, "nothing"]),
         "causal_curves": every(0, **curves, order=[name, "greedy"])
         + every(0, **curves, order=["random"], draw=[0, 1]),
@@ -859,7 +862,8 @@ def numbers(figure):
 ODD_NAME = '<a href="#">odd</a>&lt;%{y}$z$'
 ODD_NAME_AS_TEXT = '&lt;a href="#"&gt;odd&lt;/a&gt;&amp;lt;&#37;{y}&#36;z&#36;'
 NAMELESS = {"theta_grid", "copy_heatmap", "dose_response", "injected_by_read", "sensitivity_by_pair", "change_by_part",
-            "span_heatmap", "span_heads", "trace_cost", "head_map", "layer_effects", "head_effects"}  # fmt: skip
+            "span_heatmap", "span_heads", "trace_cost", "head_map", "head_pairs", "layer_effects",
+            "head_effects"}  # fmt: skip
 
 
 @pytest.mark.parametrize("drawing", plots.DRAWINGS, ids=lambda drawing: drawing.name)

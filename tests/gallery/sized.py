@@ -145,6 +145,13 @@ def _scores(layers, heads, pairs):
     return [valued(rows.assign(attention=_kinds(rows["layer"])), 0.01, 1)]
 
 
+def _contributions(layers, heads, pairs):
+    lengths = dict(enumerate(_wavelengths(pairs)))
+    rows = crossed(layer=range(layers), head=range(heads), pair=range(pairs)).assign(metric="pair_contribution")
+    rows = valued(rows.assign(wavelength=rows["pair"].map(lengths)), 1e-3, 2)
+    return [rows.assign(value=rows["value"] - 0.5)]
+
+
 def _drift(layers, heads, pairs):
     states = crossed(model=TRAINED, seed=[0, 1], layer=range(layers)).assign(metric="cosine_distance")
     attention = crossed(model=TRAINED, layer=range(layers), head=range(heads)).assign(metric="attention_kl_nats")
@@ -217,6 +224,7 @@ _PARTS = {
     "layer_effects": _of_layers,
     "head_effects": _of_heads,
     "head_map": _scores,
+    "head_pairs": _contributions,
     "drift_by_layer": _drift,
     "injected_by_read": _injected,
     "sensitivity_by_pair": _of_pairs,

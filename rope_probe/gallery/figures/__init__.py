@@ -25,7 +25,7 @@ from rope_probe.gallery.figures.cost import trace_cost
 from rope_probe.gallery.figures.drift import drift_by_layer
 from rope_probe.gallery.figures.geometry import rotations_by_pair
 from rope_probe.gallery.figures.grid import theta_grid
-from rope_probe.gallery.figures.heads import head_map
+from rope_probe.gallery.figures.heads import head_map, head_pairs
 from rope_probe.gallery.figures.layout import fitted
 from rope_probe.gallery.figures.propagation import copy_heatmap, dose_response
 from rope_probe.gallery.figures.retrieval import retrieval_by_distance, retrieval_by_task
@@ -54,6 +54,7 @@ __all__ = [
     "fitted",
     "head_effects",
     "head_map",
+    "head_pairs",
     "injected_by_read",
     "layer_effects",
     "loss_curves",
@@ -175,6 +176,7 @@ DRAWINGS = [
         per_model=True,
     ),
     Drawing("head_map", ("heads",), heads.is_head_score, head_map, per_model=True),
+    Drawing("head_pairs", ("head_pairs",), heads.is_contribution, head_pairs, per_model=True),
     Drawing("drift_by_layer", ("drift",), drift.is_drift, drift_by_layer, lambda rows: [_masked(rows)]),
     Drawing("injected_by_read", ("deltas",), sensitivity.is_of_layer, injected_by_read, per_model=True),
     Drawing(

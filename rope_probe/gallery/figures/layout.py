@@ -163,9 +163,9 @@ def mark_at(
 ) -> None:
     """A vertical line in panel k, with its text above the panel in one of the lines that `headroom` keeps.
 
-    `place` is in the axis's own coordinates: the logarithm, on an axis that is logarithmic already. `share` says how far
-    along the panel that is, from 0 to 1: in the right half the text ends at the line, in the left one it begins there,
-    so that none leaves the panel.
+    `place` is in the axis's own coordinates: the logarithm, on an axis that is logarithmic already. `share` says how
+    far along the panel that is, from 0 to 1: in the right half the text ends at the line, in the left one it begins
+    there, so that none leaves the panel.
     """
     axis = getattr(figure.layout, f"xaxis{'' if k == 1 else k}")
     at = 10**place if axis.type == "log" else place
