@@ -1,4 +1,4 @@
-"""The numbers behind a figure: a table for the page, with what is the same in all rows told once; and whole, as files."""
+"""The numbers behind a figure: a table for the page, with what all rows share told once; and all of them as files."""
 
 from dataclasses import dataclass
 from pathlib import Path
