@@ -451,8 +451,8 @@ def test_the_theta_grid_shows_the_means_that_the_verdicts_speak_of():
     for panel, ((_, _), part) in zip(figure.data, table.groupby(["head_dim", "steps"]), strict=True):
         np.testing.assert_allclose(panel.z, part.pivot_table("accuracy", "short_theta", "long_theta"))
     assert list(figure.data[0].text[0]) == ["0.18", "0.28", "0.38"]
-    assert figure.layout.xaxis.ticktext == ("300<br>use 8/8", "20k<br>use 5/8", "1M<br>use 3/8")
-    assert figure.layout.yaxis3.ticktext == ("300<br>use 7/16", "20k<br>use 4/16", "1M<br>use 3/16")
+    assert figure.layout.xaxis.ticktext == ("300<br>8/8", "20k<br>5/8", "1M<br>3/8")
+    assert figure.layout.yaxis3.ticktext == ("300<br>7/16", "20k<br>4/16", "1M<br>3/16")
     assert "seeds 0, 1" in notes(figure)[-1]
     assert "missed" not in notes(figure)[-1]
 

@@ -2,10 +2,11 @@
 
 import pandas as pd
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
 from rope_probe.errors import InputError
-from rope_probe.gallery.figures.style import drawing, listed, spaced, styled
+from rope_probe.gallery.figures.kinds import global_layers
+from rope_probe.gallery.figures.layout import ROOM, mark_layers, missing_is_grey, panels
+from rope_probe.gallery.figures.style import PLAIN, SCALE, across, bar_of, down, drawing, listed, styled
 
 PANELS = {
     "previous_token": "to the token before",
@@ -15,8 +16,8 @@ PANELS = {
     "retrieval_head": "answer tokens copied",
 }
 """Scores that are shares, 0 to 1, and what they say attention goes to."""
-_COLUMNS = 3
-_MOST_TICKS, _ROOM_FOR_TICK = 9, 18
+_COLUMNS = 2
+_LOWEST_PANEL, _HIGHEST_PANEL = 120, 340
 
 
 def is_head_score(frame: pd.DataFrame) -> pd.Series:
@@ -37,18 +38,10 @@ def head_map(frame: pd.DataFrame, label: str = "") -> go.Figure:
         raise InputError("these results hold no scores of heads; make them with head_scores")
     metrics = [metric for metric in PANELS if (rows["metric"] == metric).any()]
     columns = min(_COLUMNS, len(metrics))
-    lines = -(-len(metrics) // columns)
-    layers = int(rows["layer"].nunique())
-    panel_height = max(160, min(16 * layers, 900))
-    height = lines * panel_height + (lines - 1) * 90
-    figure = make_subplots(
-        rows=lines,
-        cols=columns,
-        subplot_titles=[PANELS[metric] for metric in metrics],
-        horizontal_spacing=0.07,
-        vertical_spacing=90 / height if lines > 1 else 0,
-    )
-    for panel, metric in enumerate(metrics):
+    height = max(_LOWEST_PANEL, min(14 * int(rows["layer"].nunique()), _HIGHEST_PANEL))
+    figure = panels([PANELS[metric] for metric in metrics], height, columns)
+    kinds = global_layers(rows, "layer")
+    for k, metric in enumerate(metrics, start=1):
         table = rows[rows["metric"] == metric].pivot_table(index="layer", columns="head", values="value")
         trace = go.Heatmap(
             z=table.to_numpy(dtype=float),
@@ -57,21 +50,21 @@ def head_map(frame: pd.DataFrame, label: str = "") -> go.Figure:
             coloraxis="coloraxis",
             hovertemplate="layer %{y}, head %{x}: %{z:.3f}<extra></extra>",
         )
-        at = {"row": panel // columns + 1, "col": panel % columns + 1}
+        at = {"row": (k - 1) // columns + 1, "col": (k - 1) % columns + 1}
         figure.add_trace(trace, **at)
-        figure.update_xaxes(tickvals=spaced(table.columns, _MOST_TICKS), **at)
-        figure.update_yaxes(tickvals=spaced(table.index, panel_height // _ROOM_FOR_TICK), **at)
+        is_last = k + columns > len(metrics)
+        title = "head" if is_last else None
+        figure.update_xaxes(tickvals=across(table.columns, ROOM / columns), title=title, **PLAIN, **at)
+        title = "layer" if at["col"] == 1 else None
+        figure.update_yaxes(tickvals=down(table.index, height), title=title, autorange="reversed", **PLAIN, **at)
+        mark_layers(figure, k, "y", kinds.layers)
+    missing_is_grey(figure)
     figure.update_layout(
-        coloraxis={"colorscale": "Viridis", "cmin": 0, "cmax": 1, "colorbar": {"title": "share"}},
-        plot_bgcolor="#d8d8d8",
+        coloraxis={"colorscale": SCALE, "cmin": 0, "cmax": 1, "colorbar": bar_of("share")},
     )
-    figure.update_yaxes(autorange="reversed", showgrid=False, zeroline=False)
-    figure.update_xaxes(showgrid=False, zeroline=False)
-    figure.update_yaxes(title="layer", col=1)
-    figure.update_xaxes(title="head", row=lines)
     note = "share of a query's attention, mean over queries"
     if "retrieval_head" in metrics:
         note += "; last panel: share of a needle's tokens that the head copies into the answer, mean over trials"
     if seeds := listed(rows["seed"]):
         note += f"; seeds {seeds}"
-    return styled(figure, "What each head attends to", label, note, height=height + 240)
+    return styled(figure, "What each head attends to", label, note + kinds.note)
