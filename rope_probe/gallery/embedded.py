@@ -18,22 +18,24 @@ import plotly.io as pio
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-CAPTION = "caption"
-"""The name of the annotation that a figure's caption is, and its key in `layout.meta`."""
+from rope_probe.gallery.figures.layout import fitted
+
+NARROW, WIDE = 340, 600
+"""Pixels across that a figure has at the least: on a telephone, and elsewhere, where two stand side by side."""
 _ESCAPED = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
 _FLOAT32 = np.finfo(np.float32)
-_ROOM_FOR_TITLE, _ROOM_FOR_CAPTION = 50, 12
-_LOWEST = 260
+_HEIGHT = 450
 _INK = {"light": ("#1d2430", "#dfe3e8", "#8a94a3"), "dark": ("#e6e9ef", "#343b47", "#8a94a3")}
 """Of each theme: the colour of text, of grid lines, and of axes."""
 
 
 @dataclass(frozen=True)
 class Embedded:
-    """A figure as a page shows it: its JSON, its height in pixels, its title and caption as plain text."""
+    """A figure as a page shows it: its JSON, its heights in pixels, its title and caption as plain text."""
 
     data: Markup
     height: int
+    narrow_height: int
     title: str
     caption: str
     is_wide: bool
@@ -41,36 +43,34 @@ class Embedded:
 
 
 def embedded(figure: go.Figure) -> Embedded:
-    """A figure as it is embedded. The figure itself stays as it is."""
-    title = (figure.layout.title.text or "") if figure.layout.title else ""
-    spec = json.loads(figure.to_json(validate=False))
-    layout = spec["layout"]
-    meta = layout.get("meta") if isinstance(layout.get("meta"), dict) else {}
-    height = int(layout.get("height") or 450)
-    margin = {"t": 60, "b": 60, "l": 70, "r": 30} | layout.get("margin", {})
-    captions = [note for note in layout.get("annotations", []) if note.get("name") == CAPTION]
-    layout["annotations"] = [note for note in layout.get("annotations", []) if note.get("name") != CAPTION]
-    for note in captions:
-        below = max(-note.get("yshift", 0), 0) + _ROOM_FOR_CAPTION
-        freed = max(margin["b"] - below, 0)
-        height, margin["b"] = height - freed, margin["b"] - freed
-    if title:
-        freed = min(_ROOM_FOR_TITLE, max(margin["t"] - 30, 0))
-        height, margin["t"] = height - freed, margin["t"] - freed
-    for key in ("template", "title", "width"):
-        layout.pop(key, None)
-    height = max(height, _LOWEST)
-    layout |= {"height": height, "margin": margin, "autosize": True}
-    caption = meta.get("caption") or "; ".join(note.get("text", "") for note in captions)
-    text = as_json({"data": [_compact(trace) for trace in spec["data"]], "layout": _compact(layout)})
+    """A figure as it is embedded, with a layout for each width. The figure itself stays as it is."""
+    meta = figure.layout.meta if isinstance(figure.layout.meta, dict) else {}
+    title = meta.get("title") or (figure.layout.title.text if figure.layout.title else "") or ""
+    wide, narrow = (_laid_out(figure, width) for width in (WIDE, NARROW))
+    text = as_json({
+        "data": [_compact(trace) for trace in wide["data"]],
+        "wide": {"layout": _compact(wide["layout"]), "names": _names(wide)},
+        "narrow": {"layout": _compact(narrow["layout"]), "names": _names(narrow)},
+    })  # fmt: skip
+    heights = (int(one["layout"]["height"]) for one in (wide, narrow))
     return Embedded(
-        Markup(text), height, _plain(str(meta.get("title") or title)), _plain(str(caption)), _is_wide(layout)
+        Markup(text), *heights, _plain(str(title)), _plain(str(meta.get("caption") or "")), meta.get("columns", 1) > 1
     )
 
 
-def _plain(text: str) -> str:
-    """What plotly shows for a text, as plain text."""
-    return html.unescape(text.replace("<br>", " "))
+def _laid_out(figure: go.Figure, width: int) -> dict[str, Any]:
+    """The figure in plotly's JSON, for so many pixels and more, without what the page says or decides."""
+    spec = json.loads(fitted(figure, width, words=False).to_json(validate=False))
+    layout = spec["layout"]
+    for key in ("template", "title", "width", "meta"):
+        layout.pop(key, None)
+    spec["layout"] = {"height": _HEIGHT} | layout | {"autosize": True}
+    return spec
+
+
+def _names(spec: Mapping[str, Any]) -> list[str | None]:
+    """What each trace is called, in lines for this layout."""
+    return [trace.get("name") for trace in spec["data"]]
 
 
 def as_json(value: Any) -> str:
@@ -82,6 +82,11 @@ def as_json(value: Any) -> str:
 def plotly_script() -> str:
     """The plotly script that all pages of a gallery share."""
     return get_plotlyjs()
+
+
+def _plain(text: str) -> str:
+    """What plotly shows for a text, as plain text."""
+    return html.unescape(text.replace("<br>", " "))
 
 
 def templates() -> dict[str, dict[str, Any]]:
@@ -102,13 +107,6 @@ def templates() -> dict[str, dict[str, Any]]:
             }
         made[theme] = template
     return made
-
-
-def _is_wide(layout: Mapping[str, Any]) -> bool:
-    """Whether there are panels side by side: x axes that begin at different places."""
-    axes = [axis for name, axis in layout.items() if name.startswith("xaxis") and isinstance(axis, dict)]
-    starts = {round(axis.get("domain", [0.0])[0], 2) for axis in axes}
-    return len(starts) > 1
 
 
 def _compact(value: Any) -> Any:

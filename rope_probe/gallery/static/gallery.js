@@ -3,7 +3,7 @@
   "use strict";
   var root = document.documentElement;
   var system = window.matchMedia("(prefers-color-scheme: dark)");
-  var narrow = window.matchMedia("(max-width: 640px)");
+  var CONFIG = { responsive: true, displayModeBar: false, displaylogo: false };
   var THEMES = ["system", "light", "dark"];
   var NAMES = { system: "as the system", light: "light", dark: "dark" };
 
@@ -30,66 +30,35 @@
       if (next === "system") delete root.dataset.theme; else root.dataset.theme = next;
       remember("localStorage", "rope_probe-theme", next);
       nameTheme(button);
-      redrawAll();
+      redraw();
     });
-    system.addEventListener("change", redrawAll);
+    system.addEventListener("change", redraw);
   }
 
   // Figures
 
   function template() { return window.galleryTemplates[shownTheme()]; }
 
-  function specOf(plot) {
-    var spec = JSON.parse(document.getElementById(plot.dataset.figure).textContent);
-    spec.layout.template = template();
-    if (narrow.matches) makeNarrow(spec);
-    return spec;
-  }
-
-  // On a narrow screen legends and colour bars go below the panels, which get the whole width.
-  function makeNarrow(spec) {
-    var layout = spec.layout, margin = layout.margin || {};
-    layout.font = Object.assign({}, layout.font, { size: 11 });
-    layout.margin = Object.assign({}, margin, { l: Math.min(margin.l || 60, 60), r: 12 });
-    var shown = spec.data.filter(function (trace) { return trace.showlegend !== false && trace.name; });
-    var hasLegend = layout.showlegend !== false && shown.length > 1;
-    var bar = layout.coloraxis && layout.coloraxis.colorbar;
-    var room = 0;
-    if (bar) {
-      layout.coloraxis.colorbar = Object.assign({}, bar, {
-        orientation: "h", x: 0.5, xanchor: "center", y: 0, yref: "container", yanchor: "bottom", len: 0.9, thickness: 12
-      });
-      room += 60;
-    }
-    if (hasLegend) {
-      layout.legend = Object.assign({}, layout.legend, {
-        orientation: "h", x: 0, xanchor: "left", y: 0, yref: "container", yanchor: "bottom", font: { size: 11 }
-      });
-      room += 20 * shown.length + 20;
-    }
-    layout.margin.b = (margin.b || 60) + room;
-    layout.height += room;
-  }
-
-  function config() {
-    return { responsive: true, displayModeBar: false, displaylogo: false };
-  }
+  // A figure has two layouts: one for telephones, one for what is wider.
+  function widthOf(plot) { return plot.clientWidth < 600 ? "narrow" : "wide"; }
 
   function draw(plot) {
-    var spec = specOf(plot);
-    plot.style.height = spec.layout.height + "px";
-    return window.Plotly.newPlot(plot, spec.data, spec.layout, config()).then(function () {
-      plot.dataset.drawn = shownTheme() + (narrow.matches ? "-narrow" : "-wide");
-      var box = plot.querySelector(".svg-container");
+    var spec = JSON.parse(document.getElementById(plot.dataset.figure).textContent);
+    var width = widthOf(plot);
+    var layout = spec[width].layout;
+    layout.template = template();
+    spec.data.forEach(function (trace, i) { if (spec[width].names[i] !== null) trace.name = spec[width].names[i]; });
+    plot.style.height = layout.height + "px";
+    return window.Plotly.react(plot, spec.data, layout, CONFIG).then(function () {
+      plot.dataset.drawn = shownTheme() + "-" + width;
+      var box = plot.querySelector(".plot-container");
       if (box) box.setAttribute("aria-hidden", "true");
     });
   }
 
-  function redrawAll() {
+  function redraw() {
     plots().forEach(function (plot) {
-      if (plot.dataset.drawn) window.Plotly.relayout(plot, { template: template() }).then(function () {
-        plot.dataset.drawn = shownTheme() + (narrow.matches ? "-narrow" : "-wide");
-      });
+      if (plot.dataset.drawn && plot.dataset.drawn !== shownTheme() + "-" + widthOf(plot)) draw(plot);
     });
   }
 
@@ -107,9 +76,8 @@
       });
     }, { rootMargin: "600px 0px" });
     all.forEach(function (plot) { waiting.observe(plot); });
-    narrow.addEventListener("change", function () {
-      all.forEach(function (plot) { if (plot.dataset.drawn) draw(plot); });
-    });
+    var resized;
+    window.addEventListener("resize", function () { clearTimeout(resized); resized = setTimeout(redraw, 200); });
     window.addEventListener("beforeprint", function () {
       all.forEach(function (plot) { if (!plot.dataset.drawn && plot.offsetParent) draw(plot); });
     });
