@@ -64,6 +64,8 @@ def _laid_out(figure: go.Figure, width: int) -> dict[str, Any]:
     layout = spec["layout"]
     for key in ("template", "title", "width", "meta"):
         layout.pop(key, None)
+    if "orientation" not in layout.get("legend", {}) and isinstance(figure.layout.meta, dict):
+        layout["showlegend"] = False  # a layout without room for one
     spec["layout"] = {"height": _HEIGHT} | layout | {"autosize": True}
     return spec
 
