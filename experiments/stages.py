@@ -6,6 +6,7 @@ An experiment is a module of this folder with
     PREDICTIONS              by number, written before the run
     stages(options)          its stages by name
     report(results)          a Section: what it shows and its verdicts, from the tables of all runs, by experiment
+    FIGURES                  if it likes, by the number of a prediction: the drawings that show what it is about
 
 A stage is a script in a process of its own. It starts when what it needs is there; two run at a time, on one thread
 each. It is reused if its run is complete, its configuration the same, and the sources it was made by unchanged: the
@@ -115,11 +116,21 @@ def _seconds_behind(stages: Mapping[str, Stage]) -> dict[str, float]:
     return behind
 
 
-def run_all(stages: dict[str, Stage], *, reuse_anyway: bool = False) -> dict[str, str]:
-    """Run the stages, WORKERS at a time; returns those without a result, and why. What needs one of them is skipped."""
+Watch = Callable[[set[str], dict[str, str]], object]
+"""Is told, again and again while stages run, which of them are done, and which of these without a result and why."""
+
+
+def run_all(
+    stages: dict[str, Stage], *, reuse_anyway: bool = False, watch: Watch = lambda done, without: None
+) -> dict[str, str]:
+    """Run the stages, WORKERS at a time; returns those without a result, and why. What needs one of them is skipped.
+
+    What `watch` does keeps no stage that runs from going on.
+    """
     order = TopologicalSorter({name: stage.needs for name, stage in stages.items()})
     order.prepare()
     without: dict[str, str] = {}
+    done: set[str] = set()
     pool = ThreadPoolExecutor(WORKERS)
     with _shown(stages) as progress:
         try:
@@ -130,6 +141,7 @@ def run_all(stages: dict[str, Stage], *, reuse_anyway: bool = False) -> dict[str
                     if lost := [need for need in stages[name].needs if need in without]:
                         without[name] = f"needs {lost[0]}"
                         progress.ended(name, without[name])
+                        done.add(name)
                         order.done(name)
                     else:
                         ready.append(name)
@@ -138,11 +150,14 @@ def run_all(stages: dict[str, Stage], *, reuse_anyway: bool = False) -> dict[str
                     name = ready.pop(0)
                     progress.started(name)
                     running[pool.submit(_run, name, stages[name], reuse_anyway)] = name
+                if running:
+                    watch(set(done), dict(without))
                 for future in wait(running, return_when=FIRST_COMPLETED, timeout=1.0).done if running else ():
                     name = running.pop(future)
                     if why := future.result():
                         without[name] = why
                     progress.ended(name, why)
+                    done.add(name)
                     order.done(name)
                 progress.refresh()
         finally:

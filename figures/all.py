@@ -11,9 +11,11 @@ import typer
 
 from rope_probe.errors import InputError
 from rope_probe.gallery import figures as plots
+from rope_probe.gallery.drawn import draw_all
 from rope_probe.gallery.figures.static import FORMATS, WIDTH, Format
-from rope_probe.gallery.report import _figures, _slug
 from rope_probe.runs.results import read_manifest, read_tables
+
+_LONGEST_NAME = 60
 
 
 def draw(
@@ -28,18 +30,24 @@ def draw(
     if unknown := sorted(set(only or []) - set(known)):
         raise InputError(f"there is no drawing {unknown[0]!r}; there are {', '.join(known)}")
     configs = {manifest["run_id"]: manifest["config"] for manifest in map(read_manifest, runs)}
-    figures, remarks = _figures(read_tables(runs), configs)
+    figures, remarks = draw_all(read_tables(runs), configs)
     for remark in remarks:
         print(remark, file=sys.stderr)
-    chosen = [figure for figure in figures if not only or figure[0] in only]
+    chosen = [one for one in figures if not only or one.drawing.name in only]
     if not chosen:
-        raise InputError("these runs hold nothing that a figure is drawn from")
+        raise InputError("these runs hold nothing that such a figure is drawn from")
     files = []
-    for number, (name, label, figure) in enumerate(chosen, start=1):
-        stem = _slug(f"{name} {label}")
-        files += [(figure, out / f"{number:02d}-{stem}.{kind}") for kind in format or FORMATS[:1]]
+    for number, one in enumerate(chosen, start=1):
+        stem = _file_name(f"{one.drawing.name} {one.label}")
+        files += [(one.figure, out / f"{number:02d}-{stem}.{kind}") for kind in format or FORMATS[:1]]
     for file in plots.save_figures(files, width):
         print(file)
+
+
+def _file_name(text: str) -> str:
+    """The letters and digits of a text, as far as a file's name has room for them."""
+    words = "".join(c if c.isascii() and c.isalnum() else " " for c in text.lower()).split()
+    return "-".join(words)[:_LONGEST_NAME].strip("-")
 
 
 if __name__ == "__main__":
