@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rope_probe.cli.options import DONE, MACHINE, OUTPUT, AsJson, Dtype, Kernel
+from rope_probe.cli.options import DONE, MACHINE, OUTPUT, AsJson, Dtype, Kernel, seed_in_range
 from rope_probe.cli.output import Fact, show
 from rope_probe.errors import InputError
 from rope_probe.names import MIRRORS, MISSED_GATE
@@ -33,12 +33,13 @@ def command(
     ] = False,
     seed: Annotated[
         int | None,
-        typer.Option(min=0, max=2**63 - 1, help="Seed.", show_default="the config's", rich_help_panel=DONE),
+        typer.Option(min=0, callback=seed_in_range, help="Seed.", show_default="the config's", rich_help_panel=DONE),
     ] = None,
     mirror: Annotated[
         _Mirror | None,
         typer.Option(
-            help="Show the training log there too, as it is written.",
+            help=f"Show the training log as it is written in {' or '.join(MIRRORS)}.",
+            metavar="WHERE",
             show_default="the config's, or nowhere",
             rich_help_panel=OUTPUT,
         ),
@@ -48,10 +49,11 @@ def command(
         typer.Option(help="cpu or cuda.", show_default="the config's, or what is there", rich_help_panel=MACHINE),
     ] = None,
     dtype: Annotated[
-        Dtype | None, typer.Option(help="float32, or bfloat16 for autocast.", rich_help_panel=MACHINE)
+        Dtype | None, typer.Option(help="float32, or bfloat16 for autocast.", metavar="DTYPE", rich_help_panel=MACHINE)
     ] = None,
     attn: Annotated[
-        Kernel | None, typer.Option(help="Attention kernel.", show_default="the config's", rich_help_panel=MACHINE)
+        Kernel | None,
+        typer.Option(help="Attention kernel.", metavar="KERNEL", show_default="the config's", rich_help_panel=MACHINE),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperOption
 
 from rope_probe.names import KERNELS, KEY_VALUE, LONGEST_WINDOW, PRETRAINED, SWEEPS, TEXT_TASKS
 
@@ -38,19 +38,50 @@ Task = StrEnum("Task", {task.upper(): task for task in (KEY_VALUE, *TEXT_TASKS)}
 
 
 class Command(TyperCommand):
-    """A command whose --help stands in the last group of its options, not in one of its own before all others."""
+    """A command whose --help is narrow enough for 80 columns.
+
+    What stands for an option's value is one word, and --help itself is in the last group, not in one of its own.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        for param in self.params:
+            if isinstance(param, TyperOption) and param.metavar is None:
+                param.metavar = "" if param.is_flag else _word_of(str(param.type_descriptor.annotation))
 
     def get_help_option(self, ctx: Any) -> Any:
         """The option, put into its group."""
         option = super().get_help_option(ctx)
         if option is not None:
             option.rich_help_panel = MACHINE  # type: ignore[attr-defined]
+            option.metavar = ""
         return option
+
+
+def _word_of(annotation: str) -> str:
+    """What --help shows for a value of this type."""
+    if "Path" in annotation:
+        return "PATH"
+    return "N" if "int" in annotation or "float" in annotation else "TEXT"
 
 
 def as_epilog(examples: Sequence[str]) -> str:
     """Examples as the end of a --help, a line each."""
     return "\n\n".join(["Examples:", *examples])
+
+
+def window_in_range(tokens: int | None) -> int | None:
+    """A window that is no slip of the keyboard. Raises typer.BadParameter for another."""
+    if tokens is not None and tokens > LONGEST_WINDOW:
+        raise typer.BadParameter(f"a window is {LONGEST_WINDOW} tokens or less, but it is {tokens}")
+    return tokens
+
+
+def seed_in_range(seed: int | None) -> int | None:
+    """A seed that 63 bits hold. Raises typer.BadParameter for another."""
+    if seed is not None and seed >= 2**63:
+        raise typer.BadParameter(f"a seed is below 2^63, but it is {seed}")
+    return seed
 
 
 def complete_model(incomplete: str) -> list[str]:
@@ -81,7 +112,7 @@ WindowTokens = Annotated[
     int | None,
     typer.Option(
         min=1,
-        max=LONGEST_WINDOW,
+        callback=window_in_range,
         help="Tokens in the window.",
         show_default="all of --tokens, or 512",
         rich_help_panel=INPUT,
@@ -127,7 +158,8 @@ AcceptTerms = Annotated[
 ]
 
 Seed = Annotated[
-    int, typer.Option(min=0, max=2**63 - 1, help="Seed of everything drawn at random.", rich_help_panel=DONE)
+    int,
+    typer.Option(min=0, callback=seed_in_range, help="Seed of everything drawn at random.", rich_help_panel=DONE),
 ]
 
 Out = Annotated[Path, typer.Option(help="Run directory to write.", rich_help_panel=OUTPUT)]
@@ -140,9 +172,17 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JS
 Device = Annotated[str, typer.Option(help="Torch device: cpu, cuda, cuda:1.", rich_help_panel=MACHINE)]
 DtypeOption = Annotated[
     Dtype | None,
-    typer.Option(help="Dtype to compute in.", show_default="as the checkpoint was saved", rich_help_panel=MACHINE),
+    typer.Option(
+        help=f"Dtype to compute in: {', '.join(Dtype)}.",
+        metavar="DTYPE",
+        show_default="as the checkpoint was saved",
+        rich_help_panel=MACHINE,
+    ),
 ]
-Attn = Annotated[Kernel, typer.Option(help="Attention kernel.", rich_help_panel=MACHINE)]
+Attn = Annotated[
+    Kernel,
+    typer.Option(help=f"Attention kernel: {', '.join(KERNELS)}.", metavar="KERNEL", rich_help_panel=MACHINE),
+]
 DeviceMap = Annotated[
     str | None,
     typer.Option(

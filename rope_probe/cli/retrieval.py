@@ -25,10 +25,11 @@ from rope_probe.cli.options import (
     Overwrite,
     Seed,
     Task,
+    window_in_range,
 )
 from rope_probe.cli.output import Table, show, tell
 from rope_probe.errors import InputError
-from rope_probe.names import KEY_VALUE, LONGEST_WINDOW
+from rope_probe.names import KEY_VALUE, TEXT_TASKS
 
 if TYPE_CHECKING:
     from rope_probe.retrieval.probe import RetrievalTask
@@ -48,13 +49,14 @@ def command(
     task: Annotated[
         list[Task] | None,
         typer.Option(
-            help="Task. Can be given again.",
+            help=f"{', '.join((KEY_VALUE, *TEXT_TASKS))}. Can be given again.",
+            metavar="TASK",
             show_default="passkey, niah_single_1 and fwe, or key_value where the checkpoint has no tokenizer",
             rich_help_panel=DONE,
         ),
     ] = None,
     window: Annotated[
-        int, typer.Option(min=4, max=LONGEST_WINDOW, help="Tokens of a trial.", rich_help_panel=INPUT)
+        int, typer.Option(min=4, callback=window_in_range, help="Tokens of a trial.", rich_help_panel=INPUT)
     ] = 1024,
     distance: Annotated[
         list[int] | None,

@@ -27,10 +27,10 @@ from rope_probe.cli.options import (
     TokensFile,
     WindowTokens,
     complete_model,
+    window_in_range,
 )
 from rope_probe.cli.output import Table, show
 from rope_probe.errors import InputError
-from rope_probe.names import LONGEST_WINDOW
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -55,7 +55,7 @@ def command(
         int | None,
         typer.Option(
             min=1,
-            max=LONGEST_WINDOW,
+            callback=window_in_range,
             help="Window before, for bands of pairs.",
             show_default="its config's length",
             rich_help_panel=DONE,
@@ -65,7 +65,7 @@ def command(
         int | None,
         typer.Option(
             min=1,
-            max=LONGEST_WINDOW,
+            callback=window_in_range,
             help="Window after.",
             show_default="its config's length",
             rich_help_panel=DONE,

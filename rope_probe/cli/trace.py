@@ -33,6 +33,7 @@ from rope_probe.cli.options import (
     WindowTokens,
 )
 from rope_probe.cli.output import Table, show
+from rope_probe.names import SWEEPS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,7 +42,7 @@ EXAMPLES = (
     "rope-probe trace smollm2-135m --out runs/trace --window 256 --no-control",
     "rope-probe trace MODEL --out runs/heads --sweep head --layer 16",
     "rope-probe trace MODEL --out runs/frozen --freeze 0 --pair 30 --pair 31",
-    "rope-probe trace MODEL --out runs/mine --perturbations examples/perturbations.toml",
+    "rope-probe trace MODEL --out runs/mine --perturbations mine.toml",
 )
 _MOST = 10
 """How many parts a table of a sweep shows: those with the largest effect."""
@@ -68,7 +69,8 @@ def command(
     sweep: Annotated[
         list[Sweep] | None,
         typer.Option(
-            help="What to go through, narrowed by --layer and --head.",
+            help=f"Go through one of {', '.join(SWEEPS)}, narrowed by --layer and --head. {_AGAIN}",
+            metavar="SWEEP",
             show_default="dose and layer; none where something else is asked for",
             rich_help_panel=DONE,
         ),
@@ -101,7 +103,7 @@ def command(
     ] = None,
     offset_document: Annotated[
         list[int] | None,
-        typer.Option(min=0, help="Documents that --offset moves together.", show_default="0", rich_help_panel=DONE),
+        typer.Option(min=0, help="Documents that --offset moves.", show_default="the first, 0", rich_help_panel=DONE),
     ] = None,
     temperature: Annotated[
         list[float] | None,
@@ -110,13 +112,14 @@ def command(
     perturbations: Annotated[
         Path | None,
         typer.Option(
-            help="TOML file of perturbations of any kind, as in examples/perturbations.toml.", rich_help_panel=DONE
+            help="TOML file of perturbations of any kind; see examples/perturbations.toml.", rich_help_panel=DONE
         ),
     ] = None,
     side: Annotated[
         list[Side] | None,
         typer.Option(
-            help="What to perturb.",
+            help="q, k, or qk for both.",
+            metavar="SIDE",
             show_default="each of q, k, qk; qk for --theta and --offset, q for --temperature",
             rich_help_panel=DONE,
         ),

@@ -27,7 +27,6 @@ class Advance(Protocol):
         """Add to what is done."""
 
 
-
 def in_time(seconds: float) -> str:
     """A duration as a reader thinks of it: "45 s", "12 min", "3 h 20 min"."""
     if seconds < 90:
