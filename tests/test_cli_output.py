@@ -41,22 +41,24 @@ def narrow(monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
 
 
-@pytest.fixture
-def terminal(monkeypatch, narrow):
-    """A stdout that says it is a terminal of 80 columns; what is printed is in it."""
+class Terminal(io.StringIO):
+    """A stdout that says it is a terminal; what is printed is in it."""
 
-    class Terminal(io.StringIO):
-        encoding = "utf-8"
+    encoding = "utf-8"
 
-        def isatty(self):
-            return True
+    def isatty(self):
+        return True
 
+
+def on_a_terminal(monkeypatch, *parts):
+    """What is printed of some parts on a terminal of 80 columns."""
     for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TERM", "xterm")
-    stream = Terminal()
-    monkeypatch.setattr(sys, "stdout", stream)
-    return stream
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", Terminal())
+        output.show("runs/x", parts, command="spans")
+        return sys.stdout.getvalue()
 
 
 # The bare call, and help
@@ -156,19 +158,18 @@ def test_elsewhere_tables_are_aligned_text(capsys):
     )  # fmt: skip
 
 
-def test_on_a_terminal_tables_are_rich_and_names_are_no_markup(terminal):
-    output.show("runs/x", [output.Table("t", "A title", FRAME)], command="trace")
-    printed = terminal.getvalue()
+def test_on_a_terminal_tables_are_rich_and_names_are_no_markup(monkeypatch, narrow):
+    printed = on_a_terminal(monkeypatch, output.Table("t", "A title", FRAME))
     assert ESCAPE in printed
     assert "━" in printed or "─" in printed
     assert "[bold]a[/]" in printed
     assert printed.endswith("runs/x\n")
 
 
-def test_a_table_wider_than_80_columns_is_cut_into_several_and_loses_no_digit(terminal):
+def test_a_table_wider_than_80_columns_is_cut_into_several_and_loses_no_digit(monkeypatch, narrow):
     wide = pd.DataFrame({"layer": [10, 11], **{f"some_metric_{i}": [i + 0.123456, i / 1e7] for i in range(9)}})
-    output.show("runs/x", [output.Table("t", "Wide", wide, "{:.6g}")], command="spans")
-    lines = re.sub(r"\x1b\[[\d;]*m", "", terminal.getvalue()).splitlines()
+    printed = on_a_terminal(monkeypatch, output.Table("t", "Wide", wide, "{:.6g}"))
+    lines = re.sub(r"\x1b\[[\d;]*m", "", printed).splitlines()
     assert max(map(len, lines)) <= 80
     words = " ".join(lines).split()
     assert all(f"{value:.6g}" in words for value in wide.drop(columns="layer").to_numpy().ravel())
@@ -179,7 +180,7 @@ def test_a_table_wider_than_80_columns_is_cut_into_several_and_loses_no_digit(te
 def test_what_a_stream_cannot_write_is_written_otherwise(monkeypatch):
     stream = io.TextIOWrapper(io.BytesIO(), "ascii")
     monkeypatch.setattr(sys, "stdout", stream)
-    output.show("runs/x", [output.Fact("a", "1 − cosine", 1)], command="drift")
+    output.show("runs/x", [output.Fact("a", "1 \u2212 cosine", 1)], command="drift")
     assert stream.buffer.getvalue() == b"1 \\u2212 cosine\nruns/x\n"
 
 

@@ -116,7 +116,7 @@ def test_a_slip_is_one_line_that_names_the_file_and_the_key(tmp_path, case):
 ])  # fmt: skip
 def test_a_file_of_another_shape_is_told(tmp_path, text, named):
     (tmp_path / "mine.toml").write_text(text)
-    with pytest.raises(InputError, match="mine.toml") as refused:
+    with pytest.raises(InputError, match=r"mine\.toml") as refused:
         read_perturbations(tmp_path / "mine.toml")
     assert named in str(refused.value)
 

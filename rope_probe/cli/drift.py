@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = (
     "rope-probe drift smollm2-135m --theta 1e6 --out runs/drift",
-    "rope-probe drift ORIGINAL EXTENDED --out runs/drift --window 1024 --text book.txt",
+    "rope-probe drift ORIGINAL EXTENDED --out runs/drift --window 1024",
 )
 _RESTORED = 6
 """How many layers LongReD restores in its published recipe."""

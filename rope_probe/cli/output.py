@@ -180,7 +180,9 @@ def _cell(value: Any, number: str) -> str:
 
 def _is_absent(value: Any) -> bool:
     """None, NaN and pandas' NA alike."""
-    return value is None or value != value or str(value) == "<NA>"
+    import pandas as pd
+
+    return bool(pd.isna(value))
 
 
 def _fitting(columns: list[_Column], keys: int, width: int) -> Iterator[list[_Column]]:
