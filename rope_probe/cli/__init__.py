@@ -32,8 +32,8 @@ app = typer.Typer(
 )
 for _question, _modules in QUESTIONS.items():
     for _name, _module in _modules.items():
-        _told = {"rich_help_panel": _question, "epilog": as_epilog(_module.EXAMPLES)}
-        app.command(_name, cls=Command, **_told)(_module.command)
+        _examples = as_epilog(_module.EXAMPLES)
+        app.command(_name, cls=Command, rich_help_panel=_question, epilog=_examples)(_module.command)
 
 
 @app.callback()

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 Arms = dict[str, "Sequence[Perturbation]"]
 _EACH: tuple[Side, ...] = tuple(Side)
-_DEFAULT_SIDES = {"theta": (Side.QK,), "offset": (Side.QK,), "temperature": (Side.Q,)}
+_DEFAULT_SIDES: dict[str, tuple[Side, ...]] = {"theta": (Side.QK,), "offset": (Side.QK,), "temperature": (Side.Q,)}
 """Sides of the kinds that are not tried on each."""
 _ARM_OF = {"shift": "dose"}
 """Arms that are not called as the option is."""

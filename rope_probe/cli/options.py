@@ -53,7 +53,7 @@ class Command(TyperCommand):
         """The option, put into its group."""
         option = super().get_help_option(ctx)
         if option is not None:
-            option.rich_help_panel = MACHINE  # type: ignore[attr-defined]
+            option.rich_help_panel = MACHINE
             option.metavar = ""
         return option
 
