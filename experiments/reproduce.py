@@ -38,7 +38,7 @@ def main(
     stages = plan(Options(out, seeds, full))
     urgent = {name: stage for name, stage in stages.items() if stage.urgent}
     growing = GrowingGallery(stages, discover(), out / "gallery")
-    lost = run_all(urgent, reuse_anyway=reuse_anyway, watch=growing.redraw)
+    lost = run_all(urgent, reuse_anyway=reuse_anyway, planned=stages, watch=growing.redraw)
     if growing.redraw(set(urgent), lost, at_once=True):
         print(f"first figures: {out / 'gallery' / 'index.html'}", flush=True)
     without = run_all(stages, reuse_anyway=reuse_anyway, watch=growing.redraw)
