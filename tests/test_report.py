@@ -19,7 +19,8 @@ from rope_probe import InputError, PairTurn, PositionShift, copy_deltas, load_mo
 from rope_probe.distillation import distillation_signal
 from rope_probe.distillation.log import LOSSES
 from rope_probe.gallery import figures as plots
-from rope_probe.gallery.report import _figures, _slug, gallery, write_figure
+from rope_probe.gallery.drawn import draw_all
+from rope_probe.gallery.report import _free_slug, gallery, write_figure
 from rope_probe.retrieval.probe import RETRIEVAL
 from rope_probe.runs.intervals import share_interval
 from rope_probe.runs.results import new_run, read_manifest, read_run, read_tables
@@ -30,6 +31,7 @@ from rope_probe.tracing.heads import HEADS
 from rope_probe.tracing.propagation import DELTAS
 from tests import zoo
 from tests.frames import rows_for, rows_of
+from tests.gallery.pages import Page, pages_of
 
 
 @pytest.fixture(scope="module")
@@ -88,11 +90,11 @@ def test_shifts_that_are_restricted_differently_are_not_pooled(tmp_path):
     with new_run(tmp_path / "run", "trace", {}) as made:
         made.record(DELTAS, frame, model="a b")
         made.record(DELTAS, frame, model="a-b")
-    page = gallery([tmp_path / "run"], tmp_path / "gallery").read_text()
-    pages = re.findall(r'<iframe src="([^"]+)"', page)
-    assert len({name for name in pages if "dose-response" in name}) == 4
-    assert len({name for name in pages if "injected-by-read" in name}) == 2
-    assert "layers=1" in (tmp_path / "gallery" / pages[1]).read_text()
+    index = gallery([tmp_path / "run"], tmp_path / "gallery")
+    page = Page(index.parent / "trace.html")
+    assert len([name for name in page.pictures if name.startswith("dose-response")]) == 4
+    assert len([name for name in page.pictures if name.startswith("injected-by-read")]) == 2
+    assert "a b, layers=1" in page.text
 
 
 def test_shifts_back_and_by_nothing_are_drawn():
@@ -133,12 +135,10 @@ def test_what_is_rounding_is_left_grey():
 @given(st.lists(st.text(max_size=300), min_size=2, max_size=4), st.text(max_size=300))
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_pages_have_short_names_of_their_own_whatever_experiments_and_models_are_called(tmp_path, experiments, model):
-    numbers, names = itertools.count(1), []
-    for experiment in experiments:
-        name = f"{next(numbers)}-{_slug(f'{experiment} dose_response {model}')}"
-        names.append(name)
+    taken = {"index"}
+    names = [_free_slug(f"{experiment} {model}", taken) for experiment in experiments]
     assert len(set(names)) == len(names)
-    assert all(name.isascii() and len(name) <= 70 and not set(name) & set("/\\ .") for name in names)
+    assert all(name.isascii() and 0 < len(name) <= 70 and not set(name) & set("/\\ .") for name in names)
 
 
 @pytest.mark.parametrize("experiments", [("a b", "a-b"), ("", ".."), ("x" * 3000, "x" * 3001), ("größe", "размер")])
@@ -147,10 +147,11 @@ def test_odd_names_of_experiments_make_pages_that_can_be_opened(tmp_path, experi
     for i, experiment in enumerate(experiments):
         with new_run(tmp_path / str(i), experiment, {}) as made:
             made.record(RETRIEVAL, rows)
-    page = gallery([tmp_path / "0", tmp_path / "1", tmp_path / "1"], tmp_path / "gallery").read_text()
-    pages = re.findall(r'<iframe src="([^"]+)"', page)
-    assert len(set(pages)) == len(pages) == 2
-    assert all((tmp_path / "gallery" / name).is_file() and len(name) < 80 for name in pages)
+    gallery([tmp_path / "0", tmp_path / "1", tmp_path / "1"], tmp_path / "gallery")
+    pages = pages_of(tmp_path / "gallery")
+    links = [link for link in pages["index.html"].links if link.endswith(".html") and link != "index.html"]
+    assert len(set(links)) == len(links) == 2
+    assert all(len(pages[name].pictures) == 1 and len(name) < 80 for name in links)
 
 
 ODD = {"run_id": (None, 5, {}), "experiment": (5, [], None), "argv": (5, {}), "packages": (True, 5), "git": ("x", True)}
@@ -168,15 +169,13 @@ def test_manifests_that_no_run_writes_are_refused_by_name(run, tmp_path, key, va
 
 def test_the_gallery_works_offline_and_links_what_is_there(run, tmp_path):
     index = gallery([run], tmp_path / "gallery")
-    page = index.read_text()
-    pages = re.findall(r'<iframe src="([^"]+)"', page)
-    assert len(pages) == 2
-    for name in pages:
-        figure = (tmp_path / "gallery" / name).read_text()
-        assert 'src="plotly.min.js"' in figure
-        assert not re.search(r"(src|href)=[\"']https?://", figure + page)
-    assert (tmp_path / "gallery" / "plotly.min.js").exists()
-    assert "<script>alert" not in page
+    pages = pages_of(index.parent)
+    assert len(pages["propagation.html"].pictures) == 2
+    assert "assets/plotly.min.js" in pages["propagation.html"].links
+    for page in pages.values():
+        assert not [link for link in page.links if ":" in link]
+        assert all((index.parent / link.partition("#")[0]).exists() for link in page.links)
+        assert "<script>alert" not in page.path.read_text()
 
 
 def test_an_older_gallery_is_replaced_and_nothing_else(run, tmp_path):
@@ -241,18 +240,19 @@ def test_runs_of_one_experiment_are_drawn_together(tmp_path):
     for model in ("kd", "ce"):
         with new_run(tmp_path / model, "phase_scaling", {}) as made:
             made.record(RETRIEVAL, only("retrieval", accuracy(model, 0, (1, 0.8, 0.6))))
-    page = gallery([tmp_path / "kd", tmp_path / "ce"], tmp_path / "gallery").read_text()
-    (name,) = re.findall(r'<iframe src="([^"]+)"', page)
-    drawn = (tmp_path / "gallery" / name).read_text()
+    gallery([tmp_path / "kd", tmp_path / "ce"], tmp_path / "gallery")
+    page = Page(tmp_path / "gallery" / "phase-scaling.html")
+    (name,) = page.pictures
+    drawn = page.data[f"{name}-data"]
     assert '"name":"kd"' in drawn
     assert '"name":"ce"' in drawn
-    assert page.count("<h3>phase_scaling") == 2
+    assert len([anchor for anchor in page.ids if anchor.startswith("run-") and not anchor.endswith("title")]) == 2
 
 
 def drawn_from(runs):
     """(drawing, label, figure) of each figure that the gallery draws of these runs."""
     configs = {manifest["run_id"]: manifest["config"] for manifest in map(read_manifest, runs)}
-    return _figures(read_tables(runs), configs)[0]
+    return [(one.drawing.name, one.label, one.figure) for one in draw_all(read_tables(runs), configs)[0]]
 
 
 def doses(value, **columns):
@@ -281,8 +281,8 @@ def test_runs_of_one_model_that_differ_in_more_than_the_seed_are_not_averaged(tm
         "tiny (window=128, text=None)": 3.8,
         "tiny (window=64, text=prose.txt)": 4.4,
     }
-    page = gallery(runs, tmp_path / "gallery").read_text()
-    assert len(re.findall("<iframe", page)) == 3
+    gallery(runs, tmp_path / "gallery")
+    assert len(Page(tmp_path / "gallery" / "trace.html").pictures) == 3
 
 
 def test_runs_that_differ_in_the_seed_and_what_was_trained_by_it_are_pooled(tmp_path):
@@ -495,17 +495,19 @@ def test_the_gallery_draws_every_figure_of_its_experiment(tmp_path):
     page = gallery(
         map(tmp_path.joinpath, ("kd_phase_wise", "kd_small_theta", "grid", "arm", "other")), tmp_path / "out"
     )
-    found = re.findall(r'<iframe src="([^"]+)\.html"', page.read_text())
-    assert found == [
-        "1-phase-scaling-retrieval-by-distance-window-64",
-        "2-phase-scaling-retrieval-by-distance-window-128",
-        "3-phase-scaling-rotations-by-pair",
-        "4-phase-scaling-loss-curves",
-        "5-theta-grid-theta-grid",
-        "6-longred-trade-off-arm",
-    ]
-    assert "1 run, nothing to draw" in page.read_text()
-    assert "no figure" in page.read_text()
+    pages = pages_of(page.parent)
+    assert {name: page.pictures for name, page in pages.items()} == {
+        "index.html": [],
+        "phase-scaling.html": [
+            "retrieval-by-distance-1", "retrieval-by-distance-2", "rotations-by-pair-1", "loss-curves-1"
+        ],
+        "theta-grid.html": ["theta-grid-1"],
+        "longred.html": ["trade-off-1"],
+        "other.html": [],
+    }  # fmt: skip
+    assert "window 128" in pages["phase-scaling.html"].text
+    assert "1 run, nothing to draw" in pages["index.html"].text
+    assert "no figure" in pages["other.html"].text
 
 
 def test_accuracy_after_several_phases_is_drawn_phase_by_phase(tmp_path):
@@ -513,11 +515,10 @@ def test_accuracy_after_several_phases_is_drawn_phase_by_phase(tmp_path):
         for phase in ("short", "long"):
             made.record(RETRIEVAL, only("retrieval", accuracy("student", 0, (1, 0.8, 0.6)).assign(phase=phase)))
             made.record(LOSSES, losses("student", 0, (2, 1), phase=phase))
-    page = gallery([tmp_path / "run"], tmp_path / "gallery").read_text()
-    found = re.findall(r'<iframe src="\d+-distill-([^"]+)\.html"', page)
-    assert found == [
-        "retrieval-by-distance-short-window-64", "retrieval-by-distance-long-window-64", "loss-curves"
-    ]  # fmt: skip
+    gallery([tmp_path / "run"], tmp_path / "gallery")
+    page = Page(tmp_path / "gallery" / "distill.html")
+    assert page.pictures == ["retrieval-by-distance-1", "retrieval-by-distance-2", "loss-curves-1"]
+    assert page.text.index("short, window 64") < page.text.index("long, window 64")
 
 
 @pytest.fixture(scope="module")
@@ -944,7 +945,8 @@ def test_rows_that_measure_nothing_are_left_out_and_told(tmp_path):
     nameless = losses("tiny", 0, (1,)).assign(metric=None)
     with new_run(tmp_path / "run", "test", {}) as made:
         made.record(LOSSES, pd.concat([frame, nameless]))
-    page = gallery([tmp_path / "run"], tmp_path / "gallery").read_text()
+    gallery([tmp_path / "run"], tmp_path / "gallery")
+    page = (tmp_path / "gallery" / "test.html").read_text()
     assert "without 3 rows that have no metric or no finite value" in page
     (line,) = plots.loss_curves(frame).data
     assert list(line.y) == [2, 1]
@@ -958,16 +960,10 @@ def test_what_cannot_be_drawn_is_told_with_its_run(tmp_path):
         gallery([tmp_path / "run"], tmp_path / "gallery")
     with new_run(tmp_path / "other", "other", {}) as other:
         other.record(LOSSES, losses("tiny", 0, (2, 1)))
-    page = gallery([tmp_path / "run", tmp_path / "other"], tmp_path / "gallery").read_text()
-    assert f"theta grid cannot be drawn from {made.manifest['run_id']}: these results" in page
-    assert len(re.findall("<iframe", page)) == 1
-
-
-def pages_of(index):
-    """The names of a gallery's pages, which are all there and no others."""
-    found = re.findall(r'<iframe src="([^"]+)"', index.read_text())
-    assert sorted(found) == sorted(page.name for page in index.parent.glob("*.html") if page != index)
-    return found
+    gallery([tmp_path / "run", tmp_path / "other"], tmp_path / "gallery")
+    pages = pages_of(tmp_path / "gallery")
+    assert f"theta grid cannot be drawn from {made.manifest['run_id']}: these results" in pages["theta-grid.html"].text
+    assert len(pages["other.html"].pictures) == 1
 
 
 @pytest.fixture(scope="module")
@@ -981,9 +977,9 @@ def small_run(tmp_path_factory):
 def test_a_run_given_twice_is_there_once(small_run, tmp_path):
     (tmp_path / "link").symlink_to(small_run)
     runs = [small_run, str(small_run), small_run / ".." / small_run.name, tmp_path / "link"]
-    page = gallery(iter(runs), tmp_path / "gallery").read_text()
-    assert page.count("<h3>") == 1
-    assert "1 run<" in page
+    index = gallery(iter(runs), tmp_path / "gallery")
+    assert len(list((tmp_path / "gallery" / "manifests").iterdir())) == 1
+    assert "1 experiment, 1 run, 1 figure" in Page(index).text
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs the browser chromium")
@@ -996,11 +992,11 @@ def test_a_browser_makes_no_link_of_a_name(tmp_path):
         made.record(LOSSES, losses("other", 0, (2, 1), phase="long"))
     index = gallery([tmp_path / "run"], tmp_path / "gallery")
     options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/browser"]
-    for page in [*pages_of(index), index.name]:
+    for page in pages_of(index.parent):
         command = ["chromium", *options, "--virtual-time-budget=5000", "--dump-dom", f"file://{index.parent / page}"]
         shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
         shown = re.sub(r"<script.*?</script>", "", shown, flags=re.DOTALL)
-        assert page == index.name or "&lt;a href=" in shown
+        assert page == index.name or "&lt;a href=" in shown, page
         assert not re.search('<[^>]*href="http', shown)
         assert "<img" not in shown
         assert "pwned</title>" not in shown

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 MOST_ROWS = 200
@@ -71,7 +72,8 @@ def write_numbers(frame: pd.DataFrame, stem: Path) -> tuple[Path, Path]:
 
 
 def _cell(value: Any) -> Cell:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and not pd.isna(value)
+    is_number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    is_number = is_number and not pd.isna(value)
     return Cell(_shown(value), float(value) if is_number else None)
 
 

@@ -12,8 +12,10 @@ from rope_probe.gallery import figures as plots
 from rope_probe.gallery.embedded import as_json, embedded
 from rope_probe.gallery.numbers import MOST_ROWS, numbers
 from rope_probe.gallery.report import Stages, _command, gallery
+from rope_probe.retrieval.probe import RETRIEVAL
+from rope_probe.runs.results import new_run
 from tests.frames import rows_of
-from tests.gallery.pages import HOSTILE, Page, hostile_gallery, hostile_runs, pages_of
+from tests.gallery.pages import HOSTILE, Page, hostile_gallery, pages_of
 
 MEGABYTES = 1e6
 
@@ -127,7 +129,11 @@ def test_text_alternatives_state_the_finding():
 def test_every_drawing_says_how_it_is_read_and_what_it_finds(drawing):
     assert 40 < len(drawing.how_to_read) < 260
     assert drawing.how_to_read.endswith(".")
-    assert drawing.finding(rows_of(*drawing.tables, rows=[{"metric": "odd", "value": 0.5, "seed": 3}]))
+    metric = (getattr(drawing.finding, "metrics", None) or ("odd",))[0]
+    rows = [{"metric": metric, "value": value, "seed": 3, "model": model} for value, model in ((0.5, "a"), (0.25, "b"))]
+    said = drawing.finding(rows_of(*drawing.tables, rows=rows))
+    assert "1 seed (3)" in said
+    assert "0.5" in said or "0.375" in said
     assert isinstance(drawing.finding(rows_of(*drawing.tables, rows=[])), str)
 
 
@@ -169,13 +175,15 @@ def test_commands_are_told_as_one_types_them():
 
 
 def test_pages_of_a_job_that_runs_say_how_far_it_is_and_the_last_ones_do_not(tmp_path):
-    runs, reports = hostile_runs(tmp_path)
-    index = gallery(runs, tmp_path / "gallery", reports, stages=Stages(3, 22))
+    rows = [{"metric": "accuracy", "value": 0.5, "distance": distance, "seq_len": 64} for distance in (8, 16)]
+    with new_run(tmp_path / "run", "trace", {}) as run:
+        run.record(RETRIEVAL, rows, model="tiny", seed=0)
+    index = gallery([tmp_path / "run"], tmp_path / "gallery", stages=Stages(3, 22))
     for page in pages_of(index.parent).values():
         assert "3 of 22 stages done" in page.text
         assert 'data-reload-seconds="20"' in page.path.read_text()
         assert 'http-equiv="refresh"' not in page.path.read_text()
-    gallery(runs, tmp_path / "gallery", reports)
+    gallery([tmp_path / "run"], tmp_path / "gallery")
     for page in pages_of(index.parent).values():
         assert "stages done" not in page.text
         assert "data-reload" not in page.path.read_text()
@@ -259,7 +267,7 @@ def test_hostile_names_are_shown_as_they_are_written(seen, names):
     labels = page.locator(".picture h4").all_inner_texts()
     assert any(HOSTILE["model"] in label for label in labels)
     page = seen("training.html")
-    legend = page.locator(".legendtext").all_inner_texts()
+    legend = page.locator(".legendtext").all_text_contents()
     assert any("</script><script>" in name for name in legend)
 
 
