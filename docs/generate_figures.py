@@ -33,8 +33,8 @@ A drawing that reads several tables gets them joined: `read_tables(runs).joined(
 
 - A figure has no fixed width. It holds from 390 pixels on: text is wrapped for that, and plots grow with the page.
 - `figures.fitted(figure, width)` lays a copy out for another width. With `words=False` it has no title and no caption.
-- `figure.layout.meta["title"]` and `["caption"]` hold these as text for pages that show them themselves; `html.unescape`
-  gives names as they were written. In the figure, the caption is the annotation named "caption".
+- `figure.layout.meta["title"]` and `["caption"]` hold these as text for pages that show them themselves;
+  `html.unescape` gives names as they were written. In the figure, the caption is the annotation named "caption".
 - `figures.themed(figure, "dark")` is a copy for dark pages. No drawing sets a colour of text or page.
 
 ## As files for a paper
