@@ -383,7 +383,7 @@ DRAWINGS = [
         signal_of_distillation,
         how_to_read=(
             "The dotted line is what position contributes to the teacher's logits; a student learns from what its "
-            "own loss has of it. The right panels say what goes from the gradients with it."
+            "own loss has of it. The lower panels say what goes from the gradients with it."
         ),
         finding=Extremes(("model", "site"), ("loss_kl_nats", "signal_kl_nats")),
     ),

@@ -168,7 +168,7 @@ def mark_at(
     there, so that none leaves the panel.
     """
     axis = getattr(figure.layout, f"xaxis{'' if k == 1 else k}")
-    at = 10**place if axis.type == "log" else place
+    at = round(10**place, 6) if axis.type == "log" else place
     refs = {"xref": _axis("x", k), "yref": f"{_axis('y', k)} domain"}
     style = {"color": colour, "width": 2, "dash": dash}
     figure.add_shape(type="line", **refs, x0=at, x1=at, y0=0, y1=1, line=style, name="mark")
