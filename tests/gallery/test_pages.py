@@ -131,7 +131,10 @@ def test_every_drawing_says_how_it_is_read_and_what_it_finds(drawing):
     assert 40 < len(drawing.how_to_read) < 260
     assert drawing.how_to_read.endswith(".")
     metric = (getattr(drawing.finding, "metrics", None) or ("odd",))[0]
-    rows = [{"metric": metric, "value": value, "seed": 3, "model": model} for value, model in ((0.5, "a"), (0.25, "b"))]
+    rows = [
+        {"metric": metric, "value": value, "seed": 3, "tokens": 8, "model": model}
+        for value, model in ((0.5, "a"), (0.25, "b"))
+    ]
     said = drawing.finding(rows_of(*drawing.tables, rows=rows))
     assert "1 seed (3)" in said
     assert "0.5" in said or "0.375" in said
@@ -218,6 +221,7 @@ def seen(browser, made):
             context = browser.new_context(
                 viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True, reduced_motion="reduce"
             )
+            context.set_default_timeout(120_000)
             page = context.new_page()
             page.said = []
             page.on("console", lambda message: page.said.append(message.text) if message.type == "error" else None)
@@ -230,7 +234,7 @@ def seen(browser, made):
         for plot in page.locator(".plot").all():
             if plot.is_visible():
                 plot.scroll_into_view_if_needed()
-        page.wait_for_function(DRAWN, timeout=60_000)
+        page.wait_for_function(DRAWN, timeout=120_000)
         return page
 
     return open_page
@@ -278,7 +282,7 @@ def test_tooltips_appear_over_a_figure(seen):
     plot.scroll_into_view_if_needed()
     point = plot.locator(".point, .points path").first.bounding_box()
     page.mouse.move(point["x"] + point["width"] / 2, point["y"] + point["height"] / 2)
-    page.wait_for_selector(".hoverlayer .hovertext", timeout=10_000)
+    page.wait_for_selector(".hoverlayer .hovertext", timeout=60_000)
 
 
 def test_tabs_by_keyboard(seen, names):
