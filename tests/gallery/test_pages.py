@@ -11,7 +11,7 @@ import pytest
 from experiments import longred, phase_scaling, theta_grid  # noqa: F401 (they declare tables that drawings read)
 from rope_probe.gallery import figures as plots
 from rope_probe.gallery.embedded import as_json, embedded
-from rope_probe.gallery.numbers import MOST_ROWS, numbers
+from rope_probe.gallery.numbers import MOST_ROWS, numbers, write_numbers
 from rope_probe.gallery.report import Stages, _command, gallery
 from rope_probe.retrieval.probe import RETRIEVAL
 from rope_probe.runs.results import new_run
@@ -95,7 +95,7 @@ def test_numbers_that_float32_has_no_room_for_stay_as_they_are():
     assert stored["dtype"] == "f8"
 
 
-def test_the_table_tells_means_and_the_files_hold_all_rows(made):
+def test_the_table_tells_means_and_the_files_hold_all_rows(made, tmp_path):
     rows = [{"metric": "accuracy", "value": value, "distance": d, "seed": seed, "model": "m", "seq_len": 64}
             for d in (8, 16) for seed, value in ((0, 0.25), (1, 0.75))]  # fmt: skip
     table = numbers(rows_of("retrieval", rows=rows))
@@ -107,6 +107,9 @@ def test_the_table_tells_means_and_the_files_hold_all_rows(made):
     table = numbers(rows_of("retrieval", rows=many))
     assert (len(table.rows), table.of) == (MOST_ROWS, MOST_ROWS + 7)
     assert min(row[0].number for row in table.rows) == 7  # the largest are shown
+    csv, parquet = write_numbers(rows_of("retrieval", rows=many * 30), tmp_path / "many")
+    assert csv.name == "many.csv.gz"
+    assert len(pd.read_csv(csv)) == len(pd.read_parquet(parquet)) == 30 * len(many)
     for csv in sorted((made / "tables").glob("*.csv")):
         text, stored = pd.read_csv(csv), pd.read_parquet(csv.with_suffix(".parquet"))
         assert list(text.columns) == list(stored.columns)
