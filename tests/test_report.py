@@ -816,6 +816,14 @@ def what_each_drawing_draws(name):
             1, **shifts, metric=["rel_l2"], site=["logits", "blocks.0.hook_resid_post"], inject_layer=[0, 1],
             head=[None, 0], layer=[0, None], delta_tokens=[4.0],
         ),
+        "lens_by_layer": [
+            row
+            for layer in (0, 1)
+            for row in every(
+                1, **shifts, metric=["kl_nats"], site=[f"blocks.{layer}.lens"], layer=[layer],
+                inject_layer=[None, 0, 1], head=[None, 0], delta_tokens=[4.0],
+            )
+        ],
         "sensitivity_by_pair": every(1, **shifts, metric=["kl_nats"], pair=[0], wavelength=[6.0], delta_tokens=[4.0]),
         "layer_effects": every(
             1, **shifts, metric=["kl_nats"], site=["logits"], inject_layer=[0, 1], delta_tokens=[4.0]
@@ -826,7 +834,10 @@ def what_each_drawing_draws(name):
         "retrieval_by_task": every(
             0, **runs, metric=["accuracy"], task=[name, "vt"], seq_len=[64], low=[0.0], high=[1.0]
         ),
+        "retrieval_map": every(0, **{**accuracies, "seq_len": [64, 128]}, task=["passkey"], trials=[8]),
         "head_map": every(0, **runs, metric=list(plots.heads.PANELS), layer=[0, 1], head=[0, 1]),
+        "massive_map": every(1, **runs, metric=["ratio"], states=["q", "k", "v"], layer=[0, 1], head=[0, 1],
+                             pair=[0, 1], wavelength=[6.0], seq_len=[64]),
         "transplants": every(0, **accuracies, into=[name], group=[name, "nothing"]),
         "causal_curves": every(0, **curves, order=[name, "greedy"])
         + every(0, **curves, order=["random"], draw=[0, 1]),
@@ -859,7 +870,8 @@ def numbers(figure):
 ODD_NAME = '<a href="#">odd</a>&lt;%{y}$z$'
 ODD_NAME_AS_TEXT = '&lt;a href="#"&gt;odd&lt;/a&gt;&amp;lt;&#37;{y}&#36;z&#36;'
 NAMELESS = {"theta_grid", "copy_heatmap", "dose_response", "injected_by_read", "sensitivity_by_pair", "change_by_part",
-            "span_heatmap", "span_heads", "trace_cost", "head_map", "layer_effects", "head_effects"}  # fmt: skip
+            "span_heatmap", "span_heads", "trace_cost", "head_map", "layer_effects", "head_effects",
+            "lens_by_layer", "massive_map", "retrieval_map"}  # fmt: skip
 
 
 @pytest.mark.parametrize("drawing", plots.DRAWINGS, ids=lambda drawing: drawing.name)

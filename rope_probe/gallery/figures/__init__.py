@@ -13,6 +13,9 @@ from rope_probe.gallery.figures import (
     geometry,
     grid,
     heads,
+    lens,
+    maps,
+    massive,
     propagation,
     retrieval,
     sensitivity,
@@ -26,6 +29,9 @@ from rope_probe.gallery.figures.drift import drift_by_layer
 from rope_probe.gallery.figures.geometry import rotations_by_pair
 from rope_probe.gallery.figures.grid import theta_grid
 from rope_probe.gallery.figures.heads import head_map
+from rope_probe.gallery.figures.lens import lens_by_layer
+from rope_probe.gallery.figures.maps import retrieval_map
+from rope_probe.gallery.figures.massive import massive_map
 from rope_probe.gallery.figures.propagation import copy_heatmap, dose_response
 from rope_probe.gallery.figures.retrieval import retrieval_by_distance, retrieval_by_task
 from rope_probe.gallery.figures.sensitivity import (
@@ -52,10 +58,13 @@ __all__ = [
     "head_map",
     "injected_by_read",
     "layer_effects",
+    "lens_by_layer",
     "loss_curves",
+    "massive_map",
     "register",
     "retrieval_by_distance",
     "retrieval_by_task",
+    "retrieval_map",
     "rotations_by_pair",
     "sensitivity_by_pair",
     "signal_of_distillation",
@@ -103,6 +112,11 @@ def _phase(frame: pd.DataFrame) -> pd.Series:
     return phase if phase.nunique() > 1 else phase.mask(phase != "", "")
 
 
+def _perturbed(frame: pd.DataFrame) -> pd.Series:
+    """What a model was perturbed by while it was measured, "" where by nothing."""
+    return frame["perturbation"].fillna("")
+
+
 def _kind(frame: pd.DataFrame) -> pd.Series:
     """What is dosed, "" for a shift."""
     return frame["kind"].mask(frame["kind"] == "PositionShift", "")
@@ -119,7 +133,7 @@ DRAWINGS = [
         ("retrieval", "geometry"),
         retrieval.is_accuracy,
         retrieval_by_distance,
-        lambda rows: [_task(rows), _phase(rows), "window " + rows["seq_len"].astype("string")],
+        lambda rows: [_task(rows), _phase(rows), _perturbed(rows), "window " + rows["seq_len"].astype("string")],
         retrieval.is_document_length,
     ),
     Drawing(
@@ -127,7 +141,15 @@ DRAWINGS = [
         ("retrieval",),
         retrieval.is_accuracy_of_task,
         retrieval_by_task,
-        lambda rows: [_phase(rows), "window " + rows["seq_len"].astype("string")],
+        lambda rows: [_phase(rows), _perturbed(rows), "window " + rows["seq_len"].astype("string")],
+    ),
+    Drawing(
+        "retrieval_map",
+        ("retrieval",),
+        maps.is_map,
+        retrieval_map,
+        lambda rows: [_task(rows), _phase(rows), _perturbed(rows)],
+        per_model=True,
     ),
     Drawing("trade_off", ("skills",), trade.is_skill, trade_off, lambda rows: [rows["arm"].fillna("")]),
     Drawing("theta_grid", ("theta_grid",), grid.is_cell, theta_grid, context=grid.is_gate),
@@ -168,8 +190,12 @@ DRAWINGS = [
         per_model=True,
     ),
     Drawing("head_map", ("heads",), heads.is_head_score, head_map, per_model=True),
+    Drawing(
+        "massive_map", ("massive_values",), massive.is_ratio, massive_map, lambda rows: [_masked(rows)], per_model=True
+    ),
     Drawing("drift_by_layer", ("drift",), drift.is_drift, drift_by_layer, lambda rows: [_masked(rows)]),
     Drawing("injected_by_read", ("deltas",), sensitivity.is_of_layer, injected_by_read, per_model=True),
+    Drawing("lens_by_layer", ("deltas",), lens.is_of_lens, lens_by_layer, lambda rows: [_masked(rows)], per_model=True),
     Drawing(
         "sensitivity_by_pair",
         ("deltas",),
