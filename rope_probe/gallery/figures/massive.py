@@ -7,8 +7,9 @@ from plotly.subplots import make_subplots
 
 from rope_probe.errors import InputError
 from rope_probe.gallery.figures.style import drawing, listed, spaced, styled
+from rope_probe.tracing.massive import STATES
 
-PANELS = {"q": "queries", "k": "keys", "v": "values"}
+PANELS = dict(zip(STATES, ("queries", "keys", "values"), strict=True))
 _HIGHEST_PANEL, _HIGHEST_CELL, _LOWEST_PANEL, _ROOM_FOR_TICK = 900, 30, 160, 18
 _MOST_TICKS = 8
 
