@@ -13,6 +13,7 @@ from rope_probe.gallery.figures import (
     geometry,
     grid,
     heads,
+    positional,
     propagation,
     retrieval,
     sensitivity,
@@ -26,6 +27,7 @@ from rope_probe.gallery.figures.drift import drift_by_layer
 from rope_probe.gallery.figures.geometry import rotations_by_pair
 from rope_probe.gallery.figures.grid import theta_grid
 from rope_probe.gallery.figures.heads import head_map
+from rope_probe.gallery.figures.positional import positional_shares
 from rope_probe.gallery.figures.propagation import copy_heatmap, dose_response
 from rope_probe.gallery.figures.retrieval import retrieval_by_distance, retrieval_by_task
 from rope_probe.gallery.figures.sensitivity import (
@@ -53,6 +55,7 @@ __all__ = [
     "injected_by_read",
     "layer_effects",
     "loss_curves",
+    "positional_shares",
     "register",
     "retrieval_by_distance",
     "retrieval_by_task",
@@ -113,6 +116,11 @@ def _masked(frame: pd.DataFrame) -> pd.Series:
     return frame["masked"].map({True: "masked"}, na_action="ignore").fillna("")
 
 
+def _role(frame: pd.DataFrame) -> pd.Series:
+    """The part that the model plays, "" where that is not told."""
+    return frame["role"].fillna("")
+
+
 DRAWINGS = [
     Drawing(
         "retrieval_by_distance",
@@ -168,6 +176,14 @@ DRAWINGS = [
         per_model=True,
     ),
     Drawing("head_map", ("heads",), heads.is_head_score, head_map, per_model=True),
+    Drawing(
+        "positional_shares",
+        ("positional_parts",),
+        positional.is_share,
+        positional_shares,
+        lambda rows: [rows["arm"].fillna(""), _role(rows), _masked(rows)],
+        per_model=True,
+    ),
     Drawing("drift_by_layer", ("drift",), drift.is_drift, drift_by_layer, lambda rows: [_masked(rows)]),
     Drawing("injected_by_read", ("deltas",), sensitivity.is_of_layer, injected_by_read, per_model=True),
     Drawing(
