@@ -85,11 +85,11 @@ PREDICTIONS = {
 """Written before the first run. Retrieval: accuracy at 512 tokens, 8 times the document length, window 1,024."""
 
 DOCUMENTS = LONG // SHORT
-PART_CONTENTS = 96
+PART_CONTENTS = 64
 """Documents that the positional part is a mean over, each with fillers of its own."""
-MEASURED_CONTENTS = 32
-SCALES = (1.0, 2.0, 3.0)
-DISTANCES = (32, 128, 256, 512, 768, 1000)
+MEASURED_CONTENTS = 24
+DISTANCES = {1.0: (32, 128, 256, 512, 768, 1000), 2.0: (128, 512, 1000), 3.0: (128, 512, 1000)}
+"""At which distances students are asked, by what their queries are multiplied by."""
 TRIALS = phase_scaling.TRIALS
 FAR = phase_scaling.FAR
 STRONG = 10 * positional_channel.TEMPERATURE
@@ -269,17 +269,18 @@ def _measure_teacher(made: Any, name: str, arm: Arm, plain: HookedCausalLM, teac
     contents = placed(seed, "measured", MEASURED_CONTENTS)
     parts = positional_parts(teaches, contents, sites=[LOGITS], masked=arm.masked)
     made.record(POSITIONAL_PARTS, parts, model=name, role="teacher", seed=seed)
-    alignment = positional_alignment(plain, teaches, contents, masked=_own_place(arm), second_masked=arm.masked)
-    made.record(POSITIONAL_ALIGNMENT, alignment, model=arm.source, other=name, role="teacher", seed=seed)
+    if teaches is not plain:
+        alignment = positional_alignment(plain, teaches, contents, masked=_own_place(arm), second_masked=arm.masked)
+        made.record(POSITIONAL_ALIGNMENT, alignment, model=arm.source, other=name, role="teacher", seed=seed)
 
 
 def measure(model: HookedCausalLM, seed: int, trials: int = TRIALS) -> pd.DataFrame:
     """Retrieval by distance in the long window with queries as they are, and multiplied; rows of INJECTION."""
     task = KeyValueTask(SHORT_DOCUMENTS, LONG)
     frames = []
-    for factor in SCALES:
+    for factor, distances in DISTANCES.items():
         with model.hooks(fwd_hooks=AttentionTemperature(factor).hooks(model)):
-            found = retrieval_accuracy(model, task, DISTANCES, trials=trials, seed=derive(seed, "probe"))
+            found = retrieval_accuracy(model, task, distances, trials=trials, seed=derive(seed, "probe"))
         found = found[found["metric"] == "accuracy"]
         columns = ["seq_len", "distance", "trials", "metric", "value", "low", "high"]
         frames.append(found[columns].assign(query_scale=factor))
@@ -297,7 +298,7 @@ def config_of(name: str, seed: int, checkpoints_in: Path) -> dict:
     arm = ARMS[name]
     sources = [checkpoints_in / f"{need}-{seed}" for need in needs(name)]
     weights = [model["weights_sha256"] for source in sources for model in read_manifest(source)["models"].values()]
-    probe = {"trials": TRIALS, "distances": DISTANCES, "scales": SCALES, "contents": [PART_CONTENTS, MEASURED_CONTENTS]}
+    probe = {"trials": TRIALS, "distances": list(DISTANCES.items()), "contents": [PART_CONTENTS, MEASURED_CONTENTS]}
     phase = dataclasses.asdict(phase_of(name)) if arm.trained_as is None else None
     return {"arm": dataclasses.asdict(arm), "seed": seed, "phase": phase, "weights_sha256": weights, "probe": probe}
 
@@ -410,7 +411,7 @@ def judged(found: pd.DataFrame, parts: pd.DataFrame, aligned: pd.DataFrame) -> p
     of_teacher(7, "nope_strong", "position_kl_nats", 0.1, np.inf)
     accuracy(7, "nope_strong", 0, 0.10)
     for name in ("theta_swapped", "full", "masked", "shuffled_16", "nope_masked"):
-        for factor in SCALES:
+        for factor in DISTANCES:
             part = of_arm.get((name, factor))
             if part is not None:
                 mean, low, high = phase_scaling.mean_and_interval(part)

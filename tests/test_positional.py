@@ -40,20 +40,18 @@ def placed(own_fillers=False, contents=CONTENTS, places=PLACES):
 
 
 def by_hand(table):
-    """Shares of content, position and interaction of a table [D, P, n, ...], summed cell by cell in plain Python."""
+    """Shares of content, position and interaction of a table [D, P, n, ...], summed cell by cell."""
     table = np.asarray(table, float).reshape(*table.shape[:2], -1)
-    contents, places, width = table.shape
-    sums, total = [0.0, 0.0, 0.0], 0.0
-    for i in range(width):
-        values = table[:, :, i].tolist()
-        mean = sum(map(sum, values)) / (contents * places)
-        of_content = [sum(row) / places - mean for row in values]
-        of_position = [sum(column) / contents - mean for column in zip(*values, strict=True)]
-        for d, p in itertools.product(range(contents), range(places)):
-            rest = values[d][p] - mean - of_content[d] - of_position[p]
-            sums = [old + part**2 for old, part in zip(sums, (of_content[d], of_position[p], rest), strict=True)]
-            total += (values[d][p] - mean) ** 2
-    return np.array(sums) / total, total
+    contents, places, _ = table.shape
+    mean = sum(table[d, p] for d in range(contents) for p in range(places)) / (contents * places)
+    sums, total = np.zeros(3), 0.0
+    for d, p in itertools.product(range(contents), range(places)):
+        of_content = sum(table[d, q] for q in range(places)) / places - mean
+        of_position = sum(table[e, p] for e in range(contents)) / contents - mean
+        rest = table[d, p] - mean - of_content - of_position
+        sums += [np.sum(part**2) for part in (of_content, of_position, rest)]
+        total += np.sum((table[d, p] - mean) ** 2)
+    return sums / total, total
 
 
 def shares(frame, site):
