@@ -1,5 +1,6 @@
 """How much of a state is content, position and their interaction, layer by layer."""
 
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
@@ -16,8 +17,9 @@ _PANELS = {
     "attn.unrotated_q": "queries, rotation undone",
     "attn.unrotated_k": "keys, rotation undone",
 }
-_SMALLEST = 1e-12
-"""Shares below it are rounding, and drawn there."""
+_SMALLEST = 1e-6
+"""Shares below it are drawn there."""
+_PANEL_HEIGHT, _TOP = 220, 130
 
 
 def is_share(frame: pd.DataFrame) -> pd.Series:
@@ -71,7 +73,9 @@ def positional_shares(frame: pd.DataFrame, label: str = "") -> go.Figure:
                 showlegend=number == 1,
             )
             figure.add_trace(trace, number, 1)
-        figure.update_yaxes(title="share", type="log", exponentformat="power", row=number, col=1)
+        lowest = min(0.01, part["value"].clip(lower=_SMALLEST).min())
+        span = [np.log10(lowest) - 0.15, 0.15]
+        figure.update_yaxes(title="share", type="log", dtick=1, exponentformat="power", range=span, row=number, col=1)
     of_logits = (rows["site"] == LOGITS).any()
     ticks = list(range(last + 1))
     labels = [*map(str, ticks), *(["logits"] if of_logits else [])]
@@ -85,4 +89,6 @@ def positional_shares(frame: pd.DataFrame, label: str = "") -> go.Figure:
         f"places of a window of {listed(rows['seq_len'])} tokens, seeds {listed(rows['seed'])}; shares of the sum of "
         f"squares about the mean, below {_SMALLEST:g} drawn there. By chance: interaction / (contents - 1)"
     )
-    return styled(figure, "Content, position, interaction", label, note, height=220 * len(panels) + 200)
+    height = _PANEL_HEIGHT * len(panels)
+    styled(figure, "Content, position, interaction", label, note, height=height + _TOP + 110)
+    return figure.update_layout(margin_t=_TOP, legend_y=1 + 30 / height)
