@@ -364,6 +364,8 @@ def test_what_does_not_fit_is_refused():
         pass
     with pytest.raises(InputError, match="out of range"), moved(model, {}, placed(), 0, 9):
         pass
+    with pytest.raises(InputError, match="out of range"):
+        positional_patches(model, placed(), ["blocks.0.hook_resid_post"], there=-7)
     wider = load_model(zoo.llama(vocab_size=80).double())
     with pytest.raises(InputError, match="widths agree"):
         positional_alignment(model, wider, placed())
@@ -392,6 +394,7 @@ def test_the_figure_shows_every_share_by_layer():
     expected = frame[(frame["site"] == "blocks.1.hook_resid_post") & frame["metric"].isin(SHARES)]["value"]
     assert {round(y, 12) for y in expected} <= drawn
     assert figure.layout.yaxis.range[0] < np.log10(min(drawn)) < figure.layout.yaxis.range[1]
-    with pytest.raises(InputError, match="positional_parts"):
-        plots.positional_shares(frame.iloc[:0])
+    for nothing in (frame.iloc[:0], frame[frame["site"] == "logits"]):
+        with pytest.raises(InputError, match="positional_parts"):
+            plots.positional_shares(nothing)
     assert "positional_parts" in rope_probe.__all__

@@ -197,9 +197,7 @@ def moved(
     longer ones that begin so.
     Raises InputError for the logits and for unrotated q and k, which no hook can change, and for a place that is none.
     """
-    for number in (here, there):
-        if not 0 <= number < len(contents.places):
-            raise InputError(f"place number {number} is out of range; places are 0..{len(contents.places) - 1}")
+    _require_places(contents, here, there)
     start, end = contents.places[here], contents.places[here] + contents.length
     changes = {}
     for site in known_sites(model, list(parts)):
@@ -235,6 +233,7 @@ def positional_patches(
     Errors as in `positional_parts` and `moved`.
     """
     here, there = (number + len(contents.places) if number < 0 else number for number in (here, there))
+    _require_places(contents, here, there)
     chosen = known_sites(model, sites)
     if parts is None:
         parts = positional_part(model, contents, chosen, masked=masked)
@@ -257,6 +256,12 @@ def positional_patches(
     every = {"seq_len": contents.places[-1] + contents.length, "masked": masked}
     every |= {"here": contents.places[here], "there": contents.places[there]}
     return POSITIONAL_PATCHES.frame([{**every, **row} for row in rows])
+
+
+def _require_places(contents: PlacedContents, *numbers: int) -> None:
+    for number in numbers:
+        if not 0 <= number < len(contents.places):
+            raise InputError(f"place number {number} is out of range; places are 0..{len(contents.places) - 1}")
 
 
 def _content_logits(

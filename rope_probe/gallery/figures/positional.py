@@ -23,8 +23,11 @@ _PANEL_HEIGHT, _TOP = 220, 130
 
 
 def is_share(frame: pd.DataFrame) -> pd.Series:
-    """Rows that `positional_shares` draws."""
-    return frame["metric"].isin([*SHARES, BY_CHANCE]) & _panel(frame).notna()
+    """Rows that `positional_shares` draws: of models that were read at some layer, not at the logits alone."""
+    drawn = frame["metric"].isin([*SHARES, BY_CHANCE]) & _panel(frame).notna()
+    in_layers = drawn & frame["layer"].notna()
+    of_model = [frame[column] for column in ("run_id", "model", "role", "seed")]
+    return drawn & in_layers.groupby(of_model, dropna=False).transform("any")
 
 
 def _panel(frame: pd.DataFrame) -> pd.Series:
@@ -47,7 +50,7 @@ def positional_shares(frame: pd.DataFrame, label: str = "") -> go.Figure:
     rows = frame[is_share(frame)]
     if rows.empty:
         raise InputError("these results hold no shares of position; make them with positional_parts")
-    last = int(rows["layer"].max()) if rows["layer"].notna().any() else -1
+    last = int(rows["layer"].max())
     rows = rows.assign(panel=_panel(rows), layer=rows["layer"].fillna(last + 1))
     panels = [panel for panel in _PANELS if (rows["panel"] == panel).any()]
     figure = make_subplots(
