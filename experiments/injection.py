@@ -353,7 +353,7 @@ def judged(found: pd.DataFrame, parts: pd.DataFrame, aligned: pd.DataFrame) -> p
     have intervals over seeds and trials; other numbers Student's over seeds, with one seed that over contents, if any.
     """
     far = found[found["distance"] == FAR]
-    of_arm = dict(far.groupby(["model", "query_scale"]))
+    of_arm = dict(list(far.groupby(["model", "query_scale"])))
     logits = parts[parts["site"] == LOGITS]
     of_students = aligned[aligned["role"].isna()]
     slopes = dict(list(of_students[of_students["metric"] == "slope"].groupby("other")))

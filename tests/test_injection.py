@@ -131,7 +131,7 @@ def test_verdicts_are_arithmetic_and_go_by_intervals():
         ]
     )
     table = injection.judged(found, parts, aligned).set_index("claim")
-    assert table.loc["accuracy of full_less in [0.9, 1]", "held"] == "held"
+    assert table.loc["accuracy of full_less in [0.9, 1]", "held"] == "undecided"  # three seeds reach down to .86
     assert table.loc["accuracy of masked_plus_4 in [0, 0.1]", "held"] == "undecided"
     assert table.loc["queries x 3: masked_plus_4 - masked <= .10", "held"] == "not held"
     assert table.loc["position_kl_nats of the teacher of full in [0, 0.05]", "held"] == "held"
@@ -146,7 +146,9 @@ def test_verdicts_are_arithmetic_and_go_by_intervals():
     )
     assert len(report.tables) == 4
     one = injection.judged(found[found["seed"] == 0], parts[parts["seed"] == 0], aligned[aligned["seed"] == 0])
-    assert one.set_index("claim").loc["position_kl_nats of the teacher of full in [0, 0.05]", "held"] == "undecided"
+    held = one.set_index("claim")["held"]
+    assert held["position_kl_nats of the teacher of full in [0, 0.05]"] == "undecided"
+    assert held["accuracy of full_less in [0.9, 1]"] == "held"
     assert np.isfinite(one["measured"]).all()
 
 
