@@ -90,6 +90,8 @@ PART_CONTENTS = 64
 MEASURED_CONTENTS = 24
 DISTANCES = {1.0: (32, 128, 256, 512, 768, 1000), 2.0: (128, 512, 1000), 3.0: (128, 512, 1000)}
 """At which distances students are asked, by what their queries are multiplied by."""
+SHARP = 3.0
+"""What queries are multiplied by to see what sharper attention alone brings out."""
 TRIALS = phase_scaling.TRIALS
 FAR = phase_scaling.FAR
 STRONG = 10 * positional_channel.TEMPERATURE
@@ -240,7 +242,8 @@ def run(
                     teacher=teaches,
                     on_step=lambda n: advance(phase.batch_tokens, f"loss {n['loss']:.2f}"),
                 )
-            losses = [{"tokens": n["tokens"], "metric": "kd_nats", "value": n["kd_nats"]} for n in history]
+            told = [n for n in history if "kd_nats" in n]
+            losses = [{"tokens": n["tokens"], "metric": "kd_nats", "value": n["kd_nats"]} for n in told]
             made.record(LOSSES, losses, model=name, seed=seed, phase="extension", seq_len=LONG)
             first = phase.batch(derive(seed, "extension"), 0)
             made.provenance.add_tokens("extension", first, teacher_masked=phase.teacher_masked)
@@ -249,6 +252,9 @@ def run(
         contents = placed(seed, "measured", MEASURED_CONTENTS)
         parts = positional_parts(student, contents)
         made.record(POSITIONAL_PARTS, parts, model=name, role="student", seed=seed)
+        with student.hooks(fwd_hooks=AttentionTemperature(SHARP).hooks(student)):
+            sharpened = positional_parts(student, contents, sites=[LOGITS])
+        made.record(POSITIONAL_PARTS, sharpened, model=name, role="student", arm=f"queries x {SHARP:g}", seed=seed)
         alignment = positional_alignment(reference, student, contents, second_masked=False, masked=_own_place(arm))
         made.record(POSITIONAL_ALIGNMENT, alignment, model=arm.source or "teacher", other=name, seed=seed)
         made.provenance.add_model(name, student)
@@ -329,7 +335,9 @@ def report(results: Mapping[str, Tables]) -> Section:
         f"retrieval in a window of {LONG} tokens, accuracy by distance": by_distance(
             found, ["model", "seed", "query_scale"]
         ),
-        "the positional part of the logits": _wide(parts[parts["site"] == LOGITS], ["role", "model"]),
+        "the positional part of the logits": _wide(
+            parts[parts["site"] == LOGITS].assign(arm=parts["arm"].fillna("")), ["role", "model", "arm"]
+        ),
         "the student's positional part against the teacher's own": _wide(
             aligned[aligned["role"].isna()], ["model", "other"]
         ),
@@ -395,7 +403,7 @@ def judged(found: pd.DataFrame, parts: pd.DataFrame, aligned: pd.DataFrame) -> p
     for name in INJECTED:
         accuracy(3, name, 0, 0.10)
     for name in INJECTED:
-        one, other = of_arm.get((name, 3.0)), of_arm.get(("masked", 3.0))
+        one, other = of_arm.get((name, SHARP)), of_arm.get(("masked", SHARP))
         if one is not None and other is not None:
             apart = one["value"].mean() - other["value"].mean()
             bounds = share_difference_interval(one["value"], other["value"], TRIALS, TRIALS)
