@@ -263,8 +263,9 @@ def aligned(first, second, **options):
 
 def test_models_with_one_bias_are_aligned_and_their_slope_is_its_size():
     found = aligned(biased(random_vectors(4)), biased(random_vectors(4, scale=2.0)), site=SITE)
-    for metric in ("cosine", "cosine_across_contents"):
-        np.testing.assert_allclose(found.loc[metric, ["value", "low", "high"]].astype(float), 1, rtol=1e-9)
+    assert found.loc["cosine", "value"] == pytest.approx(1)
+    across = found.loc["cosine_across_contents", ["value", "low", "high"]].astype(float)
+    np.testing.assert_allclose(across, 1, rtol=1e-9)
     assert found.loc["slope", "value"] == pytest.approx(2)
     assert found.loc["p_value", "value"] < 0.01
     assert found.loc["cosine_places_permuted", "high"] < 0.6
@@ -306,7 +307,7 @@ def test_alignment_is_that_of_the_parts():
         expected = float(one @ other / (one.norm() * other.norm()))
         frame = positional_alignment(*models, contents, site=site, draws=19).set_index("metric")
         assert frame.loc["cosine", "value"] == pytest.approx(expected, rel=1e-9)
-        assert frame.loc["cosine", "low"] <= frame.loc["cosine", "high"]
+        assert np.isnan(frame.loc["cosine", "low"])
 
 
 def test_a_patch_of_the_channel_makes_here_there_and_one_beside_it_does_nothing():

@@ -30,12 +30,15 @@ POSITIONAL_ALIGNMENT = declare(
     "Whether the positional part of one model's states points where another's does, place by place.",
     ("arm", "role", "other", "seq_len", "masked", "site", "low", "high"),
     {
-        "cosine": Metric("of the two positional parts; interval by bootstrap over contents"),
+        "cosine": Metric("of the two positional parts"),
         "cosine_across_contents": Metric(
             "the same from pairs of different contents alone, free of what both models owe to the same few contents; "
-            "null where either model has no positional part beyond chance"
+            "null where either model has no positional part beyond chance; interval by bootstrap over contents"
         ),
-        "slope": Metric("of the second part on the first, across contents: 1 where it is as large, 0 where unrelated"),
+        "slope": Metric(
+            "of the second part on the first, across contents: 1 where it is as large, 0 where unrelated; interval by "
+            "bootstrap over contents"
+        ),
         "cosine_places_permuted": Metric("mean cosine with the second model's places permuted; interval: 95% of them"),
         "p_value": Metric("share of permutations whose cosine is as large as the cosine found"),
     },
@@ -97,8 +100,9 @@ def positional_alignment(
 ) -> pd.DataFrame:
     """Whether two models' positional parts at one site agree, as rows of POSITIONAL_ALIGNMENT.
 
-    Both read the same contents at the same places. Intervals of the cosines are percentiles of `draws` bootstrap
-    samples of contents. The permuted cosine is over `draws` random orders of the second model's places, and the p-value
+    Both read the same contents at the same places. Intervals across contents are percentiles of `draws` bootstrap
+    samples of contents; the plain cosine has none, as samples that hold a content twice raise its share in both parts.
+    The permuted cosine is over `draws` random orders of the second model's places, and the p-value
     counts the order found as one more of them; few places have few orders. `second_masked` is for a second model that
     is read otherwise than the first.
     Raises InputError for sites of different width, for fewer than one draw, and as `positional_parts`.
@@ -143,13 +147,17 @@ def _by_contents(products: np.ndarray, draws: int, rng: np.random.Generator) -> 
     weights = np.concatenate([np.ones((1, count), int), samples])  # what was found comes first
     every = np.einsum("wd,kde,we->kw", weights, products, weights)
     same = np.einsum("wd,kdd->kw", weights**2, products)
-    rows = []
-    for metric, (of_first, of_second, of_both) in (("cosine", every), ("cosine_across_contents", every - same)):
-        values = _ratio(of_both, np.sqrt(np.maximum(of_first, 0) * np.maximum(of_second, 0)))
-        rows.append(_with_interval(metric, np.clip(values, -1, 1)))
+    cosine, across = (_cosine(*products) for products in (every, every - same))
     of_first, _, of_both = every - same
-    rows.append(_with_interval("slope", _ratio(of_both, np.maximum(of_first, 0))))
-    return rows
+    return [
+        {"metric": "cosine", "value": cosine[0]},
+        _with_interval("cosine_across_contents", across),
+        _with_interval("slope", _ratio(of_both, np.maximum(of_first, 0))),
+    ]
+
+
+def _cosine(of_first: np.ndarray, of_second: np.ndarray, of_both: np.ndarray) -> np.ndarray:
+    return np.clip(_ratio(of_both, np.sqrt(np.maximum(of_first, 0) * np.maximum(of_second, 0))), -1, 1)
 
 
 def _by_places(products: np.ndarray, draws: int, rng: np.random.Generator) -> list[dict[str, Any]]:
