@@ -140,12 +140,12 @@ def teacher_of(channel: str, seed: int, checkpoints_in: Path) -> HookedCausalLM:
     return teacher
 
 
-def temperature_hooks(model: HookedCausalLM) -> list[Hook]:
+def temperature_hooks(model: HookedCausalLM, temperature: float = TEMPERATURE) -> list[Hook]:
     """Queries of the layers without RoPE scaled by position, as Llama 4 scales them, with 64 for its 8,192."""
 
     def scale(q: Float[Tensor, "B T H D"], hook: Any) -> Float[Tensor, "B T H D"]:
         position = torch.arange(q.shape[1]) % LONG  # masked windows come end to end
-        factor = 1 + TEMPERATURE * ((position + 1) / SHORT).floor().log1p()
+        factor = 1 + temperature * ((position + 1) / SHORT).floor().log1p()
         return q * factor[:, None, None].to(q)
 
     return [(f"blocks.{i}.attn.hook_rot_q", scale) for i, rotary in enumerate(model.rotary) if rotary is None]

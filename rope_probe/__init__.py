@@ -29,6 +29,8 @@ if TYPE_CHECKING:
         PositionShift,
         ThetaSwap,
     )
+    from rope_probe.tracing.positional import PlacedContents, positional_part, positional_parts
+    from rope_probe.tracing.positional_transfer import positional_alignment, positional_patches, principal_directions
     from rope_probe.tracing.propagation import copy_deltas, trace
     from rope_probe.tracing.silence import silenced
     from rope_probe.windows.corpora import KeyValueStream, TextCorpus
@@ -45,6 +47,7 @@ _MODULE_OF = {
     "KeyValueTask": "retrieval.probe",
     "PairFreeze": "tracing.perturbations",
     "PairTurn": "tracing.perturbations",
+    "PlacedContents": "tracing.positional",
     "PositionJitter": "tracing.perturbations",
     "PositionShift": "tracing.perturbations",
     "Span": "spans",
@@ -63,6 +66,11 @@ _MODULE_OF = {
     "massive_values": "tracing.massive",
     "pack": "windows.packing",
     "pair_contributions": "tracing.heads",
+    "positional_alignment": "tracing.positional_transfer",
+    "positional_part": "tracing.positional",
+    "positional_parts": "tracing.positional",
+    "positional_patches": "tracing.positional_transfer",
+    "principal_directions": "tracing.positional_transfer",
     "repeated_window": "windows.packing",
     "retrieval_accuracy": "retrieval.probe",
     "retrieval_head_scores": "retrieval.heads",
@@ -87,6 +95,7 @@ __all__ = [
     "KeyValueTask",
     "PairFreeze",
     "PairTurn",
+    "PlacedContents",
     "PositionJitter",
     "PositionShift",
     "Span",
@@ -105,6 +114,11 @@ __all__ = [
     "massive_values",
     "pack",
     "pair_contributions",
+    "positional_alignment",
+    "positional_part",
+    "positional_parts",
+    "positional_patches",
+    "principal_directions",
     "repeated_window",
     "retrieval_accuracy",
     "retrieval_head_scores",

@@ -26,6 +26,7 @@ from rope_probe.runs.results import new_run, read_manifest, read_run, read_table
 from rope_probe.runs.tables import TABLES
 from rope_probe.spans.statistics import LANDMARKS
 from rope_probe.spans.weights import SPANS
+from rope_probe.tracing import positional
 from rope_probe.tracing.heads import HEADS
 from rope_probe.tracing.propagation import DELTAS
 from tests import zoo
@@ -812,6 +813,11 @@ def what_each_drawing_draws(name):
         "dose_response": every(1, **shifts, metric=["kl_nats"], delta_tokens=[1.0, 4.0], restriction=[name]),
         "drift_by_layer": every(0, **runs, metric=["cosine_distance"], layer=[0, 1], seq_len=[64], positions=[64])
         + every(0, **runs, metric=["attention_kl_nats"], layer=[0, 1], head=[0, 1], seq_len=[64], positions=[64]),
+        "positional_shares": every(
+            1, **runs, metric=[*positional.SHARES, positional.BY_CHANCE], layer=[0, 1], seq_len=[64], contents=[4],
+            site=["blocks.0.hook_resid_post", "blocks.1.attn.unrotated_q"], places=[3], content_length=[8],
+        )
+        + every(1, **runs, metric=["position_share"], site=["logits"], seq_len=[64]),
         "injected_by_read": every(
             1, **shifts, metric=["rel_l2"], site=["logits", "blocks.0.hook_resid_post"], inject_layer=[0, 1],
             head=[None, 0], layer=[0, None], delta_tokens=[4.0],

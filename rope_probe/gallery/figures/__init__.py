@@ -16,6 +16,7 @@ from rope_probe.gallery.figures import (
     lens,
     maps,
     massive,
+    positional,
     propagation,
     retrieval,
     sensitivity,
@@ -32,6 +33,7 @@ from rope_probe.gallery.figures.heads import head_map
 from rope_probe.gallery.figures.lens import lens_by_layer
 from rope_probe.gallery.figures.maps import retrieval_map
 from rope_probe.gallery.figures.massive import massive_map
+from rope_probe.gallery.figures.positional import positional_shares
 from rope_probe.gallery.figures.propagation import copy_heatmap, dose_response
 from rope_probe.gallery.figures.retrieval import retrieval_by_distance, retrieval_by_task
 from rope_probe.gallery.figures.sensitivity import (
@@ -61,6 +63,7 @@ __all__ = [
     "lens_by_layer",
     "loss_curves",
     "massive_map",
+    "positional_shares",
     "register",
     "retrieval_by_distance",
     "retrieval_by_task",
@@ -125,6 +128,11 @@ def _kind(frame: pd.DataFrame) -> pd.Series:
 def _masked(frame: pd.DataFrame) -> pd.Series:
     """Whether documents were masked from each other, "" where they were not."""
     return frame["masked"].map({True: "masked"}, na_action="ignore").fillna("")
+
+
+def _role(frame: pd.DataFrame) -> pd.Series:
+    """The part that the model plays, "" where that is not told."""
+    return frame["role"].fillna("")
 
 
 DRAWINGS = [
@@ -192,6 +200,14 @@ DRAWINGS = [
     Drawing("head_map", ("heads",), heads.is_head_score, head_map, per_model=True),
     Drawing(
         "massive_map", ("massive_values",), massive.is_ratio, massive_map, lambda rows: [_masked(rows)], per_model=True
+    ),
+    Drawing(
+        "positional_shares",
+        ("positional_parts",),
+        positional.is_share,
+        positional_shares,
+        lambda rows: [rows["arm"].fillna(""), _role(rows), _masked(rows)],
+        per_model=True,
     ),
     Drawing("drift_by_layer", ("drift",), drift.is_drift, drift_by_layer, lambda rows: [_masked(rows)]),
     Drawing("injected_by_read", ("deltas",), sensitivity.is_of_layer, injected_by_read, per_model=True),
