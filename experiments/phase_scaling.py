@@ -64,6 +64,17 @@ PREDICTIONS = {
     "same step.",
 }
 """Written before the first run, for accuracy at 512 tokens, 8 times the document length."""
+FIGURES = {
+    1: ("retrieval_by_distance",),
+    2: ("retrieval_by_distance",),
+    3: ("rotations_by_pair", "retrieval_by_distance"),
+    4: ("rotations_by_pair", "retrieval_by_distance"),
+    5: ("retrieval_by_distance",),
+    6: ("retrieval_by_distance",),
+    7: ("retrieval_by_distance",),
+    8: ("retrieval_by_distance",),
+}
+"""The drawings that show what a prediction is about, by its number."""
 
 QUICK_ARMS = ("kd_phase_wise", "base", "theta_swapped", "ce_phase_wise", "ce_more_short", "kd_small_theta")
 STEPS = 250

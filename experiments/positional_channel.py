@@ -64,6 +64,13 @@ PREDICTIONS = {
     "other documents hold; whether they depend on position does not matter.",
 }
 """Written before the first run, for accuracy at 512 tokens, 8 times the document length."""
+FIGURES = {
+    1: ("retrieval_by_distance",),
+    2: ("retrieval_by_distance",),
+    3: ("retrieval_by_distance",),
+    4: ("retrieval_by_distance",),
+}
+"""The drawings that show what a prediction is about, by its number."""
 
 QUICK_CHANNELS = ("scrubbed",)
 ORDERS = 4

@@ -84,6 +84,21 @@ PREDICTIONS = {
 had been seen by part and by pair, which favours 1; none of the rest had. After seeds 0 and 1 of `kd_adamw` it was plain
 that the order of single effects, and gradient times change with it, is no order of causes. Gradients along the path
 were added as a predictor then, with prediction 13 of their own."""
+FIGURES = {
+    1: ("change_by_part",),
+    2: ("change_by_part",),
+    3: ("span_heatmap",),
+    4: ("span_heads",),
+    5: ("change_by_part",),
+    6: ("change_by_part",),
+    7: ("transplants",),
+    8: ("transplants",),
+    9: ("causal_curves",),
+    10: ("transplants",),
+    11: ("causal_curves",),
+    13: ("causal_curves",),
+}
+"""The drawings that show what a prediction is about, by its number."""
 
 QUICK_ARMS = ("kd_phase_wise", "ce_phase_wise", "ce_more_short")
 ARMS = tuple(arm for arm, made in phase_scaling.ARMS.items() if made.objective is not None)

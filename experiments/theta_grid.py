@@ -51,6 +51,13 @@ PREDICTIONS = {
     4: "On the smaller budget fewer cells reach .5.",
 }
 """Written before the first run."""
+FIGURES = {
+    1: ("theta_grid",),
+    2: ("theta_grid",),
+    3: ("theta_grid",),
+    4: ("theta_grid",),
+}
+"""The drawings that show what a prediction is about, by its number."""
 
 HEAD_DIMS = (16, 32)
 THETA_GRID = declare(

@@ -19,6 +19,7 @@ from torch import Tensor
 from rope_probe import rope
 from rope_probe.errors import InputError
 from rope_probe.models.architectures import final_norm_of, output_projection_of
+from rope_probe.models.configs import attention_kinds
 from rope_probe.models.hooked import HookedCausalLM
 from rope_probe.models.offloaded import is_offloaded, weights_in_place
 from rope_probe.runs.progress import progress as progress_bar
@@ -42,8 +43,8 @@ DELTAS = declare(
     "over the positions of a document, or of the window.",
     (
         "arm", "seq_len", "masked", "document", "position", "perturbation", "kind", "restriction", "side",
-        "delta_tokens", "radians", "factor", "inject_layer", "inject_layers", "layer", "site", "head", "pair",
-        "wavelength", "value_float64",
+        "delta_tokens", "radians", "factor", "inject_layer", "inject_layers", "attention", "layer", "site", "head",
+        "pair", "wavelength", "value_float64",
     ),
     {
         "l2": Metric("Euclidean norm of the delta"),
@@ -119,7 +120,7 @@ def trace(
         with model.measuring():
             run_beside(model, window, group, sites, add, masked=masked, progress=progress or None)
     frame = means.frame([_columns(perturbation, model) for perturbation in perturbations]).assign(masked=masked)
-    frame = DELTAS.frame(frame)
+    frame = _with_kinds(DELTAS.frame(frame), model)
     if control is None:
         control = masked
     if control:
@@ -269,6 +270,7 @@ def copy_deltas(
             for copy, value in zip(later, values.tolist(), strict=True)
         ]
     )
+    frame = _with_kinds(frame, model)
     if masked if control is None else control:
         twin = _float64(model, control)
         checked = copy_deltas(twin, window, reference=reference, lens=lens, masked=masked, control=False)
@@ -313,6 +315,13 @@ def _chosen_sites(model: HookedCausalLM, sites: Sequence[str] | None, lens: bool
     """Each site once: those that are named, or the default ones, and with `lens` the lens after every layer."""
     named = default_sites(model) if sites is None else list(sites)
     return list(dict.fromkeys([*named, *(lens_sites(model) if lens else [])]))
+
+
+def _with_kinds(frame: pd.DataFrame, model: HookedCausalLM) -> pd.DataFrame:
+    """The frame with the kind of attention of the layer that is perturbed, else of the one that is read."""
+    kinds = dict(enumerate(attention_kinds(model.config)))
+    layers = frame["inject_layer"].fillna(frame["layer"])
+    return frame.assign(attention=layers.map(kinds, na_action="ignore").astype("string"))
 
 
 def _concatenate(blocks: list[Deltas]) -> Deltas:
