@@ -3,8 +3,8 @@
     python docs/readability.py                      # README.md and every page that is written by hand
     python docs/readability.py docs/findings.md -l  # with the sentences that are too long
 
-Code blocks, tables, headings, captions' links and HTML comments are left out. A piece of inline code counts as one word,
-a bracketed interval as one. The grade is Flesch-Kincaid's, by textstat, with syllables as pyphen hyphenates.
+Code blocks, tables, headings and HTML comments are left out. A piece of inline code counts as one word, an interval in
+brackets too. The grade is Flesch-Kincaid's, by textstat, with syllables as pyphen hyphenates.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import re
 import statistics
 import tempfile
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import nltk
@@ -41,7 +42,7 @@ def sentences_of(markdown: str) -> list[str]:
 
 def _paragraphs(tokens: list[Token]) -> Iterator[str]:
     """The text of each paragraph; headings and cells of tables are no paragraphs."""
-    for before, token in zip(tokens, tokens[1:], strict=False):
+    for before, token in pairwise(tokens):
         if before.type == "paragraph_open" and token.type == "inline":
             yield " ".join(_inline_text(token).split())
 
