@@ -39,14 +39,18 @@ _ENTRY = re.compile(r"^- \[[^\]]+\]\(([\w./]+)\.(?:md|rst)\)", re.MULTILINE)
 
 
 def contents_of(index: str) -> str:
-    """A hidden table of contents for each section of the index that lists pages."""
+    """A hidden table of contents for each section of the index that lists pages, and one for those it does not list."""
     titles_and_bodies = _SECTION.split(index)[1:]
-    found = []
-    for title, body in zip(titles_and_bodies[::2], titles_and_bodies[1::2], strict=True):
-        entries = "\n".join(_ENTRY.findall(body))
-        if entries:
-            found.append(f"```{{toctree}}\n:hidden:\n:caption: {title}\n\n{entries}\n```\n")
-    return "\n".join(found)
+    sections = {
+        title: _ENTRY.findall(body) for title, body in zip(titles_and_bodies[::2], titles_and_bodies[1::2], strict=True)
+    }
+    listed = {root_doc, *(entry for entries in sections.values() for entry in entries)}
+    sections["More"] = sorted(page.stem for page in HERE.glob("*.md") if page.stem not in listed)
+    return "\n".join(
+        "\n".join(["```{toctree}", ":hidden:", f":caption: {title}", "", *entries, "```", ""])
+        for title, entries in sections.items()
+        if entries
+    )
 
 
 def add_contents(app: Any, name: str, source: list[str]) -> None:

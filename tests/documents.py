@@ -28,6 +28,8 @@ from markdown_it import MarkdownIt
 
 from rope_probe import cli
 from rope_probe.distillation import read_config
+from rope_probe.distillation.terms import base
+from rope_probe.runs.tables import TABLES
 
 ROOT = Path(__file__).parents[1]
 LANGUAGES = ("python", "console", "toml")
@@ -118,6 +120,7 @@ def run_page(page: Path) -> int:
     module = types.ModuleType("page")
     sys.modules["page"] = module  # dataclasses look their module up
     stands_in = STAND_IN in page.read_text()
+    registries = [(registry, dict(registry)) for registry in (TABLES, base._KINDS)]
     count = 0
     try:
         for block in blocks_of(page):
@@ -135,6 +138,9 @@ def run_page(page: Path) -> int:
             count += 1
     finally:
         del sys.modules["page"]
+        for registry, before in registries:  # tables and terms that a page declares as an example
+            registry.clear()
+            registry.update(before)
     return count
 
 
