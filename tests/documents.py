@@ -4,7 +4,7 @@ A block is run by its language:
 
 - `python`: in the page's one namespace, block after block;
 - `console`: each line is a `rope-probe` command, and must end with exit code 0;
-- `toml`: a configuration of `rope-probe distill`, or a part of one, which must be read without complaint.
+- `toml`: a configuration of `rope-probe distill`, run for one step; a part of one must be read without complaint.
 
 `text` is for what is no code: listings and output. A block that cannot run here has an HTML comment before it,
 `<!-- not run: why -->`. With `<!-- in the tests, smollm2-135m is a tiny model -->` somewhere on a page, its blocks get
@@ -27,7 +27,7 @@ import transformers as hf
 from markdown_it import MarkdownIt
 
 from rope_probe import cli
-from rope_probe.distillation import read_config
+from rope_probe.distillation import distill, read_config
 from rope_probe.distillation.terms import base
 from rope_probe.runs.tables import TABLES
 
@@ -90,8 +90,13 @@ def lay_out(folder: Path) -> None:
     (folder / "book.txt").write_text("The keeper of the lighthouse counted the stairs, and then the ships. " * 200)
     (folder / "examples").mkdir()
     for example in (ROOT / "examples").glob("*.toml"):
-        shorter = re.sub(r"(?m)^steps = \d+", "steps = 2", example.read_text())
-        (folder / "examples" / example.name).write_text(re.sub(r"(?m)^save_every = \d+", "save_every = 2", shorter))
+        (folder / "examples" / example.name).write_text(_of_one_step(example.read_text()))
+
+
+def _of_one_step(config: str) -> str:
+    """A configuration whose phases take one step, of no more tokens than the longest window here needs."""
+    short = re.sub(r"(?m)^steps = \d+", "steps = 1", config)
+    return re.sub(r"(?m)^(batch_tokens) = (\d+)", lambda found: f"{found[1]} = {min(int(found[2]), 16_384)}", short)
 
 
 def _tiny(
@@ -134,7 +139,7 @@ def run_page(page: Path) -> int:
                 for command in commands_of(text):
                     _run_command(command, f"{page.name}, line {block.line}")
             else:
-                read_toml(text)
+                run_toml(text, f"runs/of-page-{count}")
             count += 1
     finally:
         del sys.modules["page"]
@@ -170,12 +175,15 @@ _STREAM = 'window = 64\ndata = { kind = "text" }\n'
 _TERMS = 'terms = [{ kind = "cross_entropy" }]\n'
 
 
-def read_toml(text: str) -> None:
-    """Read a configuration; a part of one is completed by what it leaves out."""
-    if "student" not in text:
+def run_toml(text: str, out: str) -> None:
+    """Distil by a configuration, for one step into `out`; a part of one is completed, and read alone."""
+    whole = "student" in text
+    if not whole:
         if "[[phases]]" not in text:
             text = _PHASE + ("" if "[[phases.streams]]" in text else _STREAM) + text
         text = _HEAD + text
-    file = Path("part.toml")
-    file.write_text(text)
-    read_config(file)
+    file = Path("page.toml")
+    file.write_text(_of_one_step(text))
+    config = read_config(file, out=out)
+    if whole:
+        distill(config)
