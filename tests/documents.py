@@ -68,6 +68,17 @@ def blocks_of(page: Path) -> list[Block]:
     return found
 
 
+def links_of(page: Path) -> list[Path]:
+    """The files that a page links to, or shows as pictures."""
+    tokens = MarkdownIt("commonmark").enable("table").parse(page.read_text())
+    inside = [child for token in tokens for child in token.children or []]
+    targets = [
+        child.attrGet("href") or child.attrGet("src") for child in inside if child.type in ("link_open", "image")
+    ]
+    files = [str(target).partition("#")[0] for target in targets if "://" not in str(target)]
+    return [(page.parent / file).resolve() for file in files if file]
+
+
 def lay_out(folder: Path) -> None:
     """Tiny checkpoints, texts and shortened examples, under the names that pages use."""
     reader = _tiny(layers=2, heads=4, groups=2, width=32, head_dim=8)

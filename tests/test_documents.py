@@ -23,6 +23,17 @@ def test_every_block_runs_or_says_why_not(page):
             assert not {"rope-probe", "make", "import", "from"} & set(first_words), f"{where}: code that is called text"
 
 
+def test_links_lead_to_files_and_to_every_page():
+    links = {page: documents.links_of(page) for page in PAGES}
+    assert [(page.name, link) for page in PAGES for link in links[page] if not link.exists()] == []
+    reached, found = {PAGES[0]}, [PAGES[0]]
+    while found:
+        new = [link for link in links.get(found.pop(), []) if link not in reached]
+        reached.update(new)
+        found += new
+    assert [page.name for page in PAGES if page not in reached] == []
+
+
 def test_most_blocks_run():
     blocks = [block for page in PAGES for block in documents.blocks_of(page) if block.language != "text"]
     run, marked = (sum(block.runs for block in blocks), sum(block.reason is not None for block in blocks))
