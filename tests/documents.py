@@ -89,7 +89,7 @@ def lay_out(folder: Path) -> None:
             parameter.add_(0.01 * torch.randn_like(parameter))
     for name in ("AFTER", "EXTENDED"):
         reader.save_pretrained(folder / name)
-    _tiny(layers=30, heads=9, groups=3, width=36, head_dim=64).save_pretrained(folder / "stand-in")
+    _tiny(layers=30, heads=9, groups=3, width=36, head_dim=8).save_pretrained(folder / "stand-in")
     for name in ("MODEL", "BEFORE", "ORIGINAL", "AFTER", "EXTENDED", "stand-in"):
         hf.ByT5Tokenizer().save_pretrained(folder / name)
     for name in (
