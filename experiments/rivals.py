@@ -105,6 +105,8 @@ TOGETHER = (UNTRAINED, "kd_phase_wise", "ce_phase_wise")
 """What the stage `temperature` measures."""
 MEASURED_TOO = ("kd_teacher_masked", "ce_long_documents")
 """Arms of phase_scaling that are measured at every temperature, in full."""
+KNOWN = (*TOGETHER, *MEASURED_TOO)
+"""Models that other experiments make; the command takes each of them alone too."""
 
 TEMPERED = declare(
     "tempered_retrieval",
@@ -129,7 +131,7 @@ DISTURBED = declare(
         "accuracy": Metric("share of values that the disturbed teacher finds"),
     },
     own={
-        "disturbance": Column("string", "shift (its size in tokens), noise (in RMS of the queries), or flat (1 - factor)"),
+        "disturbance": Column("string", "shift (in tokens), noise (in RMS of the queries), or flat (1 - the factor)"),
         "trials": RETRIEVAL.columns["trials"],
     },
 )  # fmt: skip
@@ -186,7 +188,7 @@ CONTROL_OF = {
 class Trials:
     """Trials at each distance: to choose a temperature, and to judge it."""
 
-    selection: int = 32
+    selection: int = 16
     judging: int = 64
 
 
@@ -204,12 +206,12 @@ def run(
     torch.set_num_threads(1)
     if what == "teacher":
         _train_teacher(seed, out)
-    elif what in ("temperature", *MEASURED_TOO):
+    elif what == "temperature" or what in KNOWN:
         _measure_known(what, seed, out, checkpoints_in, quick)
     elif what in ARMS:
         _extend(what, seed, out, checkpoints_in)
     else:
-        known = ("teacher", "temperature", *MEASURED_TOO, *ARMS)
+        known = ("teacher", "temperature", *KNOWN, *ARMS)
         raise InputError(f"arm {what!r} is unknown; known are {', '.join(known)}")
 
 
