@@ -23,21 +23,28 @@ other trials than those that it is judged on.
 
 import dataclasses
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import pandas as pd
 import torch
 import typer
-from jaxtyping import Float
-from torch import Tensor
 from transformers import LlamaConfig
 
 from experiments import phase_scaling, toy_checkpoints
-from experiments.rival_lessons import AgreeingStream, HardLabels, PartialDivergence
+from experiments.rival_lessons import (
+    CALIBRATION_WINDOWS,
+    DISTURBED,
+    SHIFT,
+    AgreeingStream,
+    Disturbance,
+    HardLabels,
+    PartialDivergence,
+    disturb,
+)
 from experiments.stages import Options, Stage
 from experiments.toy_checkpoints import CE, LARGE_THETA, LONG, SHORT, SHORT_DOCUMENTS, CheckpointsIn
 from rope_probe import (
@@ -45,7 +52,6 @@ from rope_probe import (
     HookedCausalLM,
     KeyValueStream,
     KeyValueTask,
-    PositionShift,
     load_model,
     retrieval_accuracy,
 )
@@ -57,10 +63,9 @@ from rope_probe.names import MISSED_GATE
 from rope_probe.retrieval.probe import RETRIEVAL
 from rope_probe.runs.progress import progress
 from rope_probe.runs.results import new_run, read_manifest
-from rope_probe.runs.tables import Column, Metric, Tables, declare
+from rope_probe.runs.tables import Column, Tables, declare
 from rope_probe.runs.verdicts import Section
 from rope_probe.seeds import derive
-from rope_probe.windows.packing import Batch
 
 QUESTION = "Which of the toy results have a simpler explanation: temperature, labels, masks, data, or any disturbance?"
 PREDICTIONS = {
@@ -97,9 +102,6 @@ UNSCALED = "1"
 TEMPERATURES = (*(f"{factor:g}" for factor in FACTORS), LOG_N)
 ALWAYS_JUDGED = (UNSCALED, "2", "3")
 SELECTION, JUDGING = "selection", "judging"
-SHIFT = 16.0
-"""Tokens by which the teacher's queries are shifted, as in `propagation`."""
-CALIBRATION_WINDOWS, HALVINGS = 4, 14
 UNTRAINED = "theta_swapped"
 TOGETHER = (UNTRAINED, "kd_phase_wise", "ce_phase_wise")
 """What the stage `temperature` measures."""
@@ -121,24 +123,6 @@ TEMPERED = declare(
         "trials": RETRIEVAL.columns["trials"],
     },
 )
-DISTURBED = declare(
-    "disturbed_teachers",
-    "What a disturbance costs a teacher.",
-    ("disturbance", "seq_len", "distance", "trials", "low", "high"),
-    {
-        "size": Metric("size of the disturbance, in its own unit"),
-        "kl_nats": Metric("KL of the teacher's distribution from the disturbed teacher's, mean over windows", "nats"),
-        "accuracy": Metric("share of values that the disturbed teacher finds"),
-    },
-    own={
-        "disturbance": Column("string", "shift (in tokens), noise (in RMS of the queries), or flat (1 - the factor)"),
-        "trials": RETRIEVAL.columns["trials"],
-    },
-)  # fmt: skip
-Hook = tuple[str, Callable[..., Any]]
-Disturbance = Literal["shift", "noise", "flat"]
-
-
 AGREEING = AgreeingStream(SHORT, SHORT_DOCUMENTS.distinct)
 KD: tuple[Term, ...] = (Divergence(),)
 
@@ -307,7 +291,7 @@ def _extend(name: str, seed: int, out: Path, checkpoints_in: Path) -> None:
         if arm.teacher in needs(name):
             teacher = load_model(checkpoints_in / f"{arm.teacher}-{seed}" / "checkpoint")
             if arm.disturbance is not None:
-                cost = disturb(teacher, arm.disturbance, seed)
+                cost = disturb(teacher, arm.disturbance, seed, DISTANCES, trials=THOROUGH.judging)
                 made.record(DISTURBED, cost, model=name, seed=seed, disturbance=arm.disturbance)
         with progress(f"{name} {seed}, tokens", phase.steps * phase.batch_tokens) as advance:
             history, _ = train_phase(
@@ -325,67 +309,6 @@ def _extend(name: str, seed: int, out: Path, checkpoints_in: Path) -> None:
         made.provenance.add_model(name, student)
         checkpoints.save(student.release(), made.folder / "checkpoint")
     _tell(name, seed, frame)
-
-
-def disturbance_hooks(model: HookedCausalLM, disturbance: Disturbance, size: float, seed: int) -> list[Hook]:
-    """Hooks that disturb a teacher for good: by `size` tokens, by noise of `size` RMS, or to 1 - `size` of the scores.
-
-    Noise is drawn anew for every query, head and pass.
-    """
-    if disturbance == "shift":
-        return PositionShift("q", size).hooks(model)
-    if disturbance == "flat":
-        return AttentionTemperature(1 - size).hooks(model)
-    generator = torch.Generator().manual_seed(derive(seed, "noise"))
-
-    def add_noise(q: Float[Tensor, "B T H D"], hook: Any) -> Float[Tensor, "B T H D"]:
-        return q + size * q.square().mean().sqrt() * torch.randn(q.shape, generator=generator).to(q)
-
-    return [(f"blocks.{layer}.attn.hook_rot_q", add_noise) for layer in range(len(model.blocks))]
-
-
-@torch.no_grad()
-def disturbed_kl(model: HookedCausalLM, hooks: list[Hook], batch: Batch) -> float:
-    """KL of the model's distribution from what it is with `hooks`, in nats, the mean over all positions."""
-    with model.measuring():
-        clean = model.unembed(model.hidden(batch))
-        with model.hooks(fwd_hooks=hooks):
-            disturbed = model.unembed(model.hidden(batch))
-    return Divergence().nats(disturbed.flatten(0, 1), clean.flatten(0, 1)).mean().item()
-
-
-def size_that_costs(kl: float, most: float, cost: Callable[[float], float]) -> float:
-    """The size, from 0 to `most`, at which a disturbance costs `kl`, by halving; `most` where none costs as much."""
-    if cost(most) <= kl:
-        return most
-    low, high = 0.0, most
-    for _ in range(HALVINGS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if cost(middle) < kl else (low, middle)
-    return (low + high) / 2
-
-
-def disturb(teacher: HookedCausalLM, disturbance: Disturbance, seed: int) -> pd.DataFrame:
-    """Disturb a teacher for good, at the cost in KL of a shift of its queries by SHIFT tokens; what that costs it."""
-    batch = SHORT_DOCUMENTS.batch(CALIBRATION_WINDOWS, LONG, seed=derive(seed, "calibration"))
-
-    def cost(kind: Disturbance, size: float) -> float:
-        return disturbed_kl(teacher, disturbance_hooks(teacher, kind, size, seed), batch)
-
-    size = SHIFT
-    if disturbance != "shift":
-        most = {"noise": 20.0, "flat": 1.0}[disturbance]
-        size = size_that_costs(cost("shift", SHIFT), most, partial(cost, disturbance))
-    rows: list[dict[str, Any]] = [
-        {"metric": "size", "value": size},
-        {"metric": "kl_nats", "value": cost(disturbance, size)},
-    ]
-    for name, hook in disturbance_hooks(teacher, disturbance, size, seed):
-        teacher.add_hook(name, hook)
-    task = KeyValueTask(SHORT_DOCUMENTS, LONG)
-    found = retrieval_accuracy(teacher, task, DISTANCES, trials=THOROUGH.judging, seed=derive(seed, JUDGING))
-    found = found[found["metric"] == "accuracy"]
-    return DISTURBED.frame(pd.concat([pd.DataFrame(rows), found[found.columns.intersection(list(DISTURBED.columns))]]))
 
 
 def wide_architecture(rope_parameters: dict) -> LlamaConfig:
