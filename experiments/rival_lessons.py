@@ -1,4 +1,4 @@
-"""What students of `rivals` learn from in place of the plain logits: labels, a part, other streams, a disturbed teacher."""
+"""What students of `rivals` learn from in place of plain logits: labels, a part, other streams, a disturbed teacher."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
