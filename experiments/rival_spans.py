@@ -47,7 +47,7 @@ from rope_probe.retrieval.probe import RETRIEVAL
 from rope_probe.runs.intervals import share_difference_interval
 from rope_probe.runs.results import new_run, read_manifest
 from rope_probe.runs.tables import Column, Tables, declare
-from rope_probe.runs.verdicts import Section, verdict, verdicts
+from rope_probe.runs.verdicts import Section, decided, verdict, verdicts
 from rope_probe.seeds import derive
 from rope_probe.spans import gradient_times_change, query_spans
 from rope_probe.spans.transplant import transplanted
@@ -74,7 +74,7 @@ SCORES = ("previous_token", "induction", "sink")
 
 RIVAL_SPANS = declare(
     "rival_spans",
-    "What the start of an extension finds, and where its causal head looks, with weights of the end or with queries scaled.",
+    "What the start of an extension finds, and where its causal head looks, with weights of the end or scaled queries.",
     ("state", "factor", "draw", "layer", "head", "task", "seq_len", "distance", "trials", "low", "high"),
     {
         **{name: RETRIEVAL.metrics[name] for name in ("accuracy", "answer_logprob_nats")},
@@ -245,7 +245,7 @@ def judged(frame: pd.DataFrame) -> pd.DataFrame:
             one, other = by_state[first], by_state[second]
             low, high = share_difference_interval(one["value"], other["value"], one["trials"], other["trials"])
             mean = one["value"].mean() - other["value"].mean()
-            held = True if low >= least and high <= most else False if high < least or low > most else None
+            held = decided(low, high, least, most)
             what = f"{model}: accuracy of {first} less {second} in [{least:g}, {most:g}]"  # noqa: B023
             rows.append(verdict(number, what, mean, held, n=len(one), low=low, high=high))
 

@@ -25,7 +25,7 @@ from experiments.rivals import (
 from experiments.toy_checkpoints import LONG, by_distance
 from rope_probe.runs.intervals import share_interval
 from rope_probe.runs.tables import Tables
-from rope_probe.runs.verdicts import verdict, verdicts
+from rope_probe.runs.verdicts import decided, verdict, verdicts
 
 BEST = "best"
 DRAWS = 4000
@@ -310,5 +310,4 @@ def _tell(
     most: float,
 ) -> None:
     low, high = interval
-    held = True if low >= least and high <= most else False if high < least or low > most else None
-    rows.append(verdict(number, what, mean, held, n=seeds, low=low, high=high))
+    rows.append(verdict(number, what, mean, decided(low, high, least, most), n=seeds, low=low, high=high))
