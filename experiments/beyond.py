@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pandas as pd
 import torch
 import typer
 from jaxtyping import Float
@@ -32,7 +31,7 @@ from rope_probe import AttentionTemperature, HookedCausalLM, load_model
 from rope_probe.errors import InputError
 from rope_probe.models import checkpoints
 from rope_probe.models.pretrained import is_available
-from rope_probe.retrieval.haystacks import KINDS, Haystack, Kind, Question, answered, haystack
+from rope_probe.retrieval.haystacks import Haystack, Kind, Question, answered, haystack
 from rope_probe.retrieval.heads import needle_of
 from rope_probe.retrieval.reading import Reading
 from rope_probe.retrieval.tasks import Trial
@@ -96,9 +95,7 @@ Sharpened = Literal["none", "yarn", "none_and_log_n"]
 """Log n changes nothing up to the trained window, so it is a branch of the reading without a temperature."""
 
 
-def measure(
-    rotation: Rotation, sharpened: Sharpened, kind: Kind, seed: int, longest: int, out: Path
-) -> None:
+def measure(rotation: Rotation, sharpened: Sharpened, kind: Kind, seed: int, longest: int, out: Path) -> None:
     """Read one haystack up to its longest window, and measure at the end of each, into the run directory `out`."""
     torch.set_num_threads(1)
     with new_run(out, "beyond", config_of(rotation, sharpened, kind, seed, longest), overwrite=True) as run:
@@ -201,9 +198,7 @@ def looks_back(
     return {"previous_token": previous / followers, "induction": induced / max(with_copy, 1)}
 
 
-def question_rows(
-    reading: Reading, questions: Sequence[Question], stack: Haystack, window: int
-) -> Iterator[dict]:
+def question_rows(reading: Reading, questions: Sequence[Question], stack: Haystack, window: int) -> Iterator[dict]:
     """Hit and log-probability of every question, and by which heads answers were copied, a mean over questions."""
     copied = []
     for unit, question in enumerate(questions):

@@ -164,10 +164,12 @@ def test_questions_fit_their_window_and_know_their_distance(of_bytes, kind):
         questions = stack.questions(at, 4)
         assert len(questions) == min(4, questions[0].keys)
         distances = [question.distance for question in questions]
-        assert distances == sorted(distances, reverse=True) and distances[0] > 0.5 * window
+        assert distances == sorted(distances, reverse=True)
+        assert distances[0] > 0.5 * window
         for question in questions:
             whole_text = torch.cat([stack.tokens[:at], question.prompt, question.answer])
-            assert len(whole_text) <= window and question.needle.end <= at
+            assert len(whole_text) <= window
+            assert question.needle.end <= at
             assert whole_text[-len(question.answer) - question.distance :][:1] == stack.tokens[question.needle.place]
             assert of_bytes.tokenizer.decode(question.answer).strip() == question.needle.value
 
@@ -213,7 +215,8 @@ def test_a_model_that_copies_the_needle_is_right():
         assert haystacks.answered(reading, question) == (True, pytest.approx(0.0, abs=1e-6))
         told[0, 1] = told[0, 1].roll(1)
         hit, logprob = haystacks.answered(reading, question)
-        assert not hit and logprob == pytest.approx(-40 / len(question.answer), rel=1e-3)
+        assert not hit
+        assert logprob == pytest.approx(-40 / len(question.answer), rel=1e-3)
     finally:
         model.unembed = unembed
 

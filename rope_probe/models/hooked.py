@@ -361,7 +361,9 @@ class HookedCausalLM(HookedRootModule):
             return self.ln_final.hook_out(state)
 
     def hidden_after(
-        self, earlier: Mapping[int, tuple[Float[Tensor, "1 K n D"], Float[Tensor, "1 K n D"]]], tokens: Int[Tensor, " m"]
+        self,
+        earlier: Mapping[int, tuple[Float[Tensor, "1 K n D"], Float[Tensor, "1 K n D"]]],
+        tokens: Int[Tensor, " m"],
     ) -> Float[Tensor, "1 m M"]:
         """Final hidden states of tokens that stand at positions n, n + 1, ..., behind n that were read before.
 

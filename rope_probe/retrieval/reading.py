@@ -18,7 +18,14 @@ from transformer_lens.hook_points import HookPoint
 
 from rope_probe.errors import InputError
 from rope_probe.models.hooked import HookedCausalLM
-from rope_probe.tracing.perturbations import AttentionTemperature, Hook, PairTurn, Perturbation, PositionShift, ThetaSwap
+from rope_probe.tracing.perturbations import (
+    AttentionTemperature,
+    Hook,
+    PairTurn,
+    Perturbation,
+    PositionShift,
+    ThetaSwap,
+)
 from rope_probe.windows.packing import Window
 
 _BY_POSITION = (AttentionTemperature, PairTurn, PositionShift, ThetaSwap)
@@ -73,7 +80,9 @@ class Reading:
         return states
 
     @torch.no_grad()
-    def ask(self, tokens: Int[Tensor, " m"], at: int | None = None, reads: Sequence[Hook] = ()) -> Float[Tensor, "1 m M"]:
+    def ask(
+        self, tokens: Int[Tensor, " m"], at: int | None = None, reads: Sequence[Hook] = ()
+    ) -> Float[Tensor, "1 m M"]:
         """Final hidden states of tokens that follow the first `at` of those read (None: all); nothing of it is kept.
 
         Raises InputError as `read`, and for `at` outside 1..len(self).
