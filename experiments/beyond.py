@@ -80,11 +80,7 @@ ROTATIONS: dict[str, dict[str, Any]] = {
     "yarn_2": {**_YARN, "factor": EXTENSION},
     "yarn_4": {**_YARN, "factor": 4.0},
 }
-TEMPERATURES: dict[str, tuple[AttentionTemperature, ...]] = {
-    "none": (),
-    "log_n": (AttentionTemperature("log_n", reference=TRAINED),),
-    "yarn": (AttentionTemperature(yarn_temperature(EXTENSION)),),
-}
+YARN_TEMPERATURE = AttentionTemperature(yarn_temperature(EXTENSION))
 HEADS = ((16, 0), (19, 8))
 """The two that carry a shift of position in this model (experiments/pretrained.py)."""
 HEAD_WINDOWS = (2048, 12_288)
@@ -123,11 +119,12 @@ def readings(
     """Rows of every window under each temperature, window by window."""
     windows = [window for window in WINDOWS if window <= longest] or [longest]
     temperature = "yarn" if sharpened == "yarn" else "none"
-    reading = Reading(model, TEMPERATURES[temperature])
+    reading = Reading(model, [YARN_TEMPERATURE] if sharpened == "yarn" else [])
+    log_n = (AttentionTemperature("log_n", reference=trained),)
     branch: Reading | None = None
     for window in windows:
         if sharpened == "none_and_log_n" and window > trained and branch is None:
-            branch = reading.branch(perturbations=TEMPERATURES["log_n"])
+            branch = reading.branch(perturbations=log_n) if len(reading) else Reading(model, log_n)
         start = len(reading)
         yield temperature, read_on(reading, stack, window)
         if branch is not None:
@@ -256,6 +253,7 @@ def config_of(rotation: str, sharpened: str, kind: str, seed: int, longest: int)
         "model": MODEL,
         "rope": ROTATIONS[rotation],
         "sharpened": sharpened,
+        "temperature": YARN_TEMPERATURE.factor,
         "kind": kind,
         "seed": seed,
         "longest": longest,
@@ -335,4 +333,5 @@ if __name__ == "__main__":
     try:
         typer.run(measure)
     except InputError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

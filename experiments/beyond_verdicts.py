@@ -17,8 +17,8 @@ from rope_probe.runs.verdicts import beside, verdict, verdicts
 
 BEYOND = declare(
     "beyond",
-    "A pretrained model inside and beyond its window, untrained, with other rotations and temperatures. A row is of one "
-    "question, block of text, or head.",
+    "A pretrained model inside and beyond its window, untrained, with other rotations and temperatures. A row is of "
+    "one question, block of text, or head.",
     ("rotation", "temperature", "task", "seq_len", "distance", "keys", "unit", "position", "layer", "head"),
     {
         "hit": Metric("1 where the model would write just the answer by greedy decoding, else 0"),
@@ -134,7 +134,8 @@ def judged(rows: pd.DataFrame) -> pd.DataFrame:
     inside, beyond = losses(rows, OWN, INSIDE_WINDOW), losses(rows, OWN, BEYOND_WINDOW)
     of_yarn = losses(rows, YARN, BEYOND_WINDOW)
     if len(beyond):
-        judge(1, "own theta: loss at 8,192 to 12,288 above that at 4,096 to 8,192, 1 nat or more", apart(beyond, inside), len(beyond), low=1)  # fmt: skip
+        claim = "own theta: loss at 8,192 to 12,288 above that at 4,096 to 8,192, 1 nat or more"
+        judge(1, claim, apart(beyond, inside), len(beyond), low=1)
     for number, arm, most in ((2, YARN, 0.3), (3, ("theta_500000", "none"), 0.5)):
         changed = losses(rows, arm, BEYOND_WINDOW)
         if len(changed) and len(inside):

@@ -165,7 +165,7 @@ def answered(reading: Reading, question: Question) -> tuple[bool, float]:
     return torch.equal(logits.argmax(-1), question.answer), logprobs.double().mean().item()
 
 
-# Lines: what they say, and the key and value of those that are needles --------------------------------------------------
+# Lines: what they say, and the key and value of those that are needles ------------------------------------------------
 
 _Line = tuple[str, tuple[str, str] | None]
 
