@@ -12,11 +12,13 @@ from experiments import beyond, beyond_train
 from experiments import beyond_verdicts as said
 from experiments.stages import Options
 from rope_probe import AttentionTemperature, InputError, head_scores, load_model
+from rope_probe.gallery import figures as plots
 from rope_probe.models import checkpoints
 from rope_probe.retrieval.haystacks import haystack
 from rope_probe.retrieval.heads import _copied, needle_of
 from rope_probe.retrieval.reading import Reading
 from rope_probe.retrieval.tasks import Trial
+from rope_probe.runs.intervals import share_interval
 from rope_probe.runs.results import read_run
 from rope_probe.windows.embedded_text import documents
 from rope_probe.windows.packing import pack
@@ -205,6 +207,17 @@ def test_what_two_readings_measured_alike_counts_once():
     tables = said.tables_of(twice)
     assert tables["answers found of asked, by window and distance"].iloc[0, 0] == "1/2"
     assert "n=2" in tables["answers found, by window"].iloc[0, 0]
+
+
+def test_the_map_says_how_many_were_found_at_each_window_and_distance():
+    hits = [("own", 4096, 1000, [1, 1, 0, 1]), ("own", 12_288, 1000, [0, 0]), ("own", 12_288, 9000, [1, 0, 0])]
+    frame = planted({}, hits).assign(model="tiny")
+    (panel,) = plots.window_by_distance(pd.concat([frame, frame], ignore_index=True)).data
+    assert list(panel.y) == ["4,096", "12,288"]
+    assert list(panel.x) == ["0 to 2", "2 to 4", "4 to 8", "8 to 12"]
+    assert [list(line) for line in panel.text] == [["3/4", "", "", ""], ["0/2", "", "", "1/3"]]
+    np.testing.assert_allclose(panel.z, [[0.75, *[np.nan] * 3], [0, np.nan, np.nan, 1 / 3]])
+    assert panel.customdata[0][0] == "[{:.2f}, {:.2f}]".format(*share_interval([0.75], 4))
 
 
 # Training -------------------------------------------------------------------------------------------------------------

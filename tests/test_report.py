@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from experiments import phase_scaling
+from experiments.beyond_verdicts import BEYOND
 from experiments.longred import SKILLS
 from experiments.theta_grid import THETA_GRID, cells
 from rope_probe import InputError, PairTurn, PositionShift, copy_deltas, load_model, repeated_window, rope, trace
@@ -490,10 +491,13 @@ def test_the_gallery_draws_every_figure_of_its_experiment(tmp_path):
         made.record(THETA_GRID, grid_rows())
     with new_run(tmp_path / "arm", "longred", {}) as made:
         made.record(SKILLS, only("skills", rows_for("trade_off", what_each_drawing_draws("arm")["trade_off"])))
+    with new_run(tmp_path / "far", "beyond", {}) as made:
+        drawn = what_each_drawing_draws("task")["window_by_distance"]
+        made.record(BEYOND, only("beyond", rows_for("window_by_distance", drawn)))
     with new_run(tmp_path / "other", "other", {"note": "no figure"}) as made:
         made.record(LOSSES, [{"metric": "loss", "value": 1.0}])
     page = gallery(
-        map(tmp_path.joinpath, ("kd_phase_wise", "kd_small_theta", "grid", "arm", "other")), tmp_path / "out"
+        map(tmp_path.joinpath, ("kd_phase_wise", "kd_small_theta", "grid", "arm", "far", "other")), tmp_path / "out"
     )
     found = re.findall(r'<iframe src="([^"]+)\.html"', page.read_text())
     assert found == [
@@ -503,6 +507,7 @@ def test_the_gallery_draws_every_figure_of_its_experiment(tmp_path):
         "4-phase-scaling-loss-curves",
         "5-theta-grid-theta-grid",
         "6-longred-trade-off-arm",
+        "7-beyond-window-by-distance-task-task",
     ]
     assert "1 run, nothing to draw" in page.read_text()
     assert "no figure" in page.read_text()
@@ -801,6 +806,10 @@ def what_each_drawing_draws(name):
         "theta_grid": every(0, **{**base, **accuracies, "distance": [512]}, phase=[name], steps=[75],
                             long_theta=[300.0, 20_000.0])
         + every(1, **base, metric=["gate_accuracy"], phase=["short"], seq_len=[64]),
+        "window_by_distance": every(
+            0, **runs, metric=["hit"], rotation=[name, "own"], temperature=["none", name], task=[name],
+            seq_len=[4096, 8192], distance=[100, 3000], unit=[0],
+        ),
         "rotations_by_pair": every(1, **runs, phase=[name], seq_len=[64], metric=["rotations"], pair=[0, 1, 2],
                                    wavelength=[6.0])
         + every(1, **runs, phase=[name], seq_len=[64], metric=["spectrum_use"]),

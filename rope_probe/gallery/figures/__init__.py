@@ -8,6 +8,7 @@ import plotly.graph_objects as go
 
 from rope_probe.errors import InputError
 from rope_probe.gallery.figures import (
+    beyond,
     cost,
     drift,
     geometry,
@@ -21,6 +22,7 @@ from rope_probe.gallery.figures import (
     trade,
     training,
 )
+from rope_probe.gallery.figures.beyond import window_by_distance
 from rope_probe.gallery.figures.cost import trace_cost
 from rope_probe.gallery.figures.drift import drift_by_layer
 from rope_probe.gallery.figures.geometry import rotations_by_pair
@@ -65,6 +67,7 @@ __all__ = [
     "trace_cost",
     "trade_off",
     "transplants",
+    "window_by_distance",
 ]
 
 
@@ -130,6 +133,14 @@ DRAWINGS = [
         lambda rows: [_phase(rows), "window " + rows["seq_len"].astype("string")],
     ),
     Drawing("trade_off", ("skills",), trade.is_skill, trade_off, lambda rows: [rows["arm"].fillna("")]),
+    Drawing(
+        "window_by_distance",
+        ("beyond",),
+        beyond.is_asked,
+        window_by_distance,
+        lambda rows: [rows["task"].fillna("")],
+        per_model=True,
+    ),
     Drawing("theta_grid", ("theta_grid",), grid.is_cell, theta_grid, context=grid.is_gate),
     Drawing(
         "rotations_by_pair", ("geometry",), geometry.is_rotations, rotations_by_pair, context=geometry.is_spectrum_use
