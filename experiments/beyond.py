@@ -117,7 +117,7 @@ def readings(
     model: HookedCausalLM, stack: Haystack, sharpened: Sharpened, longest: int, advance: Any, trained: int = TRAINED
 ) -> Iterator[tuple[str, list[dict]]]:
     """Rows of every window under each temperature, window by window."""
-    windows = [window for window in WINDOWS if window <= longest] or [longest]
+    windows = [*(window for window in WINDOWS if window < longest), longest]
     temperature = "yarn" if sharpened == "yarn" else "none"
     reading = Reading(model, [YARN_TEMPERATURE] if sharpened == "yarn" else [])
     log_n = (AttentionTemperature("log_n", reference=trained),)

@@ -97,7 +97,7 @@ def test_heads_that_copy_are_those_of_a_whole_pass(model, stack):
 
 
 def test_log_n_branches_off_where_it_begins_to_act(model, stack):
-    trained = stack.cut(1400)
+    trained = 2048  # where a window ends, so that there is something to branch from
     rows = dict(beyond.readings(model, stack, "none_and_log_n", 2600, lambda tokens: None, trained))
     reading = Reading(model, [AttentionTemperature("log_n", reference=trained)])
     reading.read(stack.tokens[: stack.cut(2600)])
