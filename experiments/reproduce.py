@@ -31,7 +31,7 @@ def main(
     """Run what is missing under `out`, print tables, verdicts and the path of the gallery."""
     stages = plan(Options(out, seeds, full))
     urgent = {name: stage for name, stage in stages.items() if stage.urgent}
-    lost = run_all(urgent, reuse_anyway=reuse_anyway)
+    lost = run_all(urgent, reuse_anyway=reuse_anyway, planned=stages)
     if first := [stage.run for name, stage in urgent.items() if name not in lost]:
         print(f"first figures: {gallery(first, out / 'gallery')}", flush=True)
     without = run_all(stages, reuse_anyway=reuse_anyway)

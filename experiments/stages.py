@@ -34,6 +34,7 @@ from rich.table import Table
 import experiments
 from rope_probe.errors import InputError
 from rope_probe.names import MISSED_GATE
+from rope_probe.runs.progress import in_time
 from rope_probe.runs.results import is_complete, read_manifest, source_hash
 
 WORKERS = 2
@@ -115,13 +116,18 @@ def _seconds_behind(stages: Mapping[str, Stage]) -> dict[str, float]:
     return behind
 
 
-def run_all(stages: dict[str, Stage], *, reuse_anyway: bool = False) -> dict[str, str]:
-    """Run the stages, WORKERS at a time; returns those without a result, and why. What needs one of them is skipped."""
+def run_all(
+    stages: dict[str, Stage], *, reuse_anyway: bool = False, planned: Mapping[str, Stage] | None = None
+) -> dict[str, str]:
+    """Run the stages, WORKERS at a time; returns those without a result, and why. What needs one of them is skipped.
+
+    `planned` are all that will run in the end, these among them: the time that is told is the time to the end of all.
+    """
     order = TopologicalSorter({name: stage.needs for name, stage in stages.items()})
     order.prepare()
     without: dict[str, str] = {}
     pool = ThreadPoolExecutor(WORKERS)
-    with _shown(stages) as progress:
+    with _shown(stages if planned is None else planned) as progress:
         try:
             running: dict[Future[str], str] = {}
             ready: list[str] = []
@@ -192,7 +198,7 @@ class _Progress:
             self.failed[name] = why
         state = f"without a result: {why}" if why else f"done in {self.took[name]:,.0f} s"
         left = sum(stage not in self.took for stage in self.stages)
-        self._say(f"{name}: {state}; {left} of {len(self.stages)} stages left, about {self._remaining():,.0f} s")
+        self._say(f"{name}: {state}; {left} of {len(self.stages)} stages left, about {in_time(self._remaining())}")
 
     def refresh(self) -> None:
         """Draw the table anew."""
@@ -201,7 +207,7 @@ class _Progress:
 
     def table(self) -> Table:
         """Stage, state, elapsed and remaining seconds, and those of all."""
-        table = Table("stage", "state", "elapsed, s", "remaining, s", title=f"about {self._remaining():,.0f} s to go")
+        table = Table("stage", "state", "elapsed, s", "remaining, s", title=f"about {in_time(self._remaining())} to go")
         now = time.monotonic()
         for name, stage in self.stages.items():
             if name in self.took:

@@ -12,6 +12,12 @@ KEY_VALUE = "key_value"
 TEXT_TASKS = ("passkey", "niah_single_1", "niah_multikey_2", "niah_multikey_3", "vt", "cwe", "fwe")
 """Retrieval tasks in text: first those with a distance, then those of several answers; see `tasks`."""
 
+PRETRAINED = ("smollm2-135m", "gemma3-270m")
+"""Models that have a name; see `models.pretrained`."""
+
+MIRRORS = ("tensorboard", "wandb")
+"""Where a training log can be mirrored to; see `distillation.mirrors`."""
+
 LONGEST_WINDOW = 2**24
 """Most tokens of a window; a longer one is a slip of the keyboard."""
 

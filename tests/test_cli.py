@@ -186,7 +186,7 @@ def test_the_tasks_by_default_are_quick_ones_in_text_where_there_is_a_tokenizer(
     assert list(frame["task"].unique()) == ["passkey", "niah_single_1", "fwe"]
     assert set(frame["seq_len"]) == {1024}
     assert frame["distance"].nunique() <= 2 * 3
-    assert cli._tasks(str(checkpoint), None, 32, 20, 30)[0].name == "key_value"
+    assert cli.retrieval.tasks_of(str(checkpoint), None, 32, 20, 30)[0].name == "key_value"
 
 
 QUICK_TRIALS = ("--window", "32", "--distance", "4", "--distance", "16", "--keys", "20", "--values", "30")

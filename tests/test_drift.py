@@ -239,7 +239,7 @@ def test_layers_without_attention_drift_in_their_hidden_states_alone():
     assert (of_states["value"] > 0).all()
     assert set(frame[frame["metric"] == ATTENTION_KL]["layer"]) == {1}
     assert ranked_layers(frame, 1) == [1]
-    assert "(1 of 1): 1" in cli._drift_tables(frame)[-1]
+    assert "(1 of 1): 1" in cli.drift._parts(frame)[-1].text
 
 
 def ranking_of(*kl):

@@ -41,6 +41,7 @@ from transformers import ByT5Tokenizer
 
 from rope_probe import cli
 from rope_probe.distillation import Training, distill, read_config
+from rope_probe.names import MISSED_GATE
 from rope_probe.runs.results import read_run
 from tests import hostile, zoo
 from tests.hostile import ANY, MUST_REFUSE, SAME, SAME_OR_REFUSE, Case
@@ -299,7 +300,7 @@ def judge(result: Result, work: Path, before: Tree, after: Tree) -> None:
     if result.escaped or "Traceback (most recent call last)" in result.stderr or "panicked at" in result.stderr:
         result.verdict = "traceback"
         result.wrong.append(("traceback", last_line(result.escaped or result.stderr)))
-    elif result.code in (0, cli.MISSED_GATE):
+    elif result.code in (0, MISSED_GATE):
         result.verdict = "accepted"
         judge_accepted(result, work)
     elif result.code == 2 and len(lines) == 1 and refusal and not result.stdout:

@@ -34,7 +34,8 @@ class DistillConfig:
     the student of the step under way, read without a gradient. `out` is the
     run directory. `dtype` "bfloat16" computes under autocast, the student's weights staying float32, and reads teachers
     in bfloat16. Every `log_every` steps are measured in full; every `save_every` steps, every `save_minutes` minutes,
-    and when the run is asked to stop, a snapshot is taken, and the last `keep` are kept.
+    and when the run is asked to stop, a snapshot is taken, and the last `keep` are kept. `mirror` shows the log in
+    TensorBoard or Weights & Biases ("wandb") too, as it is written.
 
     Raises InputError for values that cannot be.
     """
@@ -52,6 +53,7 @@ class DistillConfig:
     save_every: Count = 500
     save_minutes: Positive = 5.0
     keep: Count = 2
+    mirror: Literal["tensorboard", "wandb"] | None = None
 
     def __post_init__(self) -> None:
         require_ranges(self, "a run")
@@ -84,9 +86,8 @@ def _shown(value: Any) -> str:
 
 def recorded(config: DistillConfig) -> dict[str, Any]:
     """The configuration as a manifest holds it: what decides what is trained, not where and when it is kept."""
-    return {
-        key: value for key, value in asdict(config).items() if key not in ("out", "keep", "save_every", "save_minutes")
-    }
+    aside = ("out", "keep", "save_every", "save_minutes", "mirror")
+    return {key: value for key, value in asdict(config).items() if key not in aside}
 
 
 def read_config(source: str | os.PathLike[str] | Mapping[str, Any], **changes: Any) -> DistillConfig:

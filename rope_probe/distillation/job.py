@@ -9,7 +9,7 @@ RUN/tables/, manifest.json
 import os
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from rope_probe.distillation import snapshots
 from rope_probe.distillation.config import DistillConfig, read_config, recorded
 from rope_probe.distillation.log import LOSSES, Log
 from rope_probe.distillation.loop import ORIGINAL, Training
+from rope_probe.distillation.mirrors import Mirror, open_mirror, require_mirror
 from rope_probe.distillation.phase import Phase
 from rope_probe.distillation.stopping import StopRequest, stop_requests
 from rope_probe.distillation.streams import Stream
@@ -48,26 +49,29 @@ def distill(config: DistillConfig | str | os.PathLike[str] | Mapping[str, Any], 
     its gate is the last one, and the manifest says so under `missed_gate`. Under `accelerate launch`, every process
     calls this.
 
-    Raises InputError, before anything is written, for a configuration or models that do not fit together, and for a
-    resumption with other models or data. Raises Stopped when Ctrl-C or SIGTERM asks the run to stop: it then takes a
-    snapshot first.
+    Raises InputError, before anything is written, for a configuration or models that do not fit together, for a mirror
+    that is not installed, and for a resumption with other models or data. Raises Stopped when Ctrl-C or SIGTERM asks
+    the run to stop: it then takes a snapshot first.
     """
     config = config if isinstance(config, DistillConfig) else read_config(config)
     out = Path(config.out)
     if resume and is_complete(out, recorded(config)) and LOSSES.name in read_run(out)[0]:
         return out
+    require_mirror(config.mirror)
     job = _Job(config)
     with ExitStack() as stack:
-        run, refusal = None, None
+        run, mirror, refusal = None, None, None
         if job.accelerator.is_main_process:
             try:
                 opened = open_run(out, "distill", recorded(config), inputs=job.inputs(), resume=resume)
                 run = stack.enter_context(opened)
+                if config.mirror is not None:
+                    mirror = stack.enter_context(closing(open_mirror(config.mirror, out, recorded(config))))
             except InputError as error:
                 refusal = str(error)
         if refusal := broadcast_object_list([refusal])[0]:  # every process ends, not the first one alone
             raise InputError(refusal)
-        job.train(run, stack.enter_context(stop_requests()))
+        job.train(run, stack.enter_context(stop_requests()), mirror)
         if run is not None:
             job.describe(run)
     job.accelerator.wait_for_everyone()
@@ -107,16 +111,19 @@ class _Job:
                 hashes[f"data of {name}"] = {"first_batch": first, "source": stream.data.source_hash()}
         return hashes
 
-    def train(self, run: Run | None, stop: StopRequest) -> None:
+    def train(self, run: Run | None, stop: StopRequest, mirror: Mirror | None = None) -> None:
         """Every phase that is not finished yet, each from the one before or from the last snapshot.
 
+        `mirror` is shown what is logged.
         `stop` is looked at between steps. Raises Stopped, once a snapshot is there, when it asks to.
         """
-        log = None if run is None else Log(self.out / LOG)
+        log = None if run is None else Log(self.out / LOG, mirror)
         total = sum(phase.steps * phase.step_tokens for phase in self.config.phases)
         with progress("tokens", total) if run is not None else nullcontext(_ignore) as advance:
             for phase in self.config.phases:
-                if not self._is_finished(phase):
+                if self._is_finished(phase):
+                    advance(phase.steps * phase.step_tokens, skipped=True)
+                else:
                     self._train_phase(phase, run, log, advance, stop)
                 missed = Log(self.out / LOG).missed_gate
                 if missed is not None:
@@ -154,7 +161,7 @@ class _Job:
         self, phase: Phase, run: Run | None, log: Log | None, advance: Callable[..., Any], stop: StopRequest
     ) -> None:
         training = self._begin(phase, log)
-        advance(training.step * phase.step_tokens)
+        advance(training.step * phase.step_tokens, skipped=True)
         self._last_save = time.monotonic()
         tokens, seconds = 0, 0.0
         while training.step < phase.steps and not training.passed:
@@ -178,6 +185,7 @@ class _Job:
         if log is not None and phase.gate and not training.passed:
             place = {"phase": phase.name, "step": training.step, "tokens": training.step * phase.step_tokens}
             log.write({**place, "missed_gate": training.missed})
+        advance((phase.steps - training.step) * phase.step_tokens, skipped=True)  # where a gate was passed before
         self._finish(phase, training)
 
     def _begin(self, phase: Phase, log: Log | None) -> Training:
@@ -368,5 +376,5 @@ def _require_same(who: str, ours: PreTrainedTokenizerBase, other: str, theirs: P
             )
 
 
-def _ignore(count: int, note: str = "") -> None:
+def _ignore(count: int, note: str = "", *, skipped: bool = False) -> None:
     """Progress of a process that tells none."""

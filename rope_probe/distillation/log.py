@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from rope_probe.distillation.loop import BY_DISTANCE
+from rope_probe.distillation.mirrors import Mirror
 from rope_probe.errors import InputError
 from rope_probe.retrieval.probe import RETRIEVAL
 from rope_probe.runs.tables import Metric, declare
@@ -61,10 +62,10 @@ def _is_number(value: Any) -> bool:
 
 
 class Log:
-    """Lines of JSON, on disk as soon as they are written."""
+    """Lines of JSON, on disk as soon as they are written, and then shown in a mirror where there is one."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, mirror: Mirror | None = None) -> None:
+        self.path, self.mirror = path, mirror
 
     def lines(self) -> list[Line]:
         """All whole lines; one that was cut short is not there. Raises InputError for a line that is none of ours."""
@@ -91,6 +92,8 @@ class Log:
         """Add a line."""
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
+        if self.mirror is not None:
+            self.mirror.write(line)
 
     def rewind(self, phase: str, step: int) -> None:
         """Forget what was written of `phase` after `step`."""
@@ -98,6 +101,8 @@ class Log:
         partial = self.path.with_suffix(".partial")
         partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
         partial.replace(self.path)
+        if self.mirror is not None:
+            self.mirror.restart(kept)
 
     @property
     def missed_gate(self) -> str | None:

@@ -1,6 +1,6 @@
 """How the queries and keys of two checkpoints differ on the same windows, by layer, head, rotary pair and document."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,6 +44,7 @@ def compare_states(
     *,
     masked: bool = False,
     by_position: bool = False,
+    progress: Callable[[int], Any] | None = None,
 ) -> pd.DataFrame:
     """Queries and keys, their rotation undone, of two checkpoints reading the same windows; a tidy frame.
 
@@ -58,7 +59,8 @@ def compare_states(
     - `norm_share_before`, `norm_share_after`: the pair's share of its layer's squared norm, over all heads and
       dimensions. Massive values (arXiv 2502.01563) are pairs and heads with a share far above 1 / (H * D / 2).
 
-    States of one window are held at a time, [T, H + K, D] a layer. Raises InputError for models of different
+    States of one window are held at a time, [T, H + K, D] a layer. `progress` is called with 1 after each of the two
+    passes over a window. Raises InputError for models of different
     architecture, and for no windows.
     """
     require_alike(before.config, after.config)
@@ -68,7 +70,7 @@ def compare_states(
         raise InputError("states are compared on windows, but there are none")
     frames = []
     for window in windows:
-        mine, theirs = (_states(model, window, masked) for model in (before, after))
+        mine, theirs = (_states(model, window, masked, progress) for model in (before, after))
         groups = torch.arange(len(window)) if by_position else window.document_of
         for (layer, side), x in mine.items():
             rotaries = before.rotary[layer], after.rotary[layer]
@@ -93,7 +95,9 @@ def _over_windows(frame: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     return pd.concat([frame[~turns].groupby(keys, sort=False, as_index=False)["value"].mean(), mean])
 
 
-def _states(model: HookedCausalLM, window: Window, masked: bool) -> dict[Site, Float[Tensor, "T H D"]]:
+def _states(
+    model: HookedCausalLM, window: Window, masked: bool, progress: Callable[[int], Any] | None
+) -> dict[Site, Float[Tensor, "T H D"]]:
     states_at: dict[Site, Tensor] = {}
 
     def read(x: Tensor, hook: Any) -> None:
@@ -108,6 +112,8 @@ def _states(model: HookedCausalLM, window: Window, masked: bool) -> dict[Site, F
         model.hidden(window, masked=masked)
     for (layer, side), states in states_at.items():
         model.require_finite(states, f"blocks.{layer}.attn.hook_rot_{side}")
+    if progress is not None:
+        progress(1)
     return states_at
 
 

@@ -1,0 +1,182 @@
+"""`rope-probe retrieval`: what a model finds again, by distance."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from rope_probe.cli.models import describe, how_to_load, recorded, tell_origin
+from rope_probe.cli.options import (
+    DONE,
+    INPUT,
+    SDPA,
+    AcceptTerms,
+    Adapter,
+    AsJson,
+    Attn,
+    Device,
+    DeviceMap,
+    DtypeOption,
+    Model,
+    Out,
+    Overwrite,
+    Seed,
+    Task,
+    window_in_range,
+)
+from rope_probe.cli.output import Table, show, tell
+from rope_probe.errors import InputError
+from rope_probe.names import KEY_VALUE, TEXT_TASKS
+
+if TYPE_CHECKING:
+    from rope_probe.retrieval.probe import RetrievalTask
+    from rope_probe.runs.results import Run
+
+EXAMPLES = (
+    "rope-probe retrieval smollm2-135m --out runs/retrieval",
+    "rope-probe retrieval MODEL --out runs/vt --task vt --window 4096 --trials 32",
+)
+_QUICK_TASKS = ("passkey", "niah_single_1", "fwe")
+"""Tasks in text that end within minutes together; the default."""
+
+
+def command(
+    model: Model,
+    out: Out,
+    task: Annotated[
+        list[Task] | None,
+        typer.Option(
+            help=f"{', '.join((KEY_VALUE, *TEXT_TASKS))}. Can be given again.",
+            metavar="TASK",
+            show_default="passkey, niah_single_1 and fwe, or key_value where the checkpoint has no tokenizer",
+            rich_help_panel=DONE,
+        ),
+    ] = None,
+    window: Annotated[
+        int, typer.Option(min=4, callback=window_in_range, help="Tokens of a trial.", rich_help_panel=INPUT)
+    ] = 1024,
+    distance: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Distance, in tokens. Can be given again.",
+            show_default="three in text, all powers of two for key_value",
+            rich_help_panel=DONE,
+        ),
+    ] = None,
+    trials: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Trials of each task and distance.",
+            show_default="8 in text, 128 of key_value",
+            rich_help_panel=DONE,
+        ),
+    ] = None,
+    keys: Annotated[
+        int, typer.Option(min=2, help="Key tokens of key_value's vocabulary, from id 4 on.", rich_help_panel=INPUT)
+    ] = 256,
+    values: Annotated[
+        int, typer.Option(min=1, help="Value tokens of key_value, after the keys.", rich_help_panel=INPUT)
+    ] = 256,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: DtypeOption = None,
+    attn: Attn = SDPA,
+    device_map: DeviceMap = None,
+    adapter: Adapter = None,
+    accept_terms: AcceptTerms = False,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Probe retrieval by distance: accuracy and log-probability of the answer, with 95% intervals.
+
+    key_value is for toy vocabularies; the others are text, passkey and tasks of RULER, read by the model's tokenizer.
+    Trials are kept at OUT.trials.jsonl as they are done, so the same command goes on after it was cut short.
+    """
+    config = recorded(locals())
+    import pandas as pd
+
+    from rope_probe.models.hooked import load_model
+    from rope_probe.retrieval.probe import RETRIEVAL, retrieval_accuracy, trials_hash
+    from rope_probe.runs.progress import progress
+    from rope_probe.runs.provenance import Read
+    from rope_probe.runs.results import new_run
+
+    with new_run(out, "retrieval", config, overwrite=overwrite, inputs=[model]) as run:
+        hooked = load_model(model, **how_to_load(attn, dtype, device, device_map, adapter))
+        tell_origin(model)
+        tasks = tasks_of(model, task, window, keys, values)
+        sweeps = [one.default_distances() for one in tasks]
+        if distance and all(sweep == [None] for sweep in sweeps):
+            raise InputError(f"--distance says nothing to {', '.join(one.name for one in tasks)}; leave it out")
+        sweeps = [distance if distance and sweep != [None] else sweep for sweep in sweeps]
+        counts = [trials or one.default_trials for one in tasks]
+        plan = list(zip(tasks, sweeps, counts, strict=True))
+        hashes = {  # before anything is measured, since this is where a distance or a window that does not fit is found
+            one.name: {d: trials_hash(one, d, count, seed=seed) for d in sweep} for one, sweep, count in plan
+        }
+        with (
+            _kept_trials(out, run) as kept,
+            progress("trials", sum(count * len(sweep) for _, sweep, count in plan)) as advance,
+        ):
+            frames = []
+            for one, sweep, count in plan:
+                frame = retrieval_accuracy(
+                    hooked, one, sweep, trials=count, seed=seed, progress=advance, trials_file=kept
+                )
+                frames.append(run.record(RETRIEVAL, frame, model=model))
+        describe(run, hooked, model, adapter)
+        for name, by_distance in hashes.items():
+            for digest in by_distance.values():
+                run.provenance.add_read(name, Read(digest))
+    kept.unlink(missing_ok=True)  # only now: had the run failed at its end, its trials would still be there
+    shown = pd.concat(frames)[["task", "distance", "metric", "value", "low", "high"]]
+    title = "Retrieval by distance, with 95% intervals"
+    show(out, [Table("retrieval", title, shown, "{:.3f}", keys=3)], command="retrieval", as_json=as_json)
+
+
+@contextmanager
+def _kept_trials(out: Path, run: "Run") -> Iterator[Path]:
+    """The file beside `out` where trials are kept as they are done; it is copied into the run at the end.
+
+    What was begun here is removed where input turns out to be bad; where the work is cut short, it stays.
+    """
+    target = out.resolve()
+    kept = target.with_name(f"{target.name}.trials.jsonl")
+    begun_before = kept.exists() or kept.is_symlink()
+    try:
+        yield kept
+    except InputError:
+        if not begun_before:
+            kept.unlink(missing_ok=True)
+        raise
+    except KeyboardInterrupt:
+        if kept.exists():
+            tell(f"what is done so far is in {str(kept)!r}; the same command goes on from there")
+        raise
+    shutil.copyfile(kept, run.folder / "trials.jsonl")
+
+
+def tasks_of(model: str, asked: list[Task] | None, window: int, keys: int, values: int) -> "list[RetrievalTask]":
+    """The tasks asked for, or those by default. Raises InputError for one in text without a tokenizer."""
+    from rope_probe.models import checkpoints
+    from rope_probe.retrieval.probe import KeyValueTask
+    from rope_probe.retrieval.tasks import TextTask
+    from rope_probe.windows.corpora import KeyValueStream
+
+    tokenizer = None if asked == [KEY_VALUE] else checkpoints.load_tokenizer(model)
+    tasks: list[RetrievalTask] = []
+    default = (KEY_VALUE,) if tokenizer is None else _QUICK_TASKS
+    names = list(dict.fromkeys(map(str, asked) if asked else default))
+    for name in names:
+        if name == KEY_VALUE:
+            stream = KeyValueStream(window, distinct=(1, keys), keys=keys, values=values)
+            tasks.append(KeyValueTask(stream, window))
+        elif tokenizer is None:
+            raise InputError(f"task {name!r} is text, but {model!r} has no tokenizer; only key_value runs without")
+        else:
+            tasks.append(TextTask(name, tokenizer, window))
+    return tasks
