@@ -12,7 +12,7 @@ import typer
 from rope_probe.errors import InputError
 from rope_probe.gallery import figures as plots
 from rope_probe.gallery.drawn import draw_all
-from rope_probe.gallery.figures.static import FORMATS, WIDTH, Format
+from rope_probe.gallery.figures.static import FORMATS, WIDTH
 from rope_probe.runs.results import read_manifest, read_tables
 
 _LONGEST_NAME = 60
@@ -21,7 +21,9 @@ _LONGEST_NAME = 60
 def draw(
     runs: list[Path],
     out: Annotated[Path, typer.Option(help="Folder for the files.")],
-    format: Annotated[list[Format] | None, typer.Option(help="May be given several times; default svg.")] = None,
+    format: Annotated[
+        list[str] | None, typer.Option(help="svg, pdf or png; may be given several times; default svg.")
+    ] = None,
     only: Annotated[list[str] | None, typer.Option(help="Drawings by name; default: all.")] = None,
     width: Annotated[int, typer.Option(help="Pixels across.")] = WIDTH,
 ) -> None:

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from experiments import phase_scaling
+from experiments.beyond_verdicts import BEYOND
 from experiments.longred import SKILLS
 from experiments.theta_grid import THETA_GRID, cells
 from rope_probe import InputError, PairTurn, PositionShift, copy_deltas, load_model, repeated_window, rope, trace
@@ -27,6 +28,7 @@ from rope_probe.runs.results import new_run, read_manifest, read_run, read_table
 from rope_probe.runs.tables import TABLES
 from rope_probe.spans.statistics import LANDMARKS
 from rope_probe.spans.weights import SPANS
+from rope_probe.tracing import positional
 from rope_probe.tracing.heads import HEADS
 from rope_probe.tracing.propagation import DELTAS
 from tests import zoo
@@ -492,10 +494,13 @@ def test_the_gallery_draws_every_figure_of_its_experiment(tmp_path):
         made.record(THETA_GRID, grid_rows())
     with new_run(tmp_path / "arm", "longred", {}) as made:
         made.record(SKILLS, only("skills", rows_for("trade_off", what_each_drawing_draws("arm")["trade_off"])))
+    with new_run(tmp_path / "far", "beyond", {}) as made:
+        drawn = what_each_drawing_draws("task")["window_by_distance"]
+        made.record(BEYOND, only("beyond", rows_for("window_by_distance", drawn)))
     with new_run(tmp_path / "other", "other", {"note": "no figure"}) as made:
         made.record(LOSSES, [{"metric": "loss", "value": 1.0}])
     page = gallery(
-        map(tmp_path.joinpath, ("kd_phase_wise", "kd_small_theta", "grid", "arm", "other")), tmp_path / "out"
+        map(tmp_path.joinpath, ("kd_phase_wise", "kd_small_theta", "grid", "arm", "far", "other")), tmp_path / "out"
     )
     pages = pages_of(page.parent)
     assert {name: page.pictures for name, page in pages.items()} == {
@@ -505,6 +510,7 @@ def test_the_gallery_draws_every_figure_of_its_experiment(tmp_path):
         ],
         "theta-grid.html": ["theta-grid-1"],
         "longred.html": ["trade-off-1"],
+        "beyond.html": ["window-by-distance-1"],
         "other.html": [],
     }  # fmt: skip
     assert "window 128" in pages["phase-scaling.html"].text
@@ -804,6 +810,10 @@ def what_each_drawing_draws(name):
         "theta_grid": every(0, **{**base, **accuracies, "distance": [512]}, phase=[name], steps=[75],
                             long_theta=[300.0, 20_000.0])
         + every(1, **base, metric=["gate_accuracy"], phase=["short"], seq_len=[64]),
+        "window_by_distance": every(
+            0, **runs, metric=["hit"], rotation=[name, "own"], temperature=["none", name], task=[name],
+            seq_len=[4096, 8192], distance=[100, 3000], unit=[0],
+        ),
         "rotations_by_pair": every(1, **runs, phase=[name], seq_len=[64], metric=["rotations"], pair=[0, 1, 2],
                                    wavelength=[6.0])
         + every(1, **runs, phase=[name], seq_len=[64], metric=["spectrum_use"]),
@@ -815,10 +825,23 @@ def what_each_drawing_draws(name):
         "dose_response": every(1, **shifts, metric=["kl_nats"], delta_tokens=[1.0, 4.0], restriction=[name]),
         "drift_by_layer": every(0, **runs, metric=["cosine_distance"], layer=[0, 1], seq_len=[64], positions=[64])
         + every(0, **runs, metric=["attention_kl_nats"], layer=[0, 1], head=[0, 1], seq_len=[64], positions=[64]),
+        "positional_shares": every(
+            1, **runs, metric=[*positional.SHARES, positional.BY_CHANCE], layer=[0, 1], seq_len=[64], contents=[4],
+            site=["blocks.0.hook_resid_post", "blocks.1.attn.unrotated_q"], places=[3], content_length=[8],
+        )
+        + every(1, **runs, metric=["position_share"], site=["logits"], seq_len=[64]),
         "injected_by_read": every(
             1, **shifts, metric=["rel_l2"], site=["logits", "blocks.0.hook_resid_post"], inject_layer=[0, 1],
             head=[None, 0], layer=[0, None], delta_tokens=[4.0],
         ),
+        "lens_by_layer": [
+            row
+            for layer in (0, 1)
+            for row in every(
+                1, **shifts, metric=["kl_nats"], site=[f"blocks.{layer}.lens"], layer=[layer],
+                inject_layer=[None, 0, 1], head=[None, 0], delta_tokens=[4.0],
+            )
+        ],
         "sensitivity_by_pair": every(1, **shifts, metric=["kl_nats"], pair=[0], wavelength=[6.0], delta_tokens=[4.0]),
         "layer_effects": every(
             1, **shifts, metric=["kl_nats"], site=["logits"], inject_layer=[0, 1], delta_tokens=[4.0]
@@ -829,7 +852,10 @@ def what_each_drawing_draws(name):
         "retrieval_by_task": every(
             0, **runs, metric=["accuracy"], task=[name, "vt"], seq_len=[64], low=[0.0], high=[1.0]
         ),
+        "retrieval_map": every(0, **{**accuracies, "seq_len": [64, 128]}, task=["passkey"], trials=[8]),
         "head_map": every(0, **runs, metric=list(plots.heads.PANELS), layer=[0, 1], head=[0, 1]),
+        "massive_map": every(1, **runs, metric=["ratio"], states=["q", "k", "v"], layer=[0, 1], head=[0, 1],
+                             pair=[0, 1], wavelength=[6.0], seq_len=[64]),
         "head_pairs": every(
             1, **runs, metric=["pair_contribution"], layer=[0, 1], head=[0, 1], pair=[0, 1], wavelength=[6.0]
         ),
@@ -865,6 +891,8 @@ def numbers(figure):
 ODD_NAME = '<a href="#">odd</a>&lt;%{y}$z$'
 ODD_NAME_AS_TEXT = '&lt;a href="#"&gt;odd&lt;/a&gt;&amp;lt;&#37;{y}&#36;z&#36;'
 NAMELESS = {"theta_grid", "copy_heatmap", "dose_response", "injected_by_read", "sensitivity_by_pair", "change_by_part",
+            "span_heatmap", "span_heads", "trace_cost", "head_map", "layer_effects", "head_effects",
+            "lens_by_layer", "massive_map", "retrieval_map"}  # fmt: skip
             "span_heatmap", "span_heads", "trace_cost", "head_map", "head_pairs", "layer_effects",
             "head_effects"}  # fmt: skip
 

@@ -40,6 +40,13 @@ class Section:
     figures: Mapping[int, Sequence[str]] = field(default_factory=dict)
 
 
+def decided(low: float, high: float, least: float = -math.inf, most: float = math.inf) -> bool | None:
+    """Whether an interval lies within `least` and `most`: True where all of it does, False where none, else None."""
+    if low >= least and high <= most:
+        return True
+    return False if high < least or low > most else None
+
+
 def verdict(
     prediction: int | None,
     claim: str,

@@ -8,11 +8,16 @@ import plotly.graph_objects as go
 
 from rope_probe.errors import InputError
 from rope_probe.gallery.figures import (
+    beyond,
     cost,
     drift,
     geometry,
     grid,
     heads,
+    lens,
+    maps,
+    massive,
+    positional,
     propagation,
     retrieval,
     sensitivity,
@@ -21,6 +26,7 @@ from rope_probe.gallery.figures import (
     trade,
     training,
 )
+from rope_probe.gallery.figures.beyond import window_by_distance
 from rope_probe.gallery.figures.cost import trace_cost
 from rope_probe.gallery.figures.drift import drift_by_layer
 from rope_probe.gallery.figures.findings import Extremes, extremes, losses_in_the_end
@@ -28,6 +34,10 @@ from rope_probe.gallery.figures.geometry import rotations_by_pair
 from rope_probe.gallery.figures.grid import theta_grid
 from rope_probe.gallery.figures.heads import head_map, head_pairs
 from rope_probe.gallery.figures.layout import fitted
+from rope_probe.gallery.figures.lens import lens_by_layer
+from rope_probe.gallery.figures.maps import retrieval_map
+from rope_probe.gallery.figures.massive import massive_map
+from rope_probe.gallery.figures.positional import positional_shares
 from rope_probe.gallery.figures.propagation import copy_heatmap, dose_response
 from rope_probe.gallery.figures.retrieval import retrieval_by_distance, retrieval_by_task
 from rope_probe.gallery.figures.sensitivity import (
@@ -58,10 +68,14 @@ __all__ = [
     "head_pairs",
     "injected_by_read",
     "layer_effects",
+    "lens_by_layer",
     "loss_curves",
+    "massive_map",
+    "positional_shares",
     "register",
     "retrieval_by_distance",
     "retrieval_by_task",
+    "retrieval_map",
     "rotations_by_pair",
     "save_figure",
     "save_figures",
@@ -74,6 +88,7 @@ __all__ = [
     "trace_cost",
     "trade_off",
     "transplants",
+    "window_by_distance",
 ]
 
 
@@ -117,6 +132,11 @@ def _phase(frame: pd.DataFrame) -> pd.Series:
     return phase if phase.nunique() > 1 else phase.mask(phase != "", "")
 
 
+def _perturbed(frame: pd.DataFrame) -> pd.Series:
+    """What a model was perturbed by while it was measured, "" where by nothing."""
+    return frame["perturbation"].fillna("")
+
+
 def _kind(frame: pd.DataFrame) -> pd.Series:
     """What is dosed, "" for a shift."""
     return frame["kind"].mask(frame["kind"] == "PositionShift", "")
@@ -127,13 +147,18 @@ def _masked(frame: pd.DataFrame) -> pd.Series:
     return frame["masked"].map({True: "masked"}, na_action="ignore").fillna("")
 
 
+def _role(frame: pd.DataFrame) -> pd.Series:
+    """The part that the model plays, "" where that is not told."""
+    return frame["role"].fillna("")
+
+
 DRAWINGS = [
     Drawing(
         "retrieval_by_distance",
         ("retrieval", "geometry"),
         retrieval.is_accuracy,
         retrieval_by_distance,
-        lambda rows: [_task(rows), _phase(rows), "window " + rows["seq_len"].astype("string")],
+        lambda rows: [_task(rows), _phase(rows), _perturbed(rows), "window " + rows["seq_len"].astype("string")],
         retrieval.is_document_length,
         how_to_read=(
             "A line that stays high to the right finds what lies far back. Compare lines at the farthest distance, "
@@ -146,12 +171,38 @@ DRAWINGS = [
         ("retrieval",),
         retrieval.is_accuracy_of_task,
         retrieval_by_task,
-        lambda rows: [_phase(rows), "window " + rows["seq_len"].astype("string")],
+        lambda rows: [_phase(rows), _perturbed(rows), "window " + rows["seq_len"].astype("string")],
         how_to_read=(
             "Each group is a task and each mark a model, higher is better. Marks whose intervals overlap are not told "
             "apart."
         ),
         finding=Extremes(("task", "model")),
+    ),
+    Drawing(
+        "window_by_distance",
+        ("beyond",),
+        beyond.is_asked,
+        window_by_distance,
+        lambda rows: [rows["task"].fillna("")],
+        per_model=True,
+        how_to_read=(
+            "Each panel is a rotation and a temperature, columns are windows, rows distances. Bright cells find the "
+            "needle; a column that fades says that the window is too long, a row that the distance is."
+        ),
+        finding=Extremes(("seq_len", "distance")),
+    ),
+    Drawing(
+        "retrieval_map",
+        ("retrieval",),
+        maps.is_map,
+        retrieval_map,
+        lambda rows: [_task(rows), _phase(rows), _perturbed(rows)],
+        per_model=True,
+        how_to_read=(
+            "Columns are windows, rows distances. Along a row the distance stays and the window grows; along a column "
+            "it is the other way around. So the two are told apart."
+        ),
+        finding=Extremes(("seq_len", "distance")),
     ),
     Drawing(
         "trade_off",
@@ -300,6 +351,45 @@ DRAWINGS = [
             "injected; a row that fades to the right is forgotten by later layers."
         ),
         finding=Extremes(("inject_layer", "head", "side"), ("rel_l2",), largest_dose=True),
+    ),
+    Drawing(
+        "massive_map",
+        ("massive_values",),
+        massive.is_ratio,
+        massive_map,
+        lambda rows: [_masked(rows)],
+        per_model=True,
+        how_to_read=(
+            "Each cell is a rotary pair of a head, told as a multiple of the head's median pair. Bright cells "
+            "are massive values."
+        ),
+        finding=Extremes(("states", "layer", "head", "pair")),
+    ),
+    Drawing(
+        "positional_shares",
+        ("positional_parts",),
+        positional.is_share,
+        positional_shares,
+        lambda rows: [rows["arm"].fillna(""), _role(rows), _masked(rows)],
+        per_model=True,
+        how_to_read=(
+            "Shares of content, position and their interaction add up to one at every layer. Position says what a "
+            "place does to every content alike."
+        ),
+        finding=Extremes(("site", "layer"), ("position_share",)),
+    ),
+    Drawing(
+        "lens_by_layer",
+        ("deltas",),
+        lens.is_of_lens,
+        lens_by_layer,
+        lambda rows: [_masked(rows)],
+        per_model=True,
+        how_to_read=(
+            "Each line is a layer whose positions are moved; along it the model's own head reads every later layer. "
+            "Where it climbs, the change becomes one of the prediction."
+        ),
+        finding=Extremes(("inject_layer", "layer"), ("kl_nats",), largest_dose=True),
     ),
     Drawing(
         "sensitivity_by_pair",

@@ -35,6 +35,7 @@ WHERE: Mapping[str, str] = {
     "tokens": "after {} tokens",
     "occurrence": "{} tokens",
     "group": "{}",
+    "states": "{}",
     "into": "into the {}",
     "order": "order {}",
     "span_set": "{}",

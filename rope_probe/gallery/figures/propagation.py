@@ -60,7 +60,8 @@ def _is_sized(frame: pd.DataFrame) -> pd.Series:
 def is_dose(frame: pd.DataFrame) -> pd.Series:
     """Rows that `dose_response` draws: shifts, jitter or turns, of several sizes or of the whole model."""
     sized = np.isfinite(_dose(frame)) & frame["side"].isin(SIDES)
-    rows = frame["kind"].isin(list(KINDS)).fillna(False) & (frame["metric"] == "kl_nats") & sized
+    of_logits = (frame["metric"] == "kl_nats") & frame["layer"].isna()  # not of a logit lens
+    rows = frame["kind"].isin(list(KINDS)).fillna(False) & of_logits & sized
     alike = [frame[column] for column in ("run_id", "model", "arm", "masked", "kind", "restriction")]
     doses = _dose(frame).where(rows).groupby(alike, dropna=False).transform("nunique")
     return rows & ((doses > 1) | (frame["restriction"].fillna("") == ""))

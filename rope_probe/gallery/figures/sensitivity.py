@@ -50,7 +50,8 @@ def is_of_pair(frame: pd.DataFrame) -> pd.Series:
     """Rows that `sensitivity_by_pair` draws: logit KL of a shift or turn of one pair, in all heads of its layers."""
     narrow = frame["pair"].notna() & frame["inject_layer"].isna() & frame["head"].isna()
     turn = (frame["kind"] == "PairTurn").fillna(False) & frame["side"].isin(SIDES)
-    return (is_shift(frame) | turn) & narrow & (frame["metric"] == "kl_nats")
+    of_logits = (frame["metric"] == "kl_nats") & frame["layer"].isna()  # not of a logit lens
+    return (is_shift(frame) | turn) & narrow & of_logits
 
 
 def is_of_layer(frame: pd.DataFrame) -> pd.Series:
