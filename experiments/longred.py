@@ -88,6 +88,20 @@ PREDICTIONS = {
 }
 """Written before the first run. Far: 512, 768 and 1,000 tokens in a window of 1,024. Short skill: 16 to 240 tokens in a
 window of 256."""
+FIGURES = {
+    1: ("trade_off", "drift_by_layer"),
+    2: ("trade_off", "drift_by_layer"),
+    3: ("trade_off",),
+    4: ("drift_by_layer", "trade_off"),
+    5: ("trade_off",),
+    6: ("trade_off",),
+    7: ("trade_off", "drift_by_layer"),
+    8: ("drift_by_layer",),
+    9: ("trade_off",),
+    10: ("trade_off",),
+    11: ("drift_by_layer",),
+}
+"""The drawings that show what a prediction is about, by its number."""
 
 SHORT = 256
 SMALL_THETA, LARGE_THETA = 2_000.0, 100_000.0

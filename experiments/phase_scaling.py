@@ -42,7 +42,7 @@ from rope_probe.runs.intervals import share_difference_interval, share_interval
 from rope_probe.runs.progress import progress
 from rope_probe.runs.results import new_run, read_manifest
 from rope_probe.runs.tables import Metric, Tables, declare
-from rope_probe.runs.verdicts import Section, verdict, verdicts
+from rope_probe.runs.verdicts import Section, decided, verdict, verdicts
 from rope_probe.seeds import derive
 
 QUESTION = "Which theta for which phase, and which objective, gives a short-window base the long window?"
@@ -64,6 +64,17 @@ PREDICTIONS = {
     "same step.",
 }
 """Written before the first run, for accuracy at 512 tokens, 8 times the document length."""
+FIGURES = {
+    1: ("retrieval_by_distance",),
+    2: ("retrieval_by_distance",),
+    3: ("rotations_by_pair", "retrieval_by_distance"),
+    4: ("rotations_by_pair", "retrieval_by_distance"),
+    5: ("retrieval_by_distance",),
+    6: ("retrieval_by_distance",),
+    7: ("retrieval_by_distance",),
+    8: ("retrieval_by_distance",),
+}
+"""The drawings that show what a prediction is about, by its number."""
 
 QUICK_ARMS = ("kd_phase_wise", "base", "theta_swapped", "ce_phase_wise", "ce_more_short", "kd_small_theta")
 STEPS = 250
@@ -280,9 +291,8 @@ def report(results: Mapping[str, Tables]) -> Section:
 def judged(frame: pd.DataFrame) -> pd.DataFrame:
     """The predictions for the arms that were run: mean accuracy at 8 times the document length, and whether it held.
 
-    A bound is held against the mean. The interval carries seeds and trials (`share_interval`); with one seed, trials
-    alone. A tie holds where the interval of the difference lies within the margin, fails where it lies outside, and is
-    undecided otherwise, as with one seed.
+    A bound, or a tie's margin, is held against the whole interval: a claim that the interval crosses is undecided. The
+    interval carries seeds and trials (`share_interval`); with one seed, trials alone. One seed decides no tie.
     """
     far = frame[(frame["metric"] == "accuracy") & (frame["seq_len"] == LONG) & (frame["distance"] == FAR)]
     by_arm = {arm: part.set_index("seed") for arm, part in far.groupby("model")}
@@ -291,7 +301,7 @@ def judged(frame: pd.DataFrame) -> pd.DataFrame:
         if arm in by_arm:
             part = by_arm[arm]
             mean, low, high = mean_and_interval(part)
-            held = mean >= bound if sign == ">=" else mean <= bound
+            held = decided(low, high, least=bound) if sign == ">=" else decided(low, high, most=bound)
             claim = f"{arm} {sign} {bound}"
             rows.append(verdict(prediction, claim, mean, held, n=len(part), low=low, high=high))
     if {"kd_phase_wise", "kd_large_theta"} <= set(by_arm):
@@ -302,9 +312,7 @@ def judged(frame: pd.DataFrame) -> pd.DataFrame:
         low, high = -math.inf, math.inf
         if len(common) > 1:
             low, high = share_difference_interval(one["value"], other["value"], trials_of(one), trials_of(other))
-        inside, outside = low >= -TIE and high <= TIE, high < -TIE or low > TIE
-        tied = True if inside else False if outside else None
-        rows.append(verdict(4, claim, apart, tied, n=len(common), low=low, high=high))
+        rows.append(verdict(4, claim, apart, decided(low, high, -TIE, TIE), n=len(common), low=low, high=high))
     return verdicts(rows)
 
 

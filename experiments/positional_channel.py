@@ -45,7 +45,7 @@ from rope_probe.retrieval.probe import RETRIEVAL
 from rope_probe.runs.progress import progress
 from rope_probe.runs.results import new_run, read_manifest
 from rope_probe.runs.tables import Tables
-from rope_probe.runs.verdicts import Section, beside, verdict, verdicts
+from rope_probe.runs.verdicts import Section, beside, decided, verdict, verdicts
 from rope_probe.seeds import derive
 from rope_probe.tracing.propagation import DELTAS
 from rope_probe.windows.packing import Batch
@@ -64,6 +64,13 @@ PREDICTIONS = {
     "other documents hold; whether they depend on position does not matter.",
 }
 """Written before the first run, for accuracy at 512 tokens, 8 times the document length."""
+FIGURES = {
+    1: ("retrieval_by_distance",),
+    2: ("retrieval_by_distance",),
+    3: ("retrieval_by_distance",),
+    4: ("retrieval_by_distance",),
+}
+"""The drawings that show what a prediction is about, by its number."""
 
 QUICK_CHANNELS = ("scrubbed",)
 ORDERS = 4
@@ -140,12 +147,12 @@ def teacher_of(channel: str, seed: int, checkpoints_in: Path) -> HookedCausalLM:
     return teacher
 
 
-def temperature_hooks(model: HookedCausalLM) -> list[Hook]:
+def temperature_hooks(model: HookedCausalLM, temperature: float = TEMPERATURE) -> list[Hook]:
     """Queries of the layers without RoPE scaled by position, as Llama 4 scales them, with 64 for its 8,192."""
 
     def scale(q: Float[Tensor, "B T H D"], hook: Any) -> Float[Tensor, "B T H D"]:
         position = torch.arange(q.shape[1]) % LONG  # masked windows come end to end
-        factor = 1 + TEMPERATURE * ((position + 1) / SHORT).floor().log1p()
+        factor = 1 + temperature * ((position + 1) / SHORT).floor().log1p()
         return q * factor[:, None, None].to(q)
 
     return [(f"blocks.{i}.attn.hook_rot_q", scale) for i, rotary in enumerate(model.rotary) if rotary is None]
@@ -297,7 +304,8 @@ def report(results: Mapping[str, Tables]) -> Section:
 def judged(frame: pd.DataFrame) -> pd.DataFrame:
     """The predictions for the channels that were run: mean accuracy at 512 tokens over seeds, and whether it held.
 
-    Intervals carry seeds and trials (`share_interval`); with one seed, trials alone.
+    Intervals carry seeds and trials (`share_interval`); with one seed, trials alone. A claim that its interval crosses
+    is undecided.
     """
     far = frame[(frame["metric"] == "accuracy") & (frame["seq_len"] == LONG) & (frame["distance"] == FAR)]
     teachers, students = far[far["role"] == "teacher"], far[(far["role"] != "teacher").fillna(True)]
@@ -307,7 +315,7 @@ def judged(frame: pd.DataFrame) -> pd.DataFrame:
     def judge(prediction: int, what: str, part: pd.DataFrame | None, sign: str, bound: float) -> None:
         if part is not None:
             mean, low, high = phase_scaling.mean_and_interval(part)
-            held = mean >= bound if sign == ">=" else mean <= bound
+            held = decided(low, high, least=bound) if sign == ">=" else decided(low, high, most=bound)
             claim = f"{what} {sign} {bound:.2f}"
             rows.append(verdict(prediction, claim, mean, held, n=len(part), low=low, high=high))
 

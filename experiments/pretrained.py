@@ -87,6 +87,16 @@ PREDICTIONS = {
 """Written before the first run of this script; 10 and 11 after the first of 8 and 9, as their controls. 1, 2 and 8 are
 what was seen on other text (docs/findings.md), to be confirmed or corrected here. That two such heads carry copies and
 retrieval (5, 6) had been seen on one other text; the rest had not been looked at."""
+FIGURES = {
+    1: ("layer_effects",),
+    2: ("head_effects",),
+    3: ("head_map",),
+    4: ("head_effects", "head_map"),
+    7: ("sensitivity_by_pair",),
+    8: ("dose_response",),
+    10: ("dose_response",),
+}
+"""The drawings that show what a prediction is about, by its number."""
 
 MODELS = ("smollm2-135m", "gemma3-270m")
 Part = Literal["layers", "heads", "silence", "kinds"]

@@ -66,6 +66,21 @@ PREDICTIONS = {
     12: "What it takes from the gradient is a larger part of it in W_Q and W_K than in W_V.",
 }
 """Written before the first run; 7 to 12 before the first run of what they are about."""
+FIGURES = {
+    1: ("copy_heatmap",),
+    2: ("copy_heatmap",),
+    3: ("copy_heatmap",),
+    4: ("dose_response",),
+    5: ("dose_response",),
+    6: ("dose_response",),
+    7: ("copy_heatmap",),
+    8: ("copy_heatmap",),
+    9: ("layer_effects",),
+    10: ("sensitivity_by_pair",),
+    11: ("signal_of_distillation",),
+    12: ("signal_of_distillation",),
+}
+"""The drawings that show what a prediction is about, by its number."""
 UNTRAINED = "untrained"
 """A model of the teacher's architecture with the weights that it was initialised by.
 

@@ -84,6 +84,21 @@ PREDICTIONS = {
 had been seen by part and by pair, which favours 1; none of the rest had. After seeds 0 and 1 of `kd_adamw` it was plain
 that the order of single effects, and gradient times change with it, is no order of causes. Gradients along the path
 were added as a predictor then, with prediction 13 of their own."""
+FIGURES = {
+    1: ("change_by_part",),
+    2: ("change_by_part",),
+    3: ("span_heatmap",),
+    4: ("span_heads",),
+    5: ("change_by_part",),
+    6: ("change_by_part",),
+    7: ("transplants",),
+    8: ("transplants",),
+    9: ("causal_curves",),
+    10: ("transplants",),
+    11: ("causal_curves",),
+    13: ("causal_curves",),
+}
+"""The drawings that show what a prediction is about, by its number."""
 
 QUICK_ARMS = ("kd_phase_wise", "ce_phase_wise", "ce_more_short")
 ARMS = tuple(arm for arm, made in phase_scaling.ARMS.items() if made.objective is not None)
@@ -363,14 +378,7 @@ def _predictors(
     seed: int,
 ) -> dict[str, list[float]]:
     """What might foresee which spans matter, for far less than a transplant each."""
-
-    def loss(model: HookedCausalLM) -> Tensor:
-        task = KeyValueTask(SHORT_DOCUMENTS, LONG)
-        trials = [task.trials(d, budget.ranking_trials, seed=derive(seed, "gradient")) for d in DISTANCES]
-        tokens = torch.cat(trials)
-        logits = model.unembed(model.hidden(tokens[:, :-1])[:, -1:])[:, 0]
-        return torch.nn.functional.cross_entropy(logits, tokens[:, -1])
-
+    loss = answer_loss(budget.ranking_trials, seed)
     queries = weights[weights["site"].str.endswith("W_Q") & (weights["metric"] == "change_norm")]
     of_weights = queries.set_index(["layer", "head", "pair"])["value"]
     read = states[states["site"].str.endswith("_q")]
@@ -383,6 +391,18 @@ def _predictors(
         "gradient_times_change": [-lowered for lowered in reverting],
         "path_gradients": gradient_times_change(start, end.original_model, spans, loss, steps=budget.path),
     }
+
+
+def answer_loss(trials: int, seed: int) -> Callable[[HookedCausalLM], Tensor]:
+    """A function that gives a model's cross-entropy with the answer, in nats, the mean over trials and distances."""
+
+    def loss(model: HookedCausalLM) -> Tensor:
+        task = KeyValueTask(SHORT_DOCUMENTS, LONG)
+        tokens = torch.cat([task.trials(d, trials, seed=derive(seed, "gradient")) for d in DISTANCES])
+        logits = model.unembed(model.hidden(tokens[:, :-1])[:, -1:])[:, 0]
+        return torch.nn.functional.cross_entropy(logits, tokens[:, -1])
+
+    return loss
 
 
 def _evaluations(budget: Budget, spans: int, groups: int, heads: int) -> int:

@@ -68,6 +68,13 @@ PREDICTIONS = {
 }
 """Written before the first run. That passkeys outlive a smaller theta than the original's, untrained, had been seen;
 the rest had not."""
+FIGURES = {
+    2: ("drift_by_layer",),
+    3: ("drift_by_layer",),
+    4: ("drift_by_layer",),
+    10: ("drift_by_layer",),
+}
+"""The drawings that show what a prediction is about, by its number."""
 
 MODEL = "smollm2-135m"
 THETAS = (ORIGINAL_THETA, 200_000.0, 500_000.0, 1e6, 2e6, TRAINED_THETA, 1e7)

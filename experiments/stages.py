@@ -6,6 +6,7 @@ An experiment is a module of this folder with
     PREDICTIONS              by number, written before the run
     stages(options)          its stages by name
     report(results)          a Section: what it shows and its verdicts, from the tables of all runs, by experiment
+    FIGURES                  if it likes, by the number of a prediction: the drawings that show what it is about
 
 A stage is a script in a process of its own. It starts when what it needs is there; two run at a time, on one thread
 each. It is reused if its run is complete, its configuration the same, and the sources it was made by unchanged: the
@@ -116,16 +117,26 @@ def _seconds_behind(stages: Mapping[str, Stage]) -> dict[str, float]:
     return behind
 
 
+Watch = Callable[[set[str], dict[str, str]], object]
+"""Is told, again and again while stages run, which of them are done, and which of these without a result and why."""
+
+
 def run_all(
-    stages: dict[str, Stage], *, reuse_anyway: bool = False, planned: Mapping[str, Stage] | None = None
+    stages: dict[str, Stage],
+    *,
+    reuse_anyway: bool = False,
+    planned: Mapping[str, Stage] | None = None,
+    watch: Watch = lambda done, without: None,
 ) -> dict[str, str]:
     """Run the stages, WORKERS at a time; returns those without a result, and why. What needs one of them is skipped.
 
     `planned` are all that will run in the end, these among them: the time that is told is the time to the end of all.
+    What `watch` does keeps no stage that runs from going on.
     """
     order = TopologicalSorter({name: stage.needs for name, stage in stages.items()})
     order.prepare()
     without: dict[str, str] = {}
+    done: set[str] = set()
     pool = ThreadPoolExecutor(WORKERS)
     with _shown(stages if planned is None else planned) as progress:
         try:
@@ -136,6 +147,7 @@ def run_all(
                     if lost := [need for need in stages[name].needs if need in without]:
                         without[name] = f"needs {lost[0]}"
                         progress.ended(name, without[name])
+                        done.add(name)
                         order.done(name)
                     else:
                         ready.append(name)
@@ -144,11 +156,14 @@ def run_all(
                     name = ready.pop(0)
                     progress.started(name)
                     running[pool.submit(_run, name, stages[name], reuse_anyway)] = name
+                if running:
+                    watch(set(done), dict(without))
                 for future in wait(running, return_when=FIRST_COMPLETED, timeout=1.0).done if running else ():
                     name = running.pop(future)
                     if why := future.result():
                         without[name] = why
                     progress.ended(name, why)
+                    done.add(name)
                     order.done(name)
                 progress.refresh()
         finally:

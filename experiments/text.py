@@ -33,6 +33,10 @@ PREDICTIONS = {
     "still than the first.",
 }
 """Written before the first run."""
+FIGURES = {
+    1: ("loss_curves",),
+}
+"""The drawings that show what a prediction is about, by its number."""
 
 CONFIG = Path(__file__).parents[1] / "examples" / "text.toml"
 WINDOW, DISTANCES, TRIALS = 512, (64, 256), 32

@@ -7,6 +7,7 @@ constant theta; above it (long theta the larger) is phase-wise scaling.
 Two formulas from the literature could foresee which cells work, from the long theta alone:
 - the base bound (arXiv 2405.14591): theta is enough for a reach L when sum_p cos(m inv_freq_p) >= 0 for all m < L;
 - spectrum use: the share of rotary pairs whose wavelength fits into the window.
+Beside the base bound stands its rival, a cutoff that knows no head dim.
 
     python -m experiments.theta_grid 32 300 0 runs/theta_grid/32-300-0 --checkpoints runs
 """
@@ -35,7 +36,7 @@ from rope_probe.retrieval.probe import RETRIEVAL
 from rope_probe.runs.progress import progress
 from rope_probe.runs.results import new_run, read_manifest
 from rope_probe.runs.tables import Column, Tables, declare
-from rope_probe.runs.verdicts import Section, verdict, verdicts
+from rope_probe.runs.verdicts import Section, beside, verdict, verdicts
 from rope_probe.seeds import derive
 
 QUESTION = "Which short theta goes with which long theta, and what foresees it?"
@@ -51,6 +52,13 @@ PREDICTIONS = {
     4: "On the smaller budget fewer cells reach .5.",
 }
 """Written before the first run."""
+FIGURES = {
+    1: ("theta_grid",),
+    2: ("theta_grid",),
+    3: ("theta_grid",),
+    4: ("theta_grid",),
+}
+"""The drawings that show what a prediction is about, by its number."""
 
 HEAD_DIMS = (16, 32)
 THETA_GRID = declare(
@@ -71,6 +79,11 @@ THETA_GRID = declare(
     },
 )  # fmt: skip
 THETAS = (300.0, 2_000.0, 20_000.0, 100_000.0, 1_000_000.0)
+NEAR_BOUNDS = (6_000.0, 10_000.0, 15_000.0, 40_000.0, 70_000.0)
+"""More long thetas, on both sides of the two bounds of 512 tokens: 12.5k at head dim 32, 56k at 16."""
+LONG_THETAS = tuple(sorted((*THETAS, *NEAR_BOUNDS)))
+CUTOFF = 20_000.0
+"""The rival of the base bound: one long theta for both head dims, which asks for no formula."""
 BUDGETS = (60, 120)
 DISTANCES = (128, 512)
 FAR = 8 * SHORT
@@ -100,7 +113,7 @@ def make_row(
         run.manifest |= {"base_missed_gate": missed, "base_tokens": history[-1]["tokens"]}
         run.provenance.add_model("base", plain)
         for steps in BUDGETS:
-            for long_theta in THETAS:
+            for long_theta in LONG_THETAS:
                 student = load_model(checkpoints.with_rope(plain, long_theta))
                 phase = extension(long_theta, steps)
                 with progress(f"{out.name} to {long_theta:g}, tokens", phase.steps * phase.batch_tokens) as advance:
@@ -132,7 +145,7 @@ def config_of(head_dim: int, short_theta: float, seed: int, checkpoints_in: Path
         "head_dim": head_dim,
         "seed": seed,
         "short": dataclasses.asdict(toy_checkpoints.short_phase(short_theta)),
-        "extensions": [dataclasses.asdict(extension(theta, steps)) for steps in BUDGETS for theta in THETAS],
+        "extensions": [dataclasses.asdict(extension(theta, steps)) for steps in BUDGETS for theta in LONG_THETAS],
         "teacher_sha256": teacher,
         "probe": {"trials": phase_scaling.TRIALS, "distances": DISTANCES},
     }
@@ -155,13 +168,14 @@ def cells(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def stages(options: Options) -> dict[str, Stage]:
-    """In full only: a row of the grid for each head dim and short theta."""
+    """In full only: a row of the grid for each seed, head dim and short theta."""
     planned = {}
-    for head_dim, theta in itertools.product(HEAD_DIMS, THETAS) if options.full else ():
-        run = options.out / "theta_grid" / f"{head_dim}-{theta:g}-0"
-        command = ("theta_grid", str(head_dim), f"{theta:g}", "0", str(run), "--checkpoints", str(options.out))
-        config = partial(config_of, head_dim, theta, 0, options.out)
-        planned[f"theta_grid/{run.name}"] = Stage(command, run, config, ("teacher-0",), seconds=500.0)
+    rows = itertools.product(range(options.seeds), HEAD_DIMS, THETAS) if options.full else ()
+    for seed, head_dim, theta in rows:
+        run = options.out / "theta_grid" / f"{head_dim}-{theta:g}-{seed}"
+        command = ("theta_grid", str(head_dim), f"{theta:g}", str(seed), str(run), "--checkpoints", str(options.out))
+        config = partial(config_of, head_dim, theta, seed, options.out)
+        planned[f"theta_grid/{run.name}"] = Stage(command, run, config, (f"teacher-{seed}",), seconds=900.0)
     return planned
 
 
@@ -186,6 +200,9 @@ def judged(frame: pd.DataFrame) -> pd.DataFrame:
     larger = table[table["steps"] == max(BUDGETS)]
     agree = ((larger["accuracy"] >= 0.5) == larger["reaches"]).mean()
     rows.append(verdict(1, "share of cells the base bound sorts right, larger budget, .8 or more", agree, agree >= 0.8))
+    trivial = ((larger["accuracy"] >= 0.5) == (larger["long_theta"] >= CUTOFF)).mean()
+    what = f"the same of its rival, one cutoff for both head dims: a long theta of {CUTOFF:,.0f} or more"
+    rows.append(beside(what, trivial, n=larger["seed"].nunique()))
     high = larger[larger["long_theta"] >= 20_000]
     for dim, part in high.groupby("head_dim"):
         constant = part[part["short_theta"] == part["long_theta"]]["accuracy"].mean()

@@ -48,6 +48,10 @@ QUESTION = "Do the toy models learn what the other experiments build on?"
 PREDICTIONS = {
     1: "Every phase of every checkpoint passes its gate within its budget of steps.",
 }
+FIGURES = {
+    1: ("loss_curves", "retrieval_by_distance"),
+}
+"""The drawings that show what a prediction is about, by its number."""
 
 SHORT_DOCUMENTS = KeyValueStream(SHORT, distinct=(4, 16))
 LONG_DOCUMENTS = KeyValueStream(LONG, distinct=(32, 256))

@@ -114,8 +114,8 @@ def test_a_table_with_its_figure(tmp_path):
     finally:
         figures.DRAWINGS.pop()
         del TABLES[table.name]
-    assert "test-largest-delta" in page.read_text()
-    assert list((tmp_path / "gallery").glob("*test-largest-delta.html"))
+    assert (page.parent / "test.html").read_text().count('id="test-largest-delta-1-data"') == 1
+    assert "0.5" in (page.parent / "test.html").read_text()
 
 
 SCRIPT = """
@@ -147,10 +147,11 @@ def test_an_experiment(tmp_path):
     assert stages.run_all(plan) == {}
     runs = reproduce.runs_of(plan, {})
     reports = reproduce.report_all([experiment], runs)
-    page = gallery(runs["outside"], tmp_path / "gallery", reports).read_text()
-    assert "What is the answer?" in page
-    assert "the answer is below one half" in page
-    assert "<td>held</td>" in page
+    front = gallery(runs["outside"], tmp_path / "gallery", reports).read_text()
+    page = (tmp_path / "gallery" / "outside.html").read_text()
+    assert "What is the answer?" in front
+    for told in ("What is the answer?", "Below .5.", "the answer is below one half", '<span class="chip held">'):
+        assert told in page
     written = (tmp_path / "runs" / "outside" / "manifest.json").stat().st_mtime_ns
     assert stages.run_all(plan) == {}  # and a second time it is reused
     assert (tmp_path / "runs" / "outside" / "manifest.json").stat().st_mtime_ns == written

@@ -69,12 +69,14 @@ def test_verdicts_are_arithmetic():
         return [{**told, "seed": seed, "value": v, "low": v, "high": v} for seed, v in enumerate(values)]
 
     frame = pd.DataFrame(
-        rows("kd_phase_wise", [1, 1]) + rows("scrubbed", [0.9, 1.0]) + rows("nope", [0.5, 0.6])
-        + rows("slow_pairs", [0.0, 0.2], role="teacher") + rows("slow_pairs", [0.3, 0.3])
+        rows("kd_phase_wise", [1, 1]) + rows("scrubbed", [0.9, 1.0]) + rows("nope", [0.5, 0.52])
+        + rows("slow_pairs", [0.1, 0.1], role="teacher") + rows("slow_pairs", [0.3, 0.3])
+        + rows("middle_pairs", [0.1, 0.1], role="teacher") + rows("middle_pairs", [0.02, 0.02])
     )  # fmt: skip
     table = positional_channel.judged(RETRIEVAL.frame(frame)).set_index("claim")
-    assert table.loc["student of scrubbed >= 0.90", ["measured", "held"]].tolist() == [pytest.approx(0.95), "held"]
+    assert table.loc["student of scrubbed >= 0.90", ["measured", "held"]].tolist() == [pytest.approx(0.95), "undecided"]
     assert table.loc["student of nope >= 0.90", "held"] == "not held"
     assert table.loc["teacher with slow_pairs alone <= 0.50", "held"] == "held"
+    assert table.loc["student of middle_pairs <= 0.20", "held"] == "held"
     assert table.loc["student of slow_pairs <= 0.20", "held"] == "not held"
     assert pd.isna(table.loc["student of kd_phase_wise", "held"])

@@ -19,6 +19,12 @@ def text_config_of(config: PreTrainedConfig) -> Any:
     return config.get_text_config(decoder=True)
 
 
+def attention_kinds(config: PreTrainedConfig) -> list[str | None]:
+    """Per layer, its kind of attention as the config calls it: sliding_attention, full_attention; None if untold."""
+    text_config = text_config_of(config)
+    return list(getattr(text_config, "layer_types", None) or [None] * text_config.num_hidden_layers)
+
+
 def heads_of(config: PreTrainedConfig) -> Heads:
     """The heads of a config's attention; k and v have as many as q where the config names no other number.
 

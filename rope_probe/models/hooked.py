@@ -401,6 +401,14 @@ class HookedCausalLM(HookedRootModule):
         with self._one_thread, self._precision():
             return self.ln_final.hook_out(final_norm_of(self.original_model)(resid_post))
 
+    def lens(self, resid_post: Float[Tensor, "B T M"]) -> Float[Tensor, "B T V"]:
+        """The logit lens: what the model's own final norm and head make of the residual stream after any layer.
+
+        Of the last layer's it is the logits. Soft cap, scale and bias of the head are included. No hook point fires.
+        """
+        with self._one_thread, self._precision():
+            return self.unembed(final_norm_of(self.original_model)(resid_post))
+
     @contextmanager
     def keeping_keys(self) -> Iterator["KeysAndValues"]:
         """Within it, forward passes leave their keys and values, so that `greedy` need not read their windows again.

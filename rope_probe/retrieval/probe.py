@@ -30,13 +30,14 @@ from rope_probe.retrieval.tasks import Trial
 from rope_probe.runs.intervals import share_interval
 from rope_probe.runs.provenance import hash_tokens
 from rope_probe.runs.tables import Column, Metric, declare
+from rope_probe.tracing.perturbations import Perturbation
 from rope_probe.windows.corpora import KeyValueStream
 
 _TOKENS_PER_BATCH = 2**14
 RETRIEVAL = declare(
     "retrieval",
     "How often a model finds what it saw `distance` tokens ago, and how likely the answer is to it; means over trials.",
-    ("phase", "role", "task", "seq_len", "tokens", "distance", "trials", "low", "high"),
+    ("phase", "role", "task", "seq_len", "tokens", "distance", "perturbation", "trials", "low", "high"),
     {
         "accuracy": Metric("share of the answers that the model writes by greedy decoding"),
         "answer_logprob_nats": Metric("log-probability of the answer, summed over its tokens", "nats"),
@@ -183,6 +184,7 @@ def retrieval_accuracy(
     *,
     trials: int | None = None,
     seed: int = 0,
+    perturbation: Perturbation | None = None,
     progress: Callable[[int], Any] | None = None,
     trials_file: str | os.PathLike[str] | None = None,
 ) -> pd.DataFrame:
@@ -195,11 +197,18 @@ def retrieval_accuracy(
       each given those before it (teacher forcing). With a normal interval.
 
     Tasks without a distance take [None]. By default a few distances and trials that end within minutes: the task's own
-    `default_distances` and `default_trials`. `progress` and `trials_file` as in `retrieval_trials`, which raises
-    InputError for what cannot be measured.
+    `default_distances` and `default_trials`. `perturbation`, `progress` and `trials_file` as in `retrieval_trials`,
+    which raises InputError for what cannot be measured.
     """
     table = retrieval_trials(
-        model, task, distances, trials=trials, seed=seed, progress=progress, trials_file=trials_file
+        model,
+        task,
+        distances,
+        trials=trials,
+        seed=seed,
+        perturbation=perturbation,
+        progress=progress,
+        trials_file=trials_file,
     )
     rows = []
     count = int(table["trial"].max()) + 1
@@ -208,6 +217,7 @@ def retrieval_accuracy(
         distance = done["distance"].iloc[0]
         columns = {"task": task.name, "seq_len": task.window, "seed": seed, "trials": count}
         columns["distance"] = None if pd.isna(distance) else int(distance)
+        columns["perturbation"] = None if perturbation is None else str(perturbation)
         low, high = _accuracy_interval(shares, task.answers)
         rows.append({**columns, "metric": "accuracy", "value": float(np.mean(shares)), "low": low, "high": high})
         mean = float(np.mean(logprobs))
@@ -223,6 +233,7 @@ def retrieval_trials(
     *,
     trials: int | None = None,
     seed: int = 0,
+    perturbation: Perturbation | None = None,
     progress: Callable[[int], Any] | None = None,
     trials_file: str | os.PathLike[str] | None = None,
 ) -> pd.DataFrame:
@@ -230,7 +241,11 @@ def retrieval_trials(
 
     Columns: `task`, `seq_len` (the window), `distance` (asked for), `seed`, `trial` (its number), `needle_distance` (in
     tokens, as it came out), `accuracy` and `answer_logprob_nats` (as in `retrieval_accuracy`), `references` (a list of
-    what was to be found), `written`, `tokens_sha256` (of prompt and answer) and `model` (a fingerprint of its weights).
+    what was to be found), `written`, `tokens_sha256` (of prompt and answer), `model` (a fingerprint of its weights),
+    and `perturbation` where there was one.
+
+    A `perturbation` is at work in every pass, the writing included; the window is then read anew for every token that
+    is written. Its positions are counted from the start of the trial.
 
     With a `trials_file`, rows are appended to it as JSON lines, as soon as their trials are done, and trials that it
     holds already are not run again; several tasks can share one. `progress` is called with the trials just done, those
@@ -255,6 +270,8 @@ def retrieval_trials(
     rows: list[dict[str, Any]] = []
     for distance in distances:
         asked = {"task": task.name, "seq_len": task.window, "distance": distance, "seed": seed}
+        if perturbation is not None:
+            asked["perturbation"] = str(perturbation)
         drawn = task.draw(distance, count, seed=seed)
         keys = [{**asked, "trial": i, "tokens_sha256": hash_tokens(trial.tokens)} for i, trial in enumerate(drawn)]
         done = {i: row for i, key in enumerate(keys) if (row := kept.row(key) if kept else None) is not None}
@@ -263,10 +280,11 @@ def retrieval_trials(
         left = [i for i in range(count) if i not in done]
         size = max(1, _TOKENS_PER_BATCH // task.window)
         for batch in (left[start : start + size] for start in range(0, len(left), size)):
-            for i, measured in zip(batch, _measured(model, task, [drawn[i] for i in batch]), strict=True):
-                done[i] = {**keys[i], **measured, "model": of_model}
-                if kept is not None:
-                    kept.append(done[i])
+            with model.hooks(fwd_hooks=[] if perturbation is None else perturbation.hooks(model)):
+                for i, measured in zip(batch, _measured(model, task, [drawn[i] for i in batch]), strict=True):
+                    done[i] = {**keys[i], **measured, "model": of_model}
+                    if kept is not None:
+                        kept.append(done[i])
             if progress is not None:
                 progress(len(batch))
         rows += [done[i] for i in range(count)]
@@ -323,7 +341,7 @@ class _TrialsFile:
             file.write(json.dumps(row) + "\n")
 
     def _key(self, row: dict[str, Any]) -> tuple:
-        return tuple(row[name] for name in self._KEYS)
+        return (*(row[name] for name in self._KEYS), row.get("perturbation"))
 
     def _parsed(self, line: bytes, number: int) -> dict[str, Any]:
         wanted = {*self._KEYS, "model", "needle_distance", "accuracy", "answer_logprob_nats", "references", "written"}
@@ -331,7 +349,7 @@ class _TrialsFile:
             row = json.loads(line)
         except (ValueError, RecursionError):
             row = None
-        if not isinstance(row, dict) or set(row) != wanted:
+        if not isinstance(row, dict) or set(row) - {"perturbation"} != wanted:
             raise InputError(f"{self._path}, line {number} is no trial; a file of trials has one JSON object a line")
         return row
 

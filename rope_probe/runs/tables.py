@@ -61,6 +61,11 @@ SHARED = {
     "radians": Column("float64", "by how much it turns pairs, where that is one angle for all", "radians"),
     "inject_layer": Column("Int64", "the one layer that it acts in; null for several"),
     "inject_layers": Column("string", "the several layers that it acts in, as ranges; null for one, and for all"),
+    "attention": Column(
+        "string",
+        "kind of attention of the layer that is perturbed, else of the one that is read, as the config calls it: "
+        "sliding_attention, full_attention; null where it tells none",
+    ),
     "layer": Column("Int64", "layer, 0 first"),
     "site": Column("string", "where it is read: a TransformerLens hook name, or the name of a weight"),
     "head": Column("Int64", "head, 0 first"),

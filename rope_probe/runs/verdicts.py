@@ -1,6 +1,7 @@
 """What became of a claim: one row of one schema, whatever the experiment."""
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -26,11 +27,24 @@ _HELD = {True: "held", False: "not held", None: "undecided"}
 
 @dataclass(frozen=True)
 class Section:
-    """What an experiment reports: its verdicts, tables by title, and the question that they answer."""
+    """What an experiment reports: its verdicts, tables by title, and the question that they answer.
+
+    `predictions` are the texts that were written before the run, by number. `figures` names the drawings that show what
+    a prediction is about, by its number.
+    """
 
     verdicts: pd.DataFrame
     tables: dict[str, pd.DataFrame] = field(default_factory=dict)
     question: str = ""
+    predictions: Mapping[int, str] = field(default_factory=dict)
+    figures: Mapping[int, Sequence[str]] = field(default_factory=dict)
+
+
+def decided(low: float, high: float, least: float = -math.inf, most: float = math.inf) -> bool | None:
+    """Whether an interval lies within `least` and `most`: True where all of it does, False where none, else None."""
+    if low >= least and high <= most:
+        return True
+    return False if high < least or low > most else None
 
 
 def verdict(

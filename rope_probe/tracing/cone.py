@@ -7,7 +7,9 @@
   attention reads the clean pass's keys and values. So one layer's activations are held at a time, whatever the depth.
 - Perturbations with one set of positions share calls, as rows of a batch.
 - Of a model that is offloaded, each layer's weights are fetched once, before its clean pass, and stay until its last
-  perturbed pass is done; so do those of the head.
+  perturbed pass is done; so do those of the head. Where a lens is read, the head stays from the first layer on.
+- A lens reads the residual stream after a layer, `blocks.{i}.lens`: it is the states that the passes hold anyway after
+  that layer, put through the model's final norm and head, block by block as the logits are.
 """
 
 from collections import defaultdict
@@ -30,6 +32,8 @@ from rope_probe.tracing.perturbations import Perturbation, Site, Turn
 from rope_probe.windows.packing import Window
 
 LOGITS = "logits"
+LENS = "blocks.{}.lens"
+"""The logit lens after a layer."""
 NOTHING = torch.empty(0)
 CALL_TOKENS = 2**13
 """Most tokens that perturbations share a call with."""
@@ -59,6 +63,16 @@ class Cone:
         return torch.cat([torch.arange(0), *(torch.arange(first, end) for _, first, end in self.segments)])
 
 
+def lens_sites(model: HookedCausalLM) -> list[str]:
+    """The logit lens after every layer, the first layer's first."""
+    return [LENS.format(layer) for layer in range(len(model.blocks))]
+
+
+def logit_sites(model: HookedCausalLM) -> list[str]:
+    """The sites that hold logits: those of the model, and the lens after every layer."""
+    return [*lens_sites(model), LOGITS]
+
+
 def cone_of(turns: dict[Site, Turn], window: Window, masked: bool) -> Cone | None:
     """The causal cone of a perturbation; None where it turns nothing by any angle."""
     tables = {id(turn.angles): turn.changes for turn in turns.values()}
@@ -86,7 +100,8 @@ def run_beside(
     `which` are indices into `perturbations`, one per row of `perturbed`; `at` are positions as indices into the window;
     the activations are those of `site` there, alive only while it reads them. What it is not told of is the same in
     both passes. Logits come in blocks of positions. `progress` is called with the work just done, in layers:
-    `work_of_one` for each perturbation in all, so the blocks of logits count as it says.
+    `work_of_one` for each perturbation in all, so the blocks of logits count as it says. A site may be one of
+    `logit_sites` too.
 
     Hooks of the user's own hold in every pass; they see whole windows, so cones then have all positions. A layer whose
     weights are offloaded is loaded once for all passes.
@@ -97,13 +112,17 @@ def run_beside(
 
 
 def work_of_one(model: HookedCausalLM, sites: Sequence[str]) -> int:
-    """How much work a perturbed pass is, in layers: its own, and for logits as many as their head has weights of."""
+    """How much work a perturbed pass is, in layers: its own, and for each site with logits that of the head."""
+    heads = len(set(sites).intersection(logit_sites(model)))
+    return len(model.blocks) + (heads * _work_of_head(model) if heads else 0)
+
+
+def _work_of_head(model: HookedCausalLM) -> int:
+    """How much work logits are, in layers: as many as the head has weights of."""
     layers = layers_of(model.original_model)
-    if LOGITS not in sites:
-        return len(layers)
     of_layers = sum(parameter.numel() for layer in layers for parameter in layer.parameters())
     of_head = output_projection_of(model.original_model).weight.numel()
-    return len(layers) + max(1, round(of_head * len(layers) / of_layers))
+    return max(1, round(of_head * len(layers) / of_layers))
 
 
 @dataclass
@@ -129,6 +148,7 @@ class _Passes(ExitStack):
     ) -> None:
         super().__init__()
         self.model, self.sites, self.read, self.progress = model, sites, read, progress
+        self.hook_sites = [site for site in sites if site not in logit_sites(model)]
         self.length, self.count = len(window), len(perturbations)
         hooked = any(point.has_hooks() for point in model.hook_dict.values())
         whole = hooked or not model.all_layers_attend  # what is no attention carries its state through whole windows
@@ -147,6 +167,9 @@ class _Passes(ExitStack):
     def __enter__(self) -> "_Passes":
         super().__enter__()
         self.callback(self.weights.close)
+        plain = self.model.original_model
+        if set(lens_sites(self.model)).intersection(self.sites):
+            self.enter_context(weights_in_place(final_norm_of(plain), output_projection_of(plain)))
         hooks: list[tuple[str, Callable]] = []
         for layer, module in enumerate(layers_of(self.model.original_model)):
             handles = (
@@ -163,7 +186,7 @@ class _Passes(ExitStack):
                     self.callback(projection.register_forward_hook(self._keep_projected).remove)
             if any(len(one.cone.at) < self.length for one in self.passes):
                 hooks += [(f"blocks.{layer}.attn.{name}", self._keep) for name in ("hook_rot_k", "hook_v")]
-        hooks += [(site, self._visit) for site in self.sites if site != LOGITS]
+        hooks += [(site, self._visit) for site in self.hook_sites]
         self.enter_context(self.model.hooks(fwd_hooks=hooks))
         return self
 
@@ -202,8 +225,8 @@ class _Passes(ExitStack):
             with ExitStack() as begun:
                 if group[0].cone.layer == layer:
                     states = self._taken_at(self.clean["input"]).expand(len(group), -1, -1)
-                    for projection, output in self.projected.items():
-                        begun.enter_context(returning(projection, self._taken_at(output).expand(len(group), -1, -1)))
+                    for projection, projected in self.projected.items():
+                        begun.enter_context(returning(projection, self._taken_at(projected).expand(len(group), -1, -1)))
                 else:
                     states = _stacked([one.state for one in group])
                     for one in group:
@@ -218,6 +241,9 @@ class _Passes(ExitStack):
         self.projected.clear()
         self.weights.close()
         self._tell(self.count)
+        if LENS.format(layer) in self.sites:
+            resid_post = output[0] if isinstance(output, tuple) else output
+            self._read_logits(LENS.format(layer), layer, resid_post, self.model.lens)
 
     def _taken_at(self, x: Float[Tensor, "1 T *shape"]) -> Float[Tensor, "1 n *shape"]:
         """A tensor of the clean pass at the positions of the running ones."""
@@ -256,7 +282,7 @@ class _Passes(ExitStack):
             self._finish_states()
         if LOGITS in self.sites:
             with weights_in_place(output_projection_of(plain)):
-                self._read_logits(hidden)
+                self._read_logits(LOGITS, len(self.model.blocks), hidden, self.model.unembed)
 
     def _finish_states(self) -> None:
         for group in self._groups(len(self.model.blocks), CALL_TOKENS):
@@ -266,10 +292,13 @@ class _Passes(ExitStack):
                 one.state = state
         self.running = []
 
-    def _read_logits(self, hidden: Float[Tensor, "1 T M"]) -> None:
-        groups = list(self._groups(len(self.model.blocks), LOGIT_ROWS * self.length))
-        work = self.count * (work_of_one(self.model, self.sites) - len(self.model.blocks))
-        all_logits = sum(len(one.cone.at) for one in self.passes)
+    def _read_logits(
+        self, site: str, layer: int, clean_states: Float[Tensor, "1 T M"], head: Callable[[Tensor], Tensor]
+    ) -> None:
+        """Read what `head` makes of the clean states and of those of the passes that run at `layer`, by blocks."""
+        groups = list(self._groups(layer, LOGIT_ROWS * self.length))
+        work = self.count * _work_of_head(self.model)
+        all_logits = sum(len(one.cone.at) for group in groups for one in group)
         done = told = 0
         size = logit_block(self.model, 1 + max(map(len, groups), default=0))
         for start in range(0, self.length, size):
@@ -280,10 +309,10 @@ class _Passes(ExitStack):
                 low, high = torch.searchsorted(at, torch.tensor([start, end])).tolist()
                 if low == high:
                     continue
-                clean = self.model.unembed(hidden[:, start:end])[0] if clean is None else clean
-                logits = self.model.unembed(_stacked([one.state[low:high] for one in group]))
+                clean = head(clean_states[:, start:end])[0] if clean is None else clean
+                logits = head(_stacked([one.state[low:high] for one in group]))
                 mine = clean if high - low == end - start else clean[(at[low:high] - start).to(clean.device)]
-                self.read([one.index for one in group], LOGITS, at[low:high], mine, logits)
+                self.read([one.index for one in group], site, at[low:high], mine, logits)
                 done += len(group) * (high - low)
                 share = work * done // all_logits
                 self._tell(share - told)

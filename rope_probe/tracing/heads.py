@@ -29,6 +29,7 @@ from torch import Tensor
 from rope_probe import rope
 from rope_probe.models.architectures import heads_of
 from rope_probe.models.attention import Scoring
+from rope_probe.models.configs import attention_kinds
 from rope_probe.models.hooked import HookedCausalLM
 from rope_probe.runs.tables import Column, Metric, declare
 from rope_probe.tracing.patterns import Rows, blocks, by_key_head, chosen_layers, read_layers, row_blocks
@@ -42,7 +43,7 @@ PAIR_METRIC, UNROTATED_METRIC = "pair_contribution", "unrotated_contribution"
 HEADS = declare(
     "heads",
     "What each head attends to: shares of a query's attention, mean over the queries for which they have a meaning.",
-    ("layer", "head", "distance", "queries", "trials"),
+    ("attention", "layer", "head", "distance", "queries", "trials"),
     {
         "previous_token": Metric("attention to the token before"),
         "induction": Metric("attention to what followed earlier copies of the query's token"),
@@ -108,6 +109,7 @@ def head_scores(
 
     read_layers(model, window, read, masked=masked, layers=chosen)
     heads = heads_of(model.config).query
+    kinds = attention_kinds(model.config)
     parts = []
     for layer in chosen:
         for metric, count in queries.items():
@@ -117,6 +119,7 @@ def head_scores(
                 names=["layer", "head", "metric", "distance"],
             )
             part = index.to_frame(index=False)
+            part["attention"] = kinds[layer]
             part["value"] = value.flatten().numpy()
             part["queries"] = count.expand_as(value).flatten().numpy()
             parts.append(part.astype({"distance": "Int64"}))

@@ -12,7 +12,7 @@ the window.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from numbers import Real
@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rope_probe.errors import InputError
-from rope_probe.models.architectures import Rotary, heads_of
+from rope_probe.models.architectures import Rotary, architecture_of, heads_of
 from rope_probe.models.hooked import HookedCausalLM
 from rope_probe.models.rotation import Rotation, rotations_of
 from rope_probe.windows.packing import Window
@@ -43,19 +43,22 @@ Site = tuple[str, int]
 class Turn:
     """What a perturbation does to rotated q or k of one layer.
 
-    It turns pairs by `angles` (radians), times `scale`, and multiplies whole vectors by `stretch`.
+    It turns pairs by `angles` (radians), times `scale`, and multiplies whole vectors by `stretch`. In a layer without
+    RoPE there are no pairs, P = 0, and `rotary` is None.
     """
 
     angles: Float[Tensor, "T P"]
     scale: Float[Tensor, "T P"]
     stretch: Float[Tensor, " T"]
     heads: list[int] | None
-    rotary: Rotary
+    rotary: Rotary | None
 
     def __call__(self, x: Float[Tensor, "B n N D"], at: slice | Int[Tensor, " n"] = WHOLE) -> Float[Tensor, "B n N D"]:
         """`x`, whose positions are those of the window `at` these indices, turned."""
-        angles, scale = (table[at].unsqueeze(1).to(x.device) for table in (self.angles, self.scale))  # [n, 1, P]
-        turned = self.rotary.turn(x if self.heads is None else x[:, :, self.heads], angles, scale)
+        turned = x if self.heads is None else x[:, :, self.heads]
+        if self.rotary is not None:
+            angles, scale = (table[at].unsqueeze(1).to(x.device) for table in (self.angles, self.scale))  # [n, 1, P]
+            turned = self.rotary.turn(turned, angles, scale)
         if (self.stretch != 1).any():
             turned = turned * self.stretch[at].to(turned)[:, None, None]  # [n, 1, 1]
         if self.heads is None:
@@ -128,27 +131,31 @@ class Perturbation(ABC):
             side, layer = site
             return f"blocks.{layer}.attn.hook_rot_{side}", lambda x, hook: turns_of(x.shape[1])[site](x)
 
-        sites = [(side, layer) for layer in self._rotating(model.original_model) for side in self.side]
+        sites = [(side, layer) for layer in self._acting(model.original_model) for side in self.side]
         self._check_fires(model, sites)
         return [hook_of(site) for site in sites]
 
     def require_fit(self, model: PreTrainedModel) -> None:
         """Raises InputError for layers, heads or pairs that this model does not have, or that do not rotate."""
-        self._rotating(model)
+        self._acting(model)
 
     def turns(self, model: PreTrainedModel, length: int, window: Window | None = None) -> dict[Site, "Turn"]:
         """What to do to rotated "q" or "k" of each layer, for windows of `length` positions; errors as `hooks`."""
         positions = torch.arange(length) if window is None else window.position_ids[0].cpu()
         tables: dict[tuple, tuple[Tensor, Tensor, Tensor]] = {}
 
-        def turn(side: str, rotary: Rotation) -> Turn:
-            key = (rotary.inv_freq.numpy().tobytes(), rotary.scaling)
+        def turn(side: str, rotary: Rotation | None) -> Turn:
+            key = () if rotary is None else (rotary.inv_freq.numpy().tobytes(), rotary.scaling)
             if key not in tables:
                 tables[key] = self._tables(rotary, positions.double(), window)
             return Turn(*tables[key], self._heads(side, model.config), rotary)
 
-        rotating = self._rotating(model)
-        return {(side, layer): turn(side, rotary) for layer, rotary in rotating.items() for side in self.side}
+        acting = self._acting(model)
+        return {(side, layer): turn(side, rotary) for layer, rotary in acting.items() for side in self.side}
+
+    def _acting(self, model: PreTrainedModel) -> Mapping[int, Rotation | None]:
+        """The layers that are acted in, and their rotation: those that have one, and with None any others."""
+        return self._rotating(model)
 
     def _rotating(self, model: PreTrainedModel) -> dict[int, Rotation]:
         """The layers that are perturbed, and their rotation."""
@@ -163,8 +170,13 @@ class Perturbation(ABC):
             self._heads(side, model.config)
         return rotating
 
-    def _tables(self, rotary: Rotation, positions: Tensor, window: Window | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _tables(
+        self, rotary: Rotation | None, positions: Tensor, window: Window | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Angles and scale, [T, P], and stretch, [T], in float64."""
+        if rotary is None:
+            no_pairs = positions.new_zeros(len(positions), 0)  # [T, 0]
+            return no_pairs, no_pairs, torch.ones_like(positions)
         where = torch.tensor(_select("position", self.positions, len(positions))).unsqueeze(1)
         pairs = _select("pair", self.pairs, len(rotary.inv_freq))
         angles = torch.zeros(len(positions), len(rotary.inv_freq), dtype=torch.float64)
@@ -321,8 +333,13 @@ class AttentionTemperature(Perturbation):
     scaled too.
 
     Raises InputError for a factor that is negative, or neither a number nor "log_n", and for a reference below 2
-    tokens, or one that is given without "log_n" or is lacking with it. "log_n" counts positions, not the keys that
-    masks leave; layers without RoPE are left as they are.
+    tokens, or one that is given without "log_n" or is lacking with it; for layers without attention that are named, and
+    for layers without RoPE that are named with `pairs`.
+
+    It acts in layers without RoPE too, but for one restricted to `pairs`. "log_n" counts positions, not the keys that
+    masks leave: a sliding window and masked documents let a query see fewer than i + 1 keys, and its factor is that of
+    i + 1 all the same. Restrict it to the global `layers` of a model with local ones, and reset the positions of masked
+    documents: it then counts from the start of each.
     """
 
     factor: float | Literal["log_n"]
@@ -354,7 +371,20 @@ class AttentionTemperature(Perturbation):
             return torch.full_like(positions, float(self.factor))
         return (torch.log1p(positions) / math.log(self.reference)).clamp(min=1.0)
 
-    def _tables(self, rotary: Rotation, positions: Tensor, window: Window | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _acting(self, model: PreTrainedModel) -> Mapping[int, Rotation | None]:
+        if self.pairs is not None:
+            return self._rotating(model)
+        rotations, attends = rotations_of(model), architecture_of(model.config).attends
+        layers = _select("layer", self.layers, len(rotations))
+        if self.layers is not None and (bare := [layer for layer in layers if not attends(layer)]):
+            raise InputError(f"layer {bare[0]} has no attention, so there are no scores in it to multiply")
+        for side in self.side:
+            self._heads(side, model.config)
+        return {layer: rotations[layer] for layer in layers if attends(layer)}
+
+    def _tables(
+        self, rotary: Rotation | None, positions: Tensor, window: Window | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         angles, scale, stretch = super()._tables(rotary, positions, window)
         chosen = _select("position", self.positions, len(positions))
         factors = torch.ones_like(positions)

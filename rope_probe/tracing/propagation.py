@@ -18,11 +18,13 @@ from torch import Tensor
 
 from rope_probe import rope
 from rope_probe.errors import InputError
+from rope_probe.models.architectures import final_norm_of, output_projection_of
+from rope_probe.models.configs import attention_kinds
 from rope_probe.models.hooked import HookedCausalLM
-from rope_probe.models.offloaded import is_offloaded
+from rope_probe.models.offloaded import is_offloaded, weights_in_place
 from rope_probe.runs.progress import progress as progress_bar
 from rope_probe.runs.tables import Metric, declare
-from rope_probe.tracing.cone import LOGITS, logit_block, run_beside, work_of_one
+from rope_probe.tracing.cone import LENS, LOGITS, lens_sites, logit_block, logit_sites, run_beside, work_of_one
 from rope_probe.tracing.deltas import LOGIT_METRICS, VECTOR_METRICS, Deltas, logit_deltas, vector_deltas
 from rope_probe.tracing.perturbations import Perturbation, Selection
 from rope_probe.windows.packing import Window
@@ -41,8 +43,8 @@ DELTAS = declare(
     "over the positions of a document, or of the window.",
     (
         "arm", "seq_len", "masked", "document", "position", "perturbation", "kind", "restriction", "side",
-        "delta_tokens", "radians", "factor", "inject_layer", "inject_layers", "layer", "site", "head", "pair",
-        "wavelength", "value_float64",
+        "delta_tokens", "radians", "factor", "inject_layer", "inject_layers", "attention", "layer", "site", "head",
+        "pair", "wavelength", "value_float64",
     ),
     {
         "l2": Metric("Euclidean norm of the delta"),
@@ -62,6 +64,7 @@ def trace(
     perturbations: Perturbation | Iterable[Perturbation],
     *,
     sites: Sequence[str] | None = None,
+    lens: bool = False,
     masked: bool = False,
     control: bool | HookedCausalLM | None = None,
     by: By = "document",
@@ -72,10 +75,13 @@ def trace(
 
     `window` can be text too, or token ids: one document (see `HookedCausalLM.as_window`).
     `sites` are hook names, and "logits" (default: rotated q and k, attention output and residual stream of every layer,
-    and the logits). `masked` keeps attention inside documents. `by` says what a row is averaged over: each position,
-    each document, or the whole window. `control` measures everything again in float64 beside it; by default where
-    `masked`, the setting in which much of what is seen is rounding. It needs a float64 copy of the model in memory:
-    give `model.double()` itself where several traces share one.
+    and the logits). "blocks.{i}.lens" is the logit lens, with the metrics of the logits: what the model's own final
+    norm and head make of the residual stream after layer i. `lens` adds it for every layer; each costs a head more, and
+    the last one is the logits again, but for hooks at ln_final.
+    `masked` keeps attention inside documents. `by` says what a row is averaged over: each position, each document, or
+    the whole window. `control` measures everything again in float64 beside it; by default where `masked`, the setting
+    in which much of what is seen is rounding. It needs a float64 copy of the model in memory: give `model.double()`
+    itself where several traces share one.
     `rows` perturbations share one clean pass (default: as many as half a gigabyte of float32 states holds). With
     `progress` a bar on stderr shows how far it is; a function is called with the work just done instead, in layers,
     which sums to `trace_work`.
@@ -86,7 +92,7 @@ def trace(
     """
     window = model.as_window(window)
     perturbations = [perturbations] if isinstance(perturbations, Perturbation) else list(perturbations)
-    sites = _known(model, default_sites(model) if sites is None else sites)
+    sites = _known(model, _chosen_sites(model, sites, lens))
     if by not in get_args(By):
         raise InputError(f"by must be 'position', 'document' or 'window', but it is {by!r}")
     if progress is True:
@@ -114,7 +120,7 @@ def trace(
         with model.measuring():
             run_beside(model, window, group, sites, add, masked=masked, progress=progress or None)
     frame = means.frame([_columns(perturbation, model) for perturbation in perturbations]).assign(masked=masked)
-    frame = DELTAS.frame(frame)
+    frame = _with_kinds(DELTAS.frame(frame), model)
     if control is None:
         control = masked
     if control:
@@ -133,16 +139,17 @@ def trace_work(
     perturbations: int,
     *,
     sites: Sequence[str] | None = None,
+    lens: bool = False,
     masked: bool = False,
     control: bool | HookedCausalLM | None = None,
 ) -> int:
     """The work of a `trace` with these arguments, in layers, as its `progress` counts it.
 
-    A perturbation is as many layers as the model has, and where logits are read the head counts as so many more as it
-    has weights of. The float64 control is as much again.
+    A perturbation is as many layers as the model has, and for each site with logits the head counts as so many more as
+    it has weights of. The float64 control is as much again.
     """
     passes = 2 if (masked if control is None else control) and model.dtype != torch.float64 else 1
-    return perturbations * passes * work_of_one(model, default_sites(model) if sites is None else sites)
+    return perturbations * passes * work_of_one(model, _chosen_sites(model, sites, lens))
 
 
 class _Means:
@@ -150,7 +157,8 @@ class _Means:
 
     def __init__(self, model: HookedCausalLM, window: Window, sites: Sequence[str], by: By, count: int) -> None:
         self.model = model
-        of_site = {site: LOGIT_METRICS if site == LOGITS else VECTOR_METRICS for site in sites}
+        self.of_logits = set(logit_sites(model))
+        of_site = {site: LOGIT_METRICS if site in self.of_logits else VECTOR_METRICS for site in sites}
         self.keys = [(site, metric) for site, metrics in of_site.items() for metric in metrics]
         positions, documents = torch.arange(len(window)), window.document_of
         self.lines = {
@@ -163,7 +171,7 @@ class _Means:
 
     def add(self, first: int, which: list[int], site: str, at: Tensor, clean: Tensor, perturbed: Tensor) -> None:
         """Take in a site of the perturbations `which`, counted from `first`, at the positions `at`."""
-        measured = (logit_deltas if site == LOGITS else vector_deltas)(clean, perturbed)
+        measured = (logit_deltas if site in self.of_logits else vector_deltas)(clean, perturbed)
         for metric, values in measured.items():
             key = self.keys.index((site, metric))
             self.model.require_finite(values, site)
@@ -190,6 +198,7 @@ def copy_deltas(
     window: Window,
     *,
     reference: int = 0,
+    lens: bool = False,
     masked: bool = False,
     control: bool | HookedCausalLM | None = None,
 ) -> pd.DataFrame:
@@ -197,8 +206,8 @@ def copy_deltas(
 
     `document` is the copy, `delta_tokens` how far after the first it begins; values are averaged over the document.
     Sites are those of `trace`, and `blocks.{i}.attn.unrotated_q|k`: q and k with their rotation undone, so that what is
-    left between copies came in through the layers below. `reference` is the document that counts as the first copy;
-    those before it may be something else. `control` as in `trace`.
+    left between copies came in through the layers below; with `lens` also the logit lens of every layer. `reference` is
+    the document that counts as the first copy; those before it may be something else. `control` as in `trace`.
 
     Raises InputError for a window whose documents from `reference` on are not copies of one.
     """
@@ -216,22 +225,31 @@ def copy_deltas(
         per_copy = [vector_deltas(parts[reference], parts[copy]) for copy in later]
         means.update({(site, metric): torch.stack([d[metric].mean() for d in per_copy]) for metric in per_copy[0]})
 
+    def compare_logits(site: str, hidden: Float[Tensor, "T M"], head: Callable[[Tensor], Tensor]) -> None:
+        parts = hidden.view(window.documents, length, -1)[reference:]  # [copies, length, M]
+        blocks: list[list[Deltas]] = [[] for _ in later]
+        for block in parts.split(logit_block(model, len(parts)), dim=1):
+            first, *others = head(block)
+            for of_copy, logits in zip(blocks, others, strict=True):
+                of_copy.append(logit_deltas(first, logits))
+        joined = [_concatenate(copy) for copy in blocks]
+        means.update({(site, metric): torch.stack([d[metric].mean() for d in joined]) for metric in joined[0]})
+
     def read(x: Tensor, hook: Any) -> None:
         compare(hook.name, x[0])
+        if lens and hook.name == f"blocks.{hook.layer()}.hook_resid_post":
+            compare_logits(LENS.format(hook.layer()), x[0], model.lens)
         if "hook_rot_" in hook.name and (rotary := model.rotary[hook.layer()]) is not None:
             compare(hook.name.replace("hook_rot_", "unrotated_"), rotary.undo(x[0], window.position_ids[0]))
 
-    with torch.no_grad(), model.measuring():
+    plain = model.original_model
+    head_modules = (final_norm_of(plain), output_projection_of(plain)) if lens else ()
+    with torch.no_grad(), model.measuring(), weights_in_place(*head_modules):
         sites = [site for site in default_sites(model) if site != LOGITS]
         with model.hooks(fwd_hooks=[(site, read) for site in sites]):
-            hidden = model.hidden(window, masked=masked)[0].view(window.documents, length, -1)
-        blocks: list[list[Deltas]] = [[] for _ in later]
-        for block in hidden[reference:].split(logit_block(model, len(later) + 1), dim=1):
-            first, *others = model.unembed(block)
-            for of_copy, logits in zip(blocks, others, strict=True):
-                of_copy.append(logit_deltas(first, logits))
-    joined = [_concatenate(copy) for copy in blocks]
-    means.update({(LOGITS, metric): torch.stack([d[metric].mean() for d in joined]) for metric in joined[0]})
+            hidden = model.hidden(window, masked=masked)[0]
+        with weights_in_place(output_projection_of(plain)):
+            compare_logits(LOGITS, hidden, model.unembed)
     for (site, _), values in means.items():
         model.require_finite(values, site)
     frame = DELTAS.frame(
@@ -252,9 +270,11 @@ def copy_deltas(
             for copy, value in zip(later, values.tolist(), strict=True)
         ]
     )
+    frame = _with_kinds(frame, model)
     if masked if control is None else control:
         twin = _float64(model, control)
-        frame["value_float64"] = copy_deltas(twin, window, reference=reference, masked=masked, control=False)["value"]
+        checked = copy_deltas(twin, window, reference=reference, lens=lens, masked=masked, control=False)
+        frame["value_float64"] = checked["value"]
     return frame
 
 
@@ -289,6 +309,19 @@ def default_sites(model: HookedCausalLM) -> list[str]:
     """Rotated q and k, where a layer has them, attention output and residual stream of every layer, then the logits."""
     sites = [f"blocks.{layer}.{site}" for layer in range(len(model.blocks)) for site in LAYER_SITES]
     return [site for site in sites if site in model.hook_dict] + [LOGITS]
+
+
+def _chosen_sites(model: HookedCausalLM, sites: Sequence[str] | None, lens: bool) -> list[str]:
+    """Each site once: those that are named, or the default ones, and with `lens` the lens after every layer."""
+    named = default_sites(model) if sites is None else list(sites)
+    return list(dict.fromkeys([*named, *(lens_sites(model) if lens else [])]))
+
+
+def _with_kinds(frame: pd.DataFrame, model: HookedCausalLM) -> pd.DataFrame:
+    """The frame with the kind of attention of the layer that is perturbed, else of the one that is read."""
+    kinds = dict(enumerate(attention_kinds(model.config)))
+    layers = frame["inject_layer"].fillna(frame["layer"])
+    return frame.assign(attention=layers.map(kinds, na_action="ignore").astype("string"))
 
 
 def _concatenate(blocks: list[Deltas]) -> Deltas:
@@ -340,9 +373,13 @@ def _layer(site: str) -> int | None:
 
 
 def _known(model: HookedCausalLM, sites: Sequence[str]) -> list[str]:
+    of_logits = logit_sites(model)
     for site in sites:
         if site.endswith(("hook_attn_scores", "hook_pattern")):
             raise InputError(f"site {site!r} is [T, T] and has no delta per position; trace hook_z instead")
-        if site != LOGITS and site not in model.hook_dict:
-            raise InputError(f"site {site!r} is unknown; sites are 'logits' and the names in model.hook_dict")
+        if site not in of_logits and site not in model.hook_dict:
+            raise InputError(
+                f"site {site!r} is unknown; sites are 'logits', {of_logits[0]!r} to {of_logits[-2]!r}, and the names "
+                "in model.hook_dict"
+            )
     return list(sites)

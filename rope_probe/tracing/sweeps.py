@@ -72,12 +72,15 @@ def sweep(
     through no others, and what the others perturb lies in these alone. Heads are those of the side, as in
     `Perturbation`: query heads for q, key-value heads for k and qk.
 
-    Raises InputError for a sweep that is unknown, and for a layer or head that is out of range or has no RoPE.
+    Raises InputError for a sweep that is unknown, and for a layer or head that is out of range or has no RoPE; that of
+    temperatures takes layers without RoPE too.
     """
     if kind not in SWEEPS:
         raise InputError(f"sweep {kind!r} is unknown; known are {', '.join(SWEEPS)}")
     chosen = _Chosen(model, window, size, radians, sides, _indices(layers), _indices(heads))
-    PositionShift("q", 0.0, layers=chosen.layers).require_fit(model.original_model)
+    moves_positions = kind != "temperature"  # which acts in layers without RoPE too
+    if moves_positions:
+        PositionShift("q", 0.0, layers=chosen.layers).require_fit(model.original_model)
     perturbations = _SWEEPS[kind](chosen)
     for perturbation in perturbations:
         perturbation.require_fit(model.original_model)

@@ -14,6 +14,10 @@ from rope_probe.gallery.figures import (
     geometry,
     grid,
     heads,
+    lens,
+    maps,
+    massive,
+    positional,
     propagation,
     retrieval,
     sensitivity,
@@ -25,9 +29,15 @@ from rope_probe.gallery.figures import (
 from rope_probe.gallery.figures.beyond import window_by_distance
 from rope_probe.gallery.figures.cost import trace_cost
 from rope_probe.gallery.figures.drift import drift_by_layer
+from rope_probe.gallery.figures.findings import Extremes, extremes, losses_in_the_end
 from rope_probe.gallery.figures.geometry import rotations_by_pair
 from rope_probe.gallery.figures.grid import theta_grid
-from rope_probe.gallery.figures.heads import head_map
+from rope_probe.gallery.figures.heads import head_map, head_pairs
+from rope_probe.gallery.figures.layout import fitted
+from rope_probe.gallery.figures.lens import lens_by_layer
+from rope_probe.gallery.figures.maps import retrieval_map
+from rope_probe.gallery.figures.massive import massive_map
+from rope_probe.gallery.figures.positional import positional_shares
 from rope_probe.gallery.figures.propagation import copy_heatmap, dose_response
 from rope_probe.gallery.figures.retrieval import retrieval_by_distance, retrieval_by_task
 from rope_probe.gallery.figures.sensitivity import (
@@ -38,6 +48,8 @@ from rope_probe.gallery.figures.sensitivity import (
 )
 from rope_probe.gallery.figures.signal import signal_of_distillation
 from rope_probe.gallery.figures.spans import causal_curves, change_by_part, span_heads, span_heatmap, transplants
+from rope_probe.gallery.figures.static import save_figure, save_figures
+from rope_probe.gallery.figures.style import themed
 from rope_probe.gallery.figures.trade import trade_off
 from rope_probe.gallery.figures.training import loss_curves
 from rope_probe.names import KEY_VALUE
@@ -50,19 +62,28 @@ __all__ = [
     "copy_heatmap",
     "dose_response",
     "drift_by_layer",
+    "fitted",
     "head_effects",
     "head_map",
+    "head_pairs",
     "injected_by_read",
     "layer_effects",
+    "lens_by_layer",
     "loss_curves",
+    "massive_map",
+    "positional_shares",
     "register",
     "retrieval_by_distance",
     "retrieval_by_task",
+    "retrieval_map",
     "rotations_by_pair",
+    "save_figure",
+    "save_figures",
     "sensitivity_by_pair",
     "signal_of_distillation",
     "span_heads",
     "span_heatmap",
+    "themed",
     "theta_grid",
     "trace_cost",
     "trade_off",
@@ -83,6 +104,9 @@ class Drawing:
     `per_model` says that it is drawn for each model by itself; otherwise models are told apart within the figure.
     `context` are rows that a figure is given as well, those of the runs that it draws, and of its model where it is
     drawn per model; alone they draw nothing.
+
+    `how_to_read` says in one or two sentences what a reader looks at and what it would mean. `finding` states what the
+    figure shows, made of the rows that it draws: the text alternative for who does not see it.
     """
 
     name: str
@@ -92,6 +116,8 @@ class Drawing:
     split: Callable[[pd.DataFrame], list[pd.Series]] = lambda rows: []
     context: Callable[[pd.DataFrame], pd.Series] = _nothing
     per_model: bool = False
+    how_to_read: str = ""
+    finding: Callable[[pd.DataFrame], str] = extremes
 
 
 def _task(frame: pd.DataFrame) -> pd.Series:
@@ -106,6 +132,11 @@ def _phase(frame: pd.DataFrame) -> pd.Series:
     return phase if phase.nunique() > 1 else phase.mask(phase != "", "")
 
 
+def _perturbed(frame: pd.DataFrame) -> pd.Series:
+    """What a model was perturbed by while it was measured, "" where by nothing."""
+    return frame["perturbation"].fillna("")
+
+
 def _kind(frame: pd.DataFrame) -> pd.Series:
     """What is dosed, "" for a shift."""
     return frame["kind"].mask(frame["kind"] == "PositionShift", "")
@@ -116,23 +147,37 @@ def _masked(frame: pd.DataFrame) -> pd.Series:
     return frame["masked"].map({True: "masked"}, na_action="ignore").fillna("")
 
 
+def _role(frame: pd.DataFrame) -> pd.Series:
+    """The part that the model plays, "" where that is not told."""
+    return frame["role"].fillna("")
+
+
 DRAWINGS = [
     Drawing(
         "retrieval_by_distance",
         ("retrieval", "geometry"),
         retrieval.is_accuracy,
         retrieval_by_distance,
-        lambda rows: [_task(rows), _phase(rows), "window " + rows["seq_len"].astype("string")],
+        lambda rows: [_task(rows), _phase(rows), _perturbed(rows), "window " + rows["seq_len"].astype("string")],
         retrieval.is_document_length,
+        how_to_read=(
+            "A line that stays high to the right finds what lies far back. Compare lines at the farthest distance, "
+            "where the legend ranks them; intervals that overlap do not tell two models apart."
+        ),
+        finding=Extremes(("model", "distance")),
     ),
     Drawing(
         "retrieval_by_task",
         ("retrieval",),
         retrieval.is_accuracy_of_task,
         retrieval_by_task,
-        lambda rows: [_phase(rows), "window " + rows["seq_len"].astype("string")],
+        lambda rows: [_phase(rows), _perturbed(rows), "window " + rows["seq_len"].astype("string")],
+        how_to_read=(
+            "Each group is a task and each mark a model, higher is better. Marks whose intervals overlap are not told "
+            "apart."
+        ),
+        finding=Extremes(("task", "model")),
     ),
-    Drawing("trade_off", ("skills",), trade.is_skill, trade_off, lambda rows: [rows["arm"].fillna("")]),
     Drawing(
         "window_by_distance",
         ("beyond",),
@@ -140,12 +185,72 @@ DRAWINGS = [
         window_by_distance,
         lambda rows: [rows["task"].fillna("")],
         per_model=True,
+        how_to_read=(
+            "Each panel is a rotation and a temperature, columns are windows, rows distances. Bright cells find the "
+            "needle; a column that fades says that the window is too long, a row that the distance is."
+        ),
+        finding=Extremes(("seq_len", "distance")),
     ),
-    Drawing("theta_grid", ("theta_grid",), grid.is_cell, theta_grid, context=grid.is_gate),
     Drawing(
-        "rotations_by_pair", ("geometry",), geometry.is_rotations, rotations_by_pair, context=geometry.is_spectrum_use
+        "retrieval_map",
+        ("retrieval",),
+        maps.is_map,
+        retrieval_map,
+        lambda rows: [_task(rows), _phase(rows), _perturbed(rows)],
+        per_model=True,
+        how_to_read=(
+            "Columns are windows, rows distances. Along a row the distance stays and the window grows; along a column "
+            "it is the other way around. So the two are told apart."
+        ),
+        finding=Extremes(("seq_len", "distance")),
     ),
-    Drawing("loss_curves", ("losses",), training.is_loss, loss_curves),
+    Drawing(
+        "trade_off",
+        ("skills",),
+        trade.is_skill,
+        trade_off,
+        lambda rows: [rows["arm"].fillna("")],
+        how_to_read=(
+            "Up is skill far away, right is skill in short text. The upper right corner has both; a model to the "
+            "left of the original has paid with short text."
+        ),
+        finding=Extremes(("model",)),
+    ),
+    Drawing(
+        "theta_grid",
+        ("theta_grid",),
+        grid.is_cell,
+        theta_grid,
+        context=grid.is_gate,
+        how_to_read=(
+            "Each cell is a pair of thetas, brighter retrieves better. Go along a row to see what another long "
+            "theta does; the line marks where the base bound says that retrieval begins."
+        ),
+        finding=Extremes(("head_dim", "steps", "short_theta", "long_theta")),
+    ),
+    Drawing(
+        "rotations_by_pair",
+        ("geometry",),
+        geometry.is_rotations,
+        rotations_by_pair,
+        context=geometry.is_spectrum_use,
+        how_to_read=(
+            "Pairs above the line of one turn come around within the window; those below never do. The further right a"
+            " curve crosses it, the more of the spectrum is used."
+        ),
+        finding=Extremes(("phase", "seq_len", "pair"), ("rotations",)),
+    ),
+    Drawing(
+        "loss_curves",
+        ("losses",),
+        training.is_loss,
+        loss_curves,
+        how_to_read=(
+            "Lower is better. A curve that is still falling at its end was not trained to the end; thin lines are "
+            "seeds."
+        ),
+        finding=losses_in_the_end,
+    ),
     Drawing(
         "copy_heatmap",
         ("deltas",),
@@ -153,6 +258,11 @@ DRAWINGS = [
         copy_heatmap,
         lambda rows: [rows["arm"], _masked(rows)],
         per_model=True,
+        how_to_read=(
+            "Each cell compares a later copy of the document with the first, one panel for each place in the model, "
+            "deeper layers further down. Brighter differs more; grey differs by rounding alone."
+        ),
+        finding=Extremes(("site", "document"), ("rel_l2",)),
     ),
     Drawing(
         "dose_response",
@@ -161,6 +271,11 @@ DRAWINGS = [
         dose_response,
         lambda rows: [rows["arm"], _masked(rows), _kind(rows), rows["restriction"]],
         per_model=True,
+        how_to_read=(
+            "Further right is a larger move of position, higher is a larger change of the output. A flat curve has "
+            "saturated; a curve near the bottom is rounding."
+        ),
+        finding=Extremes(("side", "delta_tokens", "radians"), ("kl_nats",)),
     ),
     Drawing(
         "layer_effects",
@@ -169,6 +284,11 @@ DRAWINGS = [
         layer_effects,
         lambda rows: [_masked(rows)],
         per_model=True,
+        how_to_read=(
+            "Each bar moves positions in one layer alone and measures the output. A tall bar is a layer that the "
+            "output hears position through."
+        ),
+        finding=Extremes(("inject_layer", "side"), ("kl_nats",), largest_dose=True, share=True),
     ),
     Drawing(
         "head_effects",
@@ -177,10 +297,100 @@ DRAWINGS = [
         head_effects,
         lambda rows: [_masked(rows)],
         per_model=True,
+        how_to_read=(
+            "Each cell moves positions in one head alone. Bright cells are the heads that carry position to the "
+            "output; the scale is logarithmic, so a step of colour is a factor."
+        ),
+        finding=Extremes(("inject_layer", "head", "side"), ("kl_nats",), largest_dose=True, share=True),
     ),
-    Drawing("head_map", ("heads",), heads.is_head_score, head_map, per_model=True),
-    Drawing("drift_by_layer", ("drift",), drift.is_drift, drift_by_layer, lambda rows: [_masked(rows)]),
-    Drawing("injected_by_read", ("deltas",), sensitivity.is_of_layer, injected_by_read, per_model=True),
+    Drawing(
+        "head_map",
+        ("heads",),
+        heads.is_head_score,
+        head_map,
+        per_model=True,
+        how_to_read=(
+            "Each cell is a head, each panel a thing that heads attend to. A head that is bright in one panel "
+            "alone does that one thing."
+        ),
+        finding=Extremes(("layer", "head"), tuple(heads.PANELS)),
+    ),
+    Drawing(
+        "head_pairs",
+        ("head_pairs",),
+        heads.is_contribution,
+        head_pairs,
+        per_model=True,
+        how_to_read=(
+            "Each line is a head, each column a rotary pair. Red pairs raise the score of what the head attends to, "
+            "blue ones lower it: a head that looks by position lives on fast pairs, one that looks by content on slow "
+            "ones."
+        ),
+        finding=Extremes(("layer", "head", "pair"), (heads.PAIR_METRIC,)),
+    ),
+    Drawing(
+        "drift_by_layer",
+        ("drift",),
+        drift.is_drift,
+        drift_by_layer,
+        lambda rows: [_masked(rows)],
+        how_to_read=(
+            "Higher is further from the original model. A curve that climbs with depth adds drift layer by layer; "
+            "a jump names the layer that adds most."
+        ),
+        finding=Extremes(("model", "layer")),
+    ),
+    Drawing(
+        "injected_by_read",
+        ("deltas",),
+        sensitivity.is_of_layer,
+        injected_by_read,
+        per_model=True,
+        how_to_read=(
+            "Rows are where positions are moved, columns where it is read. Nothing can be read before it is "
+            "injected; a row that fades to the right is forgotten by later layers."
+        ),
+        finding=Extremes(("inject_layer", "head", "side"), ("rel_l2",), largest_dose=True),
+    ),
+    Drawing(
+        "massive_map",
+        ("massive_values",),
+        massive.is_ratio,
+        massive_map,
+        lambda rows: [_masked(rows)],
+        per_model=True,
+        how_to_read=(
+            "Each cell is a rotary pair of a head, told as a multiple of the head's median pair. Bright cells "
+            "are massive values."
+        ),
+        finding=Extremes(("states", "layer", "head", "pair")),
+    ),
+    Drawing(
+        "positional_shares",
+        ("positional_parts",),
+        positional.is_share,
+        positional_shares,
+        lambda rows: [rows["arm"].fillna(""), _role(rows), _masked(rows)],
+        per_model=True,
+        how_to_read=(
+            "Shares of content, position and their interaction add up to one at every layer. Position says what a "
+            "place does to every content alike."
+        ),
+        finding=Extremes(("site", "layer"), ("position_share",)),
+    ),
+    Drawing(
+        "lens_by_layer",
+        ("deltas",),
+        lens.is_of_lens,
+        lens_by_layer,
+        lambda rows: [_masked(rows)],
+        per_model=True,
+        how_to_read=(
+            "Each line is a layer whose positions are moved; along it the model's own head reads every later layer. "
+            "Where it climbs, the change becomes one of the prediction."
+        ),
+        finding=Extremes(("inject_layer", "layer"), ("kl_nats",), largest_dose=True),
+    ),
     Drawing(
         "sensitivity_by_pair",
         ("deltas",),
@@ -188,10 +398,48 @@ DRAWINGS = [
         sensitivity_by_pair,
         lambda rows: [_kind(rows)],
         per_model=True,
+        how_to_read=(
+            "Each point moves one rotary pair alone, fast pairs to the left. A high point is a wavelength that the "
+            "output depends on; hollow points are rounding."
+        ),
+        finding=Extremes(("pair", "wavelength", "side", "inject_layers"), ("kl_nats",), largest_dose=True, share=True),
     ),
-    Drawing("transplants", ("span_effects",), spans.is_transplant, transplants, per_model=True),
-    Drawing("causal_curves", ("span_effects",), spans.is_curve, causal_curves, per_model=True),
-    Drawing("change_by_part", ("spans",), spans.is_change_of_part, change_by_part, per_model=True),
+    Drawing(
+        "transplants",
+        ("span_effects",),
+        spans.is_transplant,
+        transplants,
+        per_model=True,
+        how_to_read=(
+            "Each mark puts a part of one checkpoint's weights into the other. A part that brings or destroys "
+            "retrieval alone carries it."
+        ),
+        finding=Extremes(("into", "group")),
+    ),
+    Drawing(
+        "causal_curves",
+        ("span_effects",),
+        spans.is_curve,
+        causal_curves,
+        per_model=True,
+        how_to_read=(
+            "Spans are moved one after another in the order of a predictor. The earlier a curve leaves the start, "
+            "the better that predictor foresees which spans matter."
+        ),
+        finding=Extremes(("order", "span_set")),
+    ),
+    Drawing(
+        "change_by_part",
+        ("spans",),
+        spans.is_change_of_part,
+        change_by_part,
+        per_model=True,
+        how_to_read=(
+            "Higher changed more between the two checkpoints. That a part changed much does not say that the "
+            "change does anything; see the transplants."
+        ),
+        finding=Extremes(("site",)),
+    ),
     Drawing(
         "span_heatmap",
         ("spans", "landmarks"),
@@ -199,6 +447,11 @@ DRAWINGS = [
         span_heatmap,
         context=spans.is_landmark,
         per_model=True,
+        how_to_read=(
+            "Each cell is a rotary pair of a layer, brighter changed more. Pairs right of a line make no full turn in "
+            "the window."
+        ),
+        finding=Extremes(("site", "pair", "wavelength")),
     ),
     Drawing(
         "span_heads",
@@ -207,9 +460,32 @@ DRAWINGS = [
         span_heads,
         context=spans.is_landmark,
         per_model=True,
+        how_to_read=(
+            "As the map of layers, with a line for every head. Compare lines of one layer: a change in few of them is "
+            "specialised."
+        ),
+        finding=Extremes(("site", "head", "pair")),
     ),
-    Drawing("signal_of_distillation", ("signal",), signal.is_signal, signal_of_distillation),
-    Drawing("trace_cost", ("trace_cost",), cost.is_cost, trace_cost, per_model=True),
+    Drawing(
+        "signal_of_distillation",
+        ("signal",),
+        signal.is_signal,
+        signal_of_distillation,
+        how_to_read=(
+            "The dotted line is what position contributes to the teacher's logits; a student learns from what its "
+            "own loss has of it. The lower panels say what goes from the gradients with it."
+        ),
+        finding=Extremes(("model", "site"), ("loss_kl_nats", "signal_kl_nats")),
+    ),
+    Drawing(
+        "trace_cost",
+        ("trace_cost",),
+        cost.is_cost,
+        trace_cost,
+        per_model=True,
+        how_to_read=("Points are measured, lines fitted. A line that is straight here grows as a power of the window."),
+        finding=Extremes(("seq_len", "layers", "perturbations"), ("seconds",)),
+    ),
 ]
 """What the gallery draws, in order."""
 

@@ -5,14 +5,15 @@ from bisect import bisect_right
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
 from rope_probe.errors import InputError
-from rope_probe.gallery.figures.style import drawing, listed, styled
+from rope_probe.gallery.figures.layout import ROOM, missing_is_grey, panels
+from rope_probe.gallery.figures.style import PLAIN, SCALE, across, bar_of, drawing, listed, styled
 from rope_probe.runs.intervals import share_interval
 
 _EDGES = (0, 2048, 4096, 8192, 12_288, 16_384)
-_COLUMNS, _PANEL = 3, 250
+_COLUMNS = 2
+_LOWEST_PANEL, _PIXELS_OF_WINDOW = 120, 40
 _QUESTION = ["model", "rotation", "temperature", "task", "seed", "seq_len", "distance", "unit"]
 
 
@@ -39,21 +40,13 @@ def window_by_distance(frame: pd.DataFrame, label: str = "") -> go.Figure:
     windows = sorted(rows["seq_len"].unique().tolist())
     names = [_between(edges, i) for i in range(len(edges))]
     columns = min(_COLUMNS, len(arms))
-    lines = -(-len(arms) // columns)
-    height = lines * _PANEL + (lines - 1) * 90
-    figure = make_subplots(
-        rows=lines,
-        cols=columns,
-        subplot_titles=[
-            rotation if sharp == "none" else f"{rotation}, temperature {sharp}" for rotation, sharp in arms
-        ],
-        shared_yaxes=True,
-        horizontal_spacing=0.05,
-        vertical_spacing=90 / height if lines > 1 else 0,
-    )
+    titles = [rotation if sharp == "none" else f"{rotation}, temperature {sharp}" for rotation, sharp in arms]
+    height = max(_LOWEST_PANEL, _PIXELS_OF_WINDOW * len(windows))
+    figure = panels(titles, height, columns)
     for panel, (rotation, sharp) in enumerate(arms):
         part = rows[(rows["rotation"] == rotation) & (rows["temperature"] == sharp)]
         cells = [[_cell(part, window, i) for i in range(len(edges))] for window in windows]
+        at = {"row": panel // columns + 1, "col": panel % columns + 1}
         figure.add_trace(
             go.Heatmap(
                 z=[[share for share, _, _ in line] for line in cells],
@@ -68,23 +61,21 @@ def window_by_distance(frame: pd.DataFrame, label: str = "") -> go.Figure:
                 hoverongaps=False,
                 hovertemplate="window %{y}, distance %{x}: %{text} found, %{z:.2f} %{customdata}<extra></extra>",
             ),
-            row=panel // columns + 1,
-            col=panel % columns + 1,
+            **at,
         )
-    figure.update_layout(
-        coloraxis={"colorscale": "Viridis", "cmin": 0, "cmax": 1, "colorbar": {"title": "found"}},
-        plot_bgcolor="#d8d8d8",
-    )
-    figure.update_xaxes(showgrid=False, zeroline=False, type="category", tickangle=0, tickfont={"size": 11})
-    figure.update_yaxes(showgrid=False, zeroline=False, type="category")
-    figure.update_yaxes(title="window, tokens", col=1)
-    figure.update_xaxes(title="distance, thousands of tokens", row=lines)
+        is_last = panel + columns >= len(arms)
+        title = "distance, thousands of tokens" if is_last else None
+        figure.update_xaxes(type="category", tickvals=across(names, ROOM / columns), title=title, **PLAIN, **at)
+        title = "window, tokens" if at["col"] == 1 else None
+        figure.update_yaxes(type="category", title=title, **PLAIN, **at)
+    missing_is_grey(figure)
+    figure.update_layout(coloraxis={"colorscale": SCALE, "cmin": 0, "cmax": 1, "colorbar": bar_of("share found")})
     note = "each cell: answers found of those asked for, in windows of one text read once; grey: nothing is so far away"
     if tasks := listed(rows["task"]):
         note += f"; task {tasks}"
     if seeds := listed(rows["seed"]):
         note += f"; texts {seeds}"
-    return styled(figure, "Retrieval by window and distance", label, note, height=height + 230)
+    return styled(figure, "Retrieval by window and distance", label, note)
 
 
 def _between(edges: list[int], i: int) -> str:

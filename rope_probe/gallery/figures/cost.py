@@ -1,10 +1,12 @@
 """What a trace costs, measured and fitted."""
 
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
 from rope_probe.errors import InputError
-from rope_probe.gallery.figures.style import BESIDE, drawing, line_style, styled
+from rope_probe.gallery.figures.layout import panels, roomy
+from rope_probe.gallery.figures.style import drawing, line_style, styled
 from rope_probe.runs.tables import Column, Metric, declare
 
 TRACE_COST = declare(
@@ -38,7 +40,7 @@ def trace_cost(frame: pd.DataFrame, label: str = "") -> go.Figure:
     table = table.reindex(columns=_METRICS).dropna().reset_index()
     if table.empty:
         raise InputError("these results hold no costs with their fit; make them with benchmarks/trace_cost.py")
-    figure = go.Figure()
+    figure = panels([""], 380)
     for i, ((layers, perturbations), part) in enumerate(table.groupby(sizes)):
         colour, dash, symbol = line_style(i)
         name = f"{layers} layers, {perturbations} perturbations"
@@ -50,11 +52,13 @@ def trace_cost(frame: pd.DataFrame, label: str = "") -> go.Figure:
             y=part["seconds_fitted"], mode="lines", line=line, showlegend=False, hoverinfo="skip", **shared
         )
         figure.add_trace(fit)
-    figure.update_xaxes(type="log", title="window, tokens", tickvals=sorted(table["seq_len"].unique()))
+    windows = sorted(int(window) for window in table["seq_len"].unique())
+    ticks = roomy(windows, [f"{window}" for window in windows], np.log(windows))
+    figure.update_xaxes(type="log", title="window, tokens", tickvals=ticks)
     figure.update_yaxes(type="log", title="seconds", dtick=1)
     off = (table["seconds_fitted"] / table["seconds"] - 1).abs()
     note = (
         f"points: measured; lines: fitted to FLOPs and positions read, n = {len(table)}, off by {off.median():.0%} "
         f"(median), {off.max():.0%} at most"
     )
-    return styled(figure, "What a trace costs", label, note, height=560).update_layout(legend=BESIDE)
+    return styled(figure, "What a trace costs", label, note)

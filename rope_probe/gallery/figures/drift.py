@@ -2,9 +2,9 @@
 
 import pandas as pd
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
 from rope_probe.errors import InputError
+from rope_probe.gallery.figures.layout import panels
 from rope_probe.gallery.figures.style import drawing, line_style, listed, styled
 from rope_probe.spans.drift import ATTENTION_KL, COSINE_DISTANCE
 
@@ -30,7 +30,7 @@ def drift_by_layer(frame: pd.DataFrame, label: str = "") -> go.Figure:
         raise InputError("these results hold no drift; make them with drift")
     rows = rows.assign(model=rows["model"].fillna(""))
     titles = [title for title, _ in _PANELS.values()]
-    figure = make_subplots(rows=2, cols=1, shared_xaxes=True, subplot_titles=titles, vertical_spacing=0.11)
+    figure = panels(titles, 260, shared=True)
     for i, (model, of_model) in enumerate(rows.groupby("model", sort=False)):
         colour, dash, symbol = line_style(i)
         for panel, metric in enumerate(_PANELS, 1):
@@ -55,7 +55,7 @@ def drift_by_layer(frame: pd.DataFrame, label: str = "") -> go.Figure:
         f"windows of {listed(rows['seq_len']) or 'several lengths of'} tokens, seeds {listed(rows['seed'])}; "
         f"means over {listed(rows['positions'])} positions"
     )
-    return styled(figure, "Drift from the original model", label, note, height=760)
+    return styled(figure, "Drift from the original model", label, note)
 
 
 def _heads(rows: pd.DataFrame, model: str, colour: str) -> go.Scatter:

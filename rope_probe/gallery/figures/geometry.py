@@ -7,7 +7,8 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from rope_probe.errors import InputError
-from rope_probe.gallery.figures.style import DASHES, PALETTE, SYMBOLS, drawing, listed, styled
+from rope_probe.gallery.figures.layout import panels
+from rope_probe.gallery.figures.style import DASHES, GREY, PALETTE, SYMBOLS, drawing, listed, styled
 
 _PHASE = ["model", "phase", "seq_len"]
 
@@ -41,7 +42,7 @@ def rotations_by_pair(frame: pd.DataFrame, label: str = "") -> go.Figure:
         lines.setdefault(line, []).append(at)
     phases = list(dict.fromkeys(line[:2] for line in lines))
     spectra = sorted({line[3] for line in lines})
-    figure = go.Figure()
+    figure = panels([""], 380)
     ordered = sorted(lines.items(), key=lambda line: (phases.index(line[0][:2]), line[0][3]))
     for (phase, window, pairs, lengths, turns), shared in ordered:
         turning = f": {use[shared[0]] * len(pairs):.0f} of {len(pairs)} pairs turn" if shared[0] in use.index else ""
@@ -59,18 +60,16 @@ def rotations_by_pair(frame: pd.DataFrame, label: str = "") -> go.Figure:
                 hovertemplate=f"pair %{{x}}, wavelength %{{customdata:,.4g}} tokens: %{{y:.3g}} turns<br>{models}",
             )
         )
-    figure.add_hline(y=1, line={"color": "#555555", "width": 1})
+    figure.add_hline(y=1, line={"color": GREY, "width": 1})
     at = {"x": 0.005, "xref": "paper", "xanchor": "left", "y": 0, "yanchor": "bottom", "showarrow": False}
-    figure.add_annotation(text="one full turn", font={"size": 12, "color": "#555555"}, **at)
-    figure.update_xaxes(title="rotary pair, fastest first", dtick=1 if rows["pair"].nunique() <= 32 else None)
+    figure.add_annotation(text="one full turn", font={"size": 12}, **at)
+    figure.update_xaxes(title="rotary pair, fastest first", nticks=12, rangemode="tozero")
     figure.update_yaxes(type="log", title="full turns over the window", exponentformat="power", dtick=1)
     note = (
         f"turns over the window of each phase ({listed(rows['seq_len'])} tokens); a pair under the line does not "
         f"complete one there; {rows['model'].nunique()} models, those with the same window and wavelengths share a line"
     )
-    figure = styled(figure, "Rotations by pair", label, note, height=560)
-    inside = {"orientation": "v", "x": 0.01, "y": 0.02, "yanchor": "bottom", "bgcolor": "rgba(255,255,255,0.8)"}
-    return figure.update_layout(legend=inside)
+    return styled(figure, "Rotations by pair", label, note)
 
 
 def _spectrum(wavelengths: Sequence[float]) -> str:

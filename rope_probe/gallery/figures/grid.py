@@ -3,15 +3,16 @@
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
 from rope_probe import rope
 from rope_probe.errors import InputError
-from rope_probe.gallery.figures.style import drawing, listed, styled
+from rope_probe.gallery.figures.layout import headroom_for, mark_at, panels
+from rope_probe.gallery.figures.style import PLAIN, SCALE, bar_of, drawing, in_short, listed, styled
 
 FAR, GATE = 8, 0.95
 _HEAD_DIMS, _THETAS, _DISTANCES = (4, 1024), (1.0, 1e99), (1, 2**20)
-_PANEL = 330
+_LOWEST_PANEL, _PIXELS_OF_THETA, _ALL_PANELS = 110, 44, 880
+_OUTLINE, _BOUND = "#cc79a7", "#d55e00"
 
 
 def is_cell(frame: pd.DataFrame) -> pd.Series:
@@ -50,24 +51,18 @@ def theta_grid(frame: pd.DataFrame, label: str = "") -> go.Figure:
         raise InputError(f"these results hold no accuracy at {distance} tokens, {FAR} times {documents}")
     missed = set(gates[gates["value"] < GATE][["head_dim", "short_theta"]].itertuples(index=False, name=None))
     head_dims, budgets = (sorted(cells[column].unique()) for column in ("head_dim", "steps"))
-    figure = make_subplots(
-        rows=len(head_dims),
-        cols=len(budgets),
-        subplot_titles=[f"head dim {dim}, {steps} steps" for dim in head_dims for steps in budgets],
-        vertical_spacing=130 / (_PANEL * len(head_dims)),
-        horizontal_spacing=0.12,
-    )
-    figure.update_annotations(yshift=18)
-    for i, head_dim in enumerate(head_dims, start=1):
+    places = [(dim, steps) for dim in head_dims for steps in budgets]
+    most = min(_PIXELS_OF_THETA * cells["short_theta"].nunique(), _ALL_PANELS // len(places))
+    titles = [f"head dim {dim}, {steps} steps" for dim, steps in places]
+    figure = panels(titles, max(_LOWEST_PANEL, most), headroom=headroom_for(1))
+    for row, (head_dim, steps) in enumerate(places, start=1):
         bound = rope.base_bound(int(head_dim), distance)
-        for j, steps in enumerate(budgets, start=1):
-            part = cells[(cells["head_dim"] == head_dim) & (cells["steps"] == steps)]
-            _panel(figure, part, missed, bound, documents, {"row": i, "col": j})
-        figure.update_yaxes(title="short theta", row=i, col=1)
-    figure.update_yaxes(ticklabelstandoff=4)
-    figure.update_xaxes(title="long theta", title_standoff=6, row=len(head_dims))
-    ticks = {"tickvals": [0, 0.25, 0.5, 0.75, 1], "title": {"text": "accuracy", "side": "right"}}
-    figure.update_layout(coloraxis={"colorscale": "Viridis", "cmin": 0, "cmax": 1, "colorbar": ticks})
+        part = cells[(cells["head_dim"] == head_dim) & (cells["steps"] == steps)]
+        _panel(figure, part, missed, bound, documents, {"row": row, "col": 1})
+    figure.update_yaxes(title="short theta")
+    figure.update_xaxes(title="long theta", row=len(places))
+    bar = bar_of("accuracy", {share: f"{share:g}" for share in (0, 0.25, 0.5, 0.75, 1)})
+    figure.update_layout(coloraxis={"colorscale": SCALE, "cmin": 0, "cmax": 1, "colorbar": bar})
     cell = cells.groupby(["head_dim", "steps", "short_theta", "long_theta"])["accuracy"]
     seeds = f"seed {listed(cells['seed'])}"
     if cells["seed"].nunique() > 1:
@@ -77,13 +72,12 @@ def theta_grid(frame: pd.DataFrame, label: str = "") -> go.Figure:
         f"each cell: accuracy at {distance} tokens, {FAR} times the documents of {documents}, in windows of "
         f"{listed(cells['seq_len'])}; {seeds}; outlined: constant theta; "
         f"dashed: the base bound of {distance} tokens, reached to its right; "
-        f"use: pairs that complete a turn in the window of the phase"
+        f"below each theta: how many of the pairs complete a turn in the window of the phase"
     )
     if missed:
         note += f"; *: the base of a seed missed its gate of {GATE}"
     title = f"Accuracy at {distance} tokens by the theta of each phase"
-    figure = styled(figure, title, label, note, height=240 + _PANEL * len(head_dims), below=92)
-    return figure.update_layout(margin={"t": 120})
+    return styled(figure, title, label, note)
 
 
 def read_cells(frame: pd.DataFrame) -> pd.DataFrame:
@@ -133,34 +127,18 @@ def _panel(
     for update, thetas, window in axes:
         ticks = [_tick(theta, head_dim, window) for theta in thetas]
         place = {"tickvals": list(range(len(thetas))), "range": [-0.5, len(thetas) - 0.5]}
-        update(**place, ticktext=ticks, showgrid=False, zeroline=False, **at)
+        update(**place, ticktext=ticks, tickangle=0, **PLAIN, **at)
     for y, short in enumerate(table.index):
         for x in np.flatnonzero(table.columns == short):
             corners = {"x0": x - 0.5, "x1": x + 0.5, "y0": y - 0.5, "y1": y + 0.5}
-            figure.add_shape(type="rect", **corners, line={"color": "black", "width": 2}, **at)
-    edge = np.searchsorted(table.columns, bound) - 0.5
-    figure.add_vline(x=edge, line={"color": "#d55e00", "width": 3, "dash": "dash"}, **at)
-    figure.add_annotation(
-        x=edge,
-        y=len(table) - 0.5,
-        yanchor="bottom",
-        text=f"base bound {_short(bound)}",
-        showarrow=False,
-        font={"size": 12, "color": "#d55e00"},
-        **at,
-    )
+            figure.add_shape(type="rect", **corners, line={"color": _OUTLINE, "width": 3}, **at)
+    edge = float(np.searchsorted(table.columns, bound)) - 0.5
+    share = (edge + 0.5) / len(table.columns)
+    mark_at(figure, at["row"], edge, f"base bound {in_short(bound)}", 0, share=share, dash="dash", colour=_BOUND)
 
 
 def _tick(theta: float, head_dim: int, window: int) -> str:
     """A theta with the pairs that complete a turn in a window."""
     pairs = head_dim // 2
     use = rope.spectrum_use(rope.inv_freq({"rope_type": "default", "rope_theta": theta}, head_dim), window)
-    return f"{_short(theta)}<br>use {use * pairs:.0f}/{pairs}"
-
-
-def _short(theta: float) -> str:
-    """A theta in few letters: 300, 12.6k, 1M."""
-    for unit, letter in ((1e6, "M"), (1e3, "k")):
-        if theta >= unit:
-            return f"{theta / unit:.3g}{letter}"
-    return f"{theta:.3g}"
+    return f"{in_short(theta)}<br>{use * pairs:.0f}/{pairs}"

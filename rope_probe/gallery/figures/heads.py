@@ -1,11 +1,24 @@
-"""What each head of a model attends to: layer x head maps of head scores."""
+"""What each head of a model attends to, and by which rotary pairs: maps of head scores and of contributions."""
 
 import pandas as pd
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
 from rope_probe.errors import InputError
-from rope_probe.gallery.figures.style import drawing, listed, spaced, styled
+from rope_probe.gallery.figures.kinds import global_layers
+from rope_probe.gallery.figures.layout import ROOM, mark_layers, missing_is_grey, panels, roomy
+from rope_probe.gallery.figures.style import (
+    PLAIN,
+    SCALE,
+    across,
+    bar_of,
+    down,
+    drawing,
+    in_short,
+    listed,
+    signed,
+    styled,
+)
+from rope_probe.tracing.heads import PAIR_METRIC
 
 PANELS = {
     "previous_token": "to the token before",
@@ -15,8 +28,9 @@ PANELS = {
     "retrieval_head": "answer tokens copied",
 }
 """Scores that are shares, 0 to 1, and what they say attention goes to."""
-_COLUMNS = 3
-_MOST_TICKS, _ROOM_FOR_TICK = 9, 18
+_COLUMNS = 2
+_LOWEST_PANEL, _HIGHEST_PANEL = 120, 340
+_MOST_HEADS, _PIXELS_OF_HEAD = 40, 15
 
 
 def is_head_score(frame: pd.DataFrame) -> pd.Series:
@@ -37,18 +51,10 @@ def head_map(frame: pd.DataFrame, label: str = "") -> go.Figure:
         raise InputError("these results hold no scores of heads; make them with head_scores")
     metrics = [metric for metric in PANELS if (rows["metric"] == metric).any()]
     columns = min(_COLUMNS, len(metrics))
-    lines = -(-len(metrics) // columns)
-    layers = int(rows["layer"].nunique())
-    panel_height = max(160, min(16 * layers, 900))
-    height = lines * panel_height + (lines - 1) * 90
-    figure = make_subplots(
-        rows=lines,
-        cols=columns,
-        subplot_titles=[PANELS[metric] for metric in metrics],
-        horizontal_spacing=0.07,
-        vertical_spacing=90 / height if lines > 1 else 0,
-    )
-    for panel, metric in enumerate(metrics):
+    height = max(_LOWEST_PANEL, min(14 * int(rows["layer"].nunique()), _HIGHEST_PANEL))
+    figure = panels([PANELS[metric] for metric in metrics], height, columns)
+    kinds = global_layers(rows, "layer")
+    for k, metric in enumerate(metrics, start=1):
         table = rows[rows["metric"] == metric].pivot_table(index="layer", columns="head", values="value")
         trace = go.Heatmap(
             z=table.to_numpy(dtype=float),
@@ -57,21 +63,76 @@ def head_map(frame: pd.DataFrame, label: str = "") -> go.Figure:
             coloraxis="coloraxis",
             hovertemplate="layer %{y}, head %{x}: %{z:.3f}<extra></extra>",
         )
-        at = {"row": panel // columns + 1, "col": panel % columns + 1}
+        at = {"row": (k - 1) // columns + 1, "col": (k - 1) % columns + 1}
         figure.add_trace(trace, **at)
-        figure.update_xaxes(tickvals=spaced(table.columns, _MOST_TICKS), **at)
-        figure.update_yaxes(tickvals=spaced(table.index, panel_height // _ROOM_FOR_TICK), **at)
+        is_last = k + columns > len(metrics)
+        title = "head" if is_last else None
+        figure.update_xaxes(tickvals=across(table.columns, ROOM / columns), title=title, **PLAIN, **at)
+        title = "layer" if at["col"] == 1 else None
+        figure.update_yaxes(tickvals=down(table.index, height), title=title, autorange="reversed", **PLAIN, **at)
+        mark_layers(figure, k, "y", kinds.layers)
+    missing_is_grey(figure)
     figure.update_layout(
-        coloraxis={"colorscale": "Viridis", "cmin": 0, "cmax": 1, "colorbar": {"title": "share"}},
-        plot_bgcolor="#d8d8d8",
+        coloraxis={"colorscale": SCALE, "cmin": 0, "cmax": 1, "colorbar": bar_of("share")},
     )
-    figure.update_yaxes(autorange="reversed", showgrid=False, zeroline=False)
-    figure.update_xaxes(showgrid=False, zeroline=False)
-    figure.update_yaxes(title="layer", col=1)
-    figure.update_xaxes(title="head", row=lines)
     note = "share of a query's attention, mean over queries"
     if "retrieval_head" in metrics:
         note += "; last panel: share of a needle's tokens that the head copies into the answer, mean over trials"
     if seeds := listed(rows["seed"]):
         note += f"; seeds {seeds}"
-    return styled(figure, "What each head attends to", label, note, height=height + 240)
+    return styled(figure, "What each head attends to", label, note + kinds.note)
+
+
+def is_contribution(frame: pd.DataFrame) -> pd.Series:
+    """Rows that `head_pairs` draws: what a pair adds to the score of attended keys at all distances."""
+    of_pair = frame[["layer", "head", "pair"]].notna().all(axis=1)
+    return (frame["metric"] == PAIR_METRIC).fillna(False) & of_pair & frame["distance"].isna()
+
+
+@drawing
+def head_pairs(frame: pd.DataFrame, label: str = "") -> go.Figure:
+    """Head x pair map of what each rotary pair adds to the score of attended keys, from `pair_contributions`.
+
+    Zero is the middle of the scale: a pair may hold a head back. Of many heads those are drawn whose pairs add and take
+    most. Means over seeds. Raises InputError where the frame has no such contributions.
+    """
+    rows = frame[is_contribution(frame)]
+    if rows.empty:
+        raise InputError("these results hold no contributions of pairs; make them with pair_contributions")
+    table = rows.pivot_table(index=["layer", "head"], columns="pair", values="value")
+    count = len(table)
+    if count > _MOST_HEADS:
+        table = table.loc[table.abs().sum(axis=1).nlargest(_MOST_HEADS).index].sort_index()
+    names = [f"{layer}.{head}" for layer, head in table.index]
+    height = max(_LOWEST_PANEL, _PIXELS_OF_HEAD * len(names))
+    lengths = rows.groupby("pair")["wavelength"].first().to_dict()
+    texts = {pair: f"{pair}<br>{in_short(lengths[pair])}" for pair in table.columns if pd.notna(lengths[pair])}
+    kept = roomy(list(texts), list(texts.values()), list(texts))
+    figure = panels([""], height)
+    figure.add_trace(
+        go.Heatmap(
+            z=table.to_numpy(dtype=float),
+            x=table.columns.tolist(),
+            y=names,
+            coloraxis="coloraxis",
+            hovertemplate="layer.head %{y}, pair %{x}: %{z:.3g}<extra></extra>",
+        )
+    )
+    figure.update_xaxes(
+        tickvals=kept,
+        ticktext=[texts[pair] for pair in kept],
+        tickangle=0,
+        title="rotary pair, 0 fastest<br>its wavelength in tokens",
+        **PLAIN,
+    )
+    figure.update_yaxes(
+        type="category", autorange="reversed", tickvals=down(names, height), title="layer.head", **PLAIN
+    )
+    missing_is_grey(figure)
+    figure.update_layout(coloraxis=signed(table, "added to the score of attended keys; e to that power: attention"))
+    note = "what a pair adds to the score of attended keys, less its mean over all keys; mean over queries"
+    if count > _MOST_HEADS:
+        note += f"; the {_MOST_HEADS} of {count} heads whose pairs add and take most"
+    if seeds := listed(rows["seed"]):
+        note += f"; seeds {seeds}"
+    return styled(figure, "By which rotary pairs heads attend", label, note)

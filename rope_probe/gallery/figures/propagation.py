@@ -1,14 +1,13 @@
 """How a perturbation travels: copies by layer, and the output against the size of a shift."""
 
-import math
-
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
 from rope_probe.errors import InputError
-from rope_probe.gallery.figures.style import drawing, listed, styled
+from rope_probe.gallery.figures.kinds import global_layers
+from rope_probe.gallery.figures.layout import mark_layers, missing_is_grey, panels, roomy
+from rope_probe.gallery.figures.style import GREY, PLAIN, down, drawing, listed, log_range, logarithmic, styled
 from rope_probe.tracing.propagation import COPY, is_rounding
 
 SIDES = {
@@ -35,7 +34,9 @@ PANELS = {
     "hook_resid_post": "residual stream",
     "logits": "logits",
 }
-_LOWEST_KL = 1e-16
+_MOST_DECADES = 6
+"""Powers of ten that an axis of KL goes below the largest; what lies lower would flatten all else."""
+_LOWEST_PANEL, _HIGHEST_PANEL, _PIXELS_OF_LAYER = 24, 120, 10
 _MOST_SPACED = 40
 """Layers that a panel of `copy_heatmap` has room for with lines between them."""
 
@@ -59,7 +60,8 @@ def _is_sized(frame: pd.DataFrame) -> pd.Series:
 def is_dose(frame: pd.DataFrame) -> pd.Series:
     """Rows that `dose_response` draws: shifts, jitter or turns, of several sizes or of the whole model."""
     sized = np.isfinite(_dose(frame)) & frame["side"].isin(SIDES)
-    rows = frame["kind"].isin(list(KINDS)).fillna(False) & (frame["metric"] == "kl_nats") & sized
+    of_logits = (frame["metric"] == "kl_nats") & frame["layer"].isna()  # not of a logit lens
+    rows = frame["kind"].isin(list(KINDS)).fillna(False) & of_logits & sized
     alike = [frame[column] for column in ("run_id", "model", "arm", "masked", "kind", "restriction")]
     doses = _dose(frame).where(rows).groupby(alike, dropna=False).transform("nunique")
     return rows & ((doses > 1) | (frame["restriction"].fillna("") == ""))
@@ -83,23 +85,13 @@ def copy_heatmap(frame: pd.DataFrame, label: str = "") -> go.Figure:
     rows = rows.assign(
         layer=rows["layer"].fillna(-1), shown=rows["value"].where(~is_rounding(rows) & (rows["value"] > 0))
     )
-    shown = np.log10(rows["shown"].dropna())
-    low, high = (shown.min(), shown.max()) if len(shown) else (-1.0, 0.0)
-    panels = {site: rows[rows["site"].str.endswith(site)] for site in PANELS}
-    layers = max(part["layer"].nunique() for part in panels.values())
-    is_deep = layers > _MOST_SPACED
-    height = max(3 if is_deep else 9, min(30, 240 // layers))
-    gap = 0 if is_deep else 1
-    heights = [max(9, height * part["layer"].nunique()) for part in panels.values()]
-    figure = make_subplots(
-        rows=len(panels),
-        cols=1,
-        shared_xaxes=True,
-        row_heights=heights,
-        vertical_spacing=34 / (sum(heights) + 34 * 6),
-        subplot_titles=list(PANELS.values()),
-    )
-    for row, part in enumerate(panels.values(), start=1):
+    parts = [(title, rows[rows["site"].str.endswith(site)]) for site, title in PANELS.items()]
+    layers = [part["layer"].nunique() for _, part in parts]
+    gap = 0 if max(layers) > _MOST_SPACED else 1
+    heights = [max(_LOWEST_PANEL, min(_PIXELS_OF_LAYER * count, _HIGHEST_PANEL)) for count in layers]
+    figure = panels([title for title, _ in parts], heights, shared=True)
+    kinds = global_layers(rows, "layer")
+    for k, ((_, part), height) in enumerate(zip(parts, heights, strict=True), start=1):
         axes = {"index": "layer", "columns": "document", "dropna": False}
         table, value, exact = (part.pivot_table(values=v, **axes) for v in ("shown", "value", "value_float64"))
         hover_values = np.stack([value, exact.reindex_like(value)], -1)
@@ -116,26 +108,21 @@ def copy_heatmap(frame: pd.DataFrame, label: str = "") -> go.Figure:
                 hoverongaps=True,
                 hovertemplate="%{y}, copy %{x}: %{customdata[0]:.4g}<br>float64: %{customdata[1]:.4g}<extra></extra>",
             ),
-            row=row,
+            row=k,
             col=1,
         )
-        figure.update_yaxes(type="category", categoryarray=names, range=[len(names) - 0.5, -0.5], row=row, col=1)
-    steps = (1, 2, 5) if high - low < 2 else (1,)
-    ticks = [step * 10.0**power for power in range(math.floor(low), math.ceil(high) + 1) for step in steps]
-    bar = {"title": "relative L2", "tickvals": np.log10(ticks), "ticktext": [f"{tick:g}" for tick in ticks]}
-    figure.update_layout(
-        coloraxis={"colorscale": "Viridis", "cmin": low, "cmax": high, "colorbar": bar}, plot_bgcolor="#d8d8d8"
-    )
-    figure.update_yaxes(showgrid=False, zeroline=False)
-    figure.update_xaxes(showgrid=False, zeroline=False)
+        order = {"type": "category", "categoryarray": names, "range": [len(names) - 0.5, -0.5]}
+        figure.update_yaxes(**order, tickvals=down(names, height), row=k, col=1)
+        mark_layers(figure, k, "y", [place for place, layer in enumerate(value.index) if layer in kinds.layers])
+    missing_is_grey(figure)
+    figure.update_layout(coloraxis=logarithmic(rows["shown"], "relative L2"))
+    figure.update_yaxes(**PLAIN)
     copies = rows["document"].nunique()
-    figure.update_xaxes(dtick=1 if copies <= 16 else None)
-    figure.update_xaxes(title="copy of the document", row=len(panels), col=1)
+    figure.update_xaxes(**PLAIN, title="copy of the document", **({"dtick": 1} if copies <= 8 else {"nticks": 8}))
     note = f"each cell: mean over the document's positions, against the first copy; {sample(rows)}"
     if rows["value_float64"].notna().any():
         note += "; grey: rounding, gone in float64"
-    title = "How copies of one document differ, by layer"
-    return styled(figure, title, label, note, height=200 + sum(heights) + 34 * 6)
+    return styled(figure, "How copies of one document differ, by layer", label, note + kinds.note)
 
 
 @drawing
@@ -157,7 +144,7 @@ def dose_response(frame: pd.DataFrame, label: str = "") -> go.Figure:
     cancels = classes[0] in ("PositionShift", "PairTurn")
     unit = "radians" if classes[0] == "PairTurn" else "tokens"
     rows = rows.assign(dose=_dose(rows))
-    figure = go.Figure()
+    figure = panels([""], 380)
     for side, (name, colour, symbol, dash) in SIDES.items():
         chosen = rows[rows["side"] == side]
         if chosen.empty:
@@ -199,31 +186,38 @@ def dose_response(frame: pd.DataFrame, label: str = "") -> go.Figure:
                     name=f"both, in float64: {exact.max():.0e} at most",
                     mode="lines+markers",
                     marker={"symbol": "circle-open"},
-                    line={"color": "#888888", "dash": "dash"},
+                    line={"color": GREY, "dash": "dash"},
                     hovertemplate=hover,
                 )
             )
-    positive = rows["value"].where(rows["value"] > _LOWEST_KL)
-    highest = np.log10(max(positive.max(), 10 * _LOWEST_KL)) if positive.notna().any() else -15.0
-    lowest = np.log10(positive.min()) if (rows["value"] > _LOWEST_KL).all() else np.log10(_LOWEST_KL)
+    moved = rows[rows["side"] != "qk"] if cancels and (rows["side"] != "qk").any() else rows
+    span = log_range(moved["value"], _MOST_DECADES)
     doses = sorted(rows["dose"].unique())
-    figure.update_xaxes(
-        type="log" if doses[0] > 0 else "linear", title=KINDS[classes[0]], tickvals=doses, tickformat="~g"
-    )
+    is_log = doses[0] > 0
+    places = np.log(doses) if is_log else np.asarray(doses)
+    ticks = roomy(doses, [f"{dose:g}" for dose in doses], places)
+    figure.update_xaxes(type="log" if is_log else "linear", title=KINDS[classes[0]], tickvals=ticks, tickformat="~g")
     figure.update_yaxes(
         type="log",
         title="KL(clean || perturbed), nats",
         exponentformat="power",
-        dtick=2 if highest - lowest > 6 else 1,
-        range=[lowest - 0.5, highest + 0.5],
+        dtick=2 if span is not None and span[1] - span[0] > _MOST_DECADES - 1 else 1,
+        range=span,
     )
     note = f"lines: mean over documents, bands: smallest to largest document; {sample(rows)}"
-    return styled(figure, f"How {MOVES[classes[0]]} changes the output", label, note, height=540)
+    if span is not None and (below := rows[rows["value"] < 10 ** span[0]]["value"]).size:
+        note += f"; below the axis: {below.size} of {len(rows)} values, {below.max():.1g} nats at most"
+    return styled(figure, f"How {MOVES[classes[0]]} changes the output", label, note)
 
 
 def sample(rows: pd.DataFrame) -> str:
-    """Window, number of documents and seeds, as a caption tells them; documents where they were measured one by one."""
-    caption = f"window {listed(rows['seq_len'])} tokens"
+    """Window, documents, seeds and noise floor, as a caption tells them; documents where they were measured singly."""
+    told = [f"window {listed(rows['seq_len'])} tokens"]
     if documents := rows["document"].nunique():
-        caption += f", {documents} documents"
-    return f"{caption}, seeds {seeds}" if (seeds := listed(rows["seed"])) else caption
+        told.append(f"{documents} documents")
+    if seeds := listed(rows["seed"]):
+        told.append(f"seeds {seeds}")
+    off = (rows["value"] - rows["value_float64"]).abs()
+    known = off.notna().any()
+    told.append(f"noise floor {off.mean():.1g} (mean distance to float64)" if known else "no float64 control")
+    return ", ".join(told)

@@ -7,10 +7,12 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from rope_probe.errors import InputError
-from rope_probe.gallery.figures.style import BESIDE, drawing, line_style, listed, styled
+from rope_probe.gallery.figures.layout import ROOM, headroom_for, mark_at, panels, roomy, text_width
+from rope_probe.gallery.figures.style import GREY, drawing, line_style, listed, short, styled
 from rope_probe.runs.intervals import share_interval
 
 _MARGIN = 1.15
+_LONGEST_TASK = 24
 
 
 def is_accuracy(frame: pd.DataFrame) -> pd.Series:
@@ -43,8 +45,10 @@ def retrieval_by_distance(frame: pd.DataFrame, label: str = "") -> go.Figure:
     rows = rows.assign(model=rows["model"].fillna(""))
     styles = {model: line_style(i) for i, model in enumerate(sorted(rows["model"].unique()))}
     table = rows.pivot_table(values="value", index="model", columns="distance")
-    distances = table.columns.tolist()
-    figure = go.Figure()
+    distances = [int(distance) for distance in table.columns]
+    ends = (distances[0] / _MARGIN, distances[-1] * _MARGIN)
+    landmarks = [(tokens, text) for tokens, text in _landmarks(frame) if ends[0] <= tokens <= ends[1]]
+    figure = panels([""], 400, headroom=headroom_for(len(landmarks)))
     order = table.sort_values(distances[::-1], ascending=False).index
     for model, thickness in zip(order, np.linspace(1, 0.4, len(order)), strict=True):
         part = rows[rows["model"] == model]
@@ -72,17 +76,17 @@ def retrieval_by_distance(frame: pd.DataFrame, label: str = "") -> go.Figure:
             points = {"x": part["distance"], "y": part["value"], "mode": "markers", "showlegend": False}
             marker = {"color": colour, "size": 5, "opacity": 0.5}
             figure.add_trace(go.Scatter(**points, marker=marker, legendgroup=model, hoverinfo="skip"))
-    ends = (distances[0] / _MARGIN, distances[-1] * _MARGIN)
-    for tokens, text in _landmarks(frame):
-        if ends[0] <= tokens <= ends[1]:
-            _vertical_line(figure, tokens, text, "right" if tokens > distances[-1] / 2 else "center")
+    ticks = roomy(distances, [f"{distance}" for distance in distances], np.log(distances))
     figure.update_xaxes(
         type="log",
         title="distance, tokens",
-        tickvals=distances,
+        tickvals=ticks,
         tickformat="~g",
         range=[math.log10(end) for end in ends],
     )
+    for line, (tokens, text) in enumerate(landmarks):
+        share = math.log(tokens / ends[0]) / math.log(ends[1] / ends[0])
+        mark_at(figure, 1, math.log10(tokens), text, line, share=share, colour=GREY)
     figure.update_yaxes(title="accuracy", range=[-0.03, 1.03])
     seeds = rows.groupby("model")["seed"].nunique()
     uneven = f" ({seeds.min()} to {seeds.max()} of them for a model)" if seeds.min() < seeds.max() else ""
@@ -90,9 +94,9 @@ def retrieval_by_distance(frame: pd.DataFrame, label: str = "") -> go.Figure:
         f"window {listed(rows['seq_len'])} tokens, seeds {listed(rows['seed'])}{uneven}; lines: mean over seeds, "
         f"points: seeds, bars: 95% over seeds and trials"
     )
-    figure = styled(figure, "Retrieval by distance", label, note, height=560)
-    ranked = {"text": f"best to worst<br>at {distances[-1]:,} tokens", "font": {"size": 12}}
-    return figure.update_layout(legend={**BESIDE, "title": ranked})
+    if len(order) > 1:
+        note += f"; listed from the best to the worst at {distances[-1]:,} tokens"
+    return styled(figure, "Retrieval by distance", label, note)
 
 
 @drawing
@@ -107,7 +111,7 @@ def retrieval_by_task(frame: pd.DataFrame, label: str = "") -> go.Figure:
         raise InputError("these results hold no accuracy of tasks without a distance; measure vt, fwe or cwe")
     rows = rows.assign(model=rows["model"].fillna(""))
     tasks = sorted(rows["task"].unique())
-    figure = go.Figure()
+    figure = panels([""], 340)
     for i, (model, part) in enumerate(rows.groupby("model")):
         colour, _, symbol = line_style(i)
         mean = _pooled(part, "task")
@@ -135,7 +139,10 @@ def retrieval_by_task(frame: pd.DataFrame, label: str = "") -> go.Figure:
             seeds = {"x": part["task"], "y": part["value"], "showlegend": False, "hoverinfo": "skip"}
             figure.add_trace(go.Scatter(**seeds, marker=marker, **together))
     figure.update_layout(scattermode="group", scattergap=0.4)
-    figure.update_xaxes(type="category", categoryorder="array", categoryarray=tasks, range=[-0.5, len(tasks) - 0.5])
+    order = {"type": "category", "categoryorder": "array", "categoryarray": tasks, "range": [-0.5, len(tasks) - 0.5]}
+    names = [short(task, _LONGEST_TASK) for task in tasks]
+    is_tight = max(text_width(name) for name in names) + 8 > ROOM / len(tasks)
+    figure.update_xaxes(**order, tickvals=tasks, ticktext=names, tickangle=-90 if is_tight else 0)
     figure.update_yaxes(title="accuracy", range=[-0.03, 1.03])
     several = rows.groupby("model")["seed"].nunique()
     note = "; ".join([
@@ -143,7 +150,7 @@ def retrieval_by_task(frame: pd.DataFrame, label: str = "") -> go.Figure:
         *(["points: mean over seeds, small ones: seeds"] if several.max() > 1 else []),
         "lines: 95% over seeds and trials",
     ])  # fmt: skip
-    return styled(figure, "Retrieval by task", label, note, height=460).update_layout(legend=BESIDE)
+    return styled(figure, "Retrieval by task", label, note)
 
 
 def _pooled(rows: pd.DataFrame, by: str) -> pd.DataFrame:
@@ -173,17 +180,3 @@ def _landmarks(frame: pd.DataFrame) -> list[tuple[float, str]]:
         some = f" ({many} of {of} trained models)" if many < of else ""
         lengths.append((float(length), what.format(f"{length:,.0f}") + some))
     return lengths
-
-
-def _vertical_line(figure: go.Figure, tokens: float, text: str, anchor: str) -> None:
-    figure.add_vline(x=tokens, line={"color": "#888888", "width": 1, "dash": "dot"})
-    figure.add_annotation(
-        x=math.log10(tokens),
-        y=1,
-        yref="paper",
-        yanchor="bottom",
-        xanchor=anchor,
-        text=text,
-        showarrow=False,
-        font={"size": 12, "color": "#555555"},
-    )

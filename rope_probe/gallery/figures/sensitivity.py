@@ -5,11 +5,31 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
 from rope_probe.errors import InputError
+from rope_probe.gallery.figures.kinds import global_layers
+from rope_probe.gallery.figures.layout import (
+    ROOM,
+    headroom_for,
+    mark_at,
+    mark_layers,
+    missing_is_grey,
+    panels,
+    roomy,
+)
 from rope_probe.gallery.figures.propagation import SIDES, is_shift, sample
-from rope_probe.gallery.figures.style import BESIDE, drawing, short, spaced, styled
+from rope_probe.gallery.figures.style import (
+    GREY,
+    PLAIN,
+    across,
+    down,
+    drawing,
+    in_short,
+    log_range,
+    logarithmic,
+    short,
+    styled,
+)
 from rope_probe.tracing.propagation import is_rounding
 
 MOST_INJECTED = 64
@@ -17,21 +37,21 @@ MOST_INJECTED = 64
 _READ = ("hook_resid_post", "logits")
 _SECOND_KIND = {"q": ("triangle-up", "dot"), "k": ("triangle-down", "dashdot"), "qk": ("star", "dot")}
 _LONGEST_KIND = 40
-_LOWEST_CELL, _HIGHEST_PANEL = 6, 900
-"""Pixels of a line of a heatmap at the least, and of a panel at the most."""
-_ROOM_FOR_TICK = 18
+_LOWEST_PANEL, _HIGHEST_PANEL, _PIXELS_OF_LINE = 140, 460, 14
+"""Pixels down of a panel of a map at the least and at the most, and of one of its lines where there is room."""
+_MOST_SPACED = 40
 _WIDE = 1e4
-_MOST_TICKS, _MOST_TICKS_OF_PANELS = 32, 20
-_PLAIN: dict[str, Any] = {"showgrid": False, "zeroline": False}
 _MOST_DECADES = 4
 """What is smaller than the largest by more powers of ten than these is drawn like the smallest."""
+_MOST_DECADES_OF_AXIS = 8
 
 
 def is_of_pair(frame: pd.DataFrame) -> pd.Series:
     """Rows that `sensitivity_by_pair` draws: logit KL of a shift or turn of one pair, in all heads of its layers."""
     narrow = frame["pair"].notna() & frame["inject_layer"].isna() & frame["head"].isna()
     turn = (frame["kind"] == "PairTurn").fillna(False) & frame["side"].isin(SIDES)
-    return (is_shift(frame) | turn) & narrow & (frame["metric"] == "kl_nats")
+    of_logits = (frame["metric"] == "kl_nats") & frame["layer"].isna()  # not of a logit lens
+    return (is_shift(frame) | turn) & narrow & of_logits
 
 
 def is_of_layer(frame: pd.DataFrame) -> pd.Series:
@@ -87,7 +107,8 @@ def sensitivity_by_pair(frame: pd.DataFrame, label: str = "") -> go.Figure:
         how = f"shift of {dose:g} tokens"
     rows = rows.assign(of_layers=rows["inject_layers"].fillna(""))
     kinds = rows.sort_values("pair", kind="stable")["of_layers"].unique().tolist()
-    figure = go.Figure()
+    lengths = _lengths(rows)
+    figure = panels([""], 380, headroom=headroom_for(len(lengths)))
     for side in SIDES:
         for i, kind in enumerate(kinds):
             if (part := rows[(rows["side"] == side) & (rows["of_layers"] == kind)]).empty:
@@ -114,10 +135,6 @@ def sensitivity_by_pair(frame: pd.DataFrame, label: str = "") -> go.Figure:
                     hovertemplate="pair %{customdata}, wavelength %{x:,.4g} tokens: %{y:.3g} nats<extra></extra>",
                 )
             )
-    for length, what in _lengths(rows).items():
-        figure.add_vline(x=length, line={"color": "#555555", "dash": "dash"})
-        anchor = {"x": np.log10(length), "y": 1, "yref": "paper", "xanchor": "left", "yanchor": "top"}
-        figure.add_annotation(text=f" {what}", showarrow=False, **anchor)
     note = f"{how}; bars: smallest to largest document; {sample(rows)}"
     distance = (rows["value"] - rows["value_float64"]).abs()
     for i, kind in enumerate(kinds):
@@ -125,14 +142,36 @@ def sensitivity_by_pair(frame: pd.DataFrame, label: str = "") -> go.Figure:
         floor = distance[of_kind].groupby(rows["wavelength"][of_kind]).mean()
         if floor.gt(0).any():
             shared = {"name": "noise floor: distance to float64", "legendgroup": "floor", "showlegend": i == 0}
-            figure.add_trace(go.Scatter(x=floor.index, y=floor, line={"color": "#999999", "dash": "dot"}, **shared))
-    shortest, longest = rows["wavelength"].min(), rows["wavelength"].max()
-    is_wide = shortest > 0 and longest / shortest > _WIDE  # more than there is room for 1, 2, 5 and 10
-    ticks = {"dtick": 1, "tickformat": "~s"} if is_wide else {"tickformat": "~g"}
-    figure.update_xaxes(type="log", title="wavelength of the pair, tokens", **ticks)
-    figure.update_yaxes(type="log", title="KL(clean || perturbed), nats", exponentformat="power")
-    figure = styled(figure, "Which rotary pairs carry position to the output", label, note, height=520)
-    return figure.update_layout(legend=BESIDE) if len(kinds) > 1 else figure
+            figure.add_trace(go.Scatter(x=floor.index, y=floor, line={"color": GREY, "dash": "dot"}, **shared))
+    figure.update_xaxes(type="log")
+    shown = rows.loc[rows["wavelength"] > 0, "wavelength"]
+    shortest, longest = min([shown.min(), *lengths]), max([shown.max(), *lengths])
+    if np.isfinite([shortest, longest]).all() and 0 < shortest < longest:
+        ends = np.log10([shortest, longest])
+        margin = 0.03 * (ends[1] - ends[0])
+        figure.update_xaxes(range=[ends[0] - margin, ends[1] + margin])
+        for line, (length, what) in enumerate(lengths.items()):
+            place = np.log10(length)
+            share = float((place - ends[0]) / (ends[1] - ends[0]))
+            mark_at(figure, 1, place, f"{what}, {length:,} tokens", line, share=share, dash="dash", colour=GREY)
+    ticks = _pair_ticks(rows) if len(kinds) == 1 else {}
+    is_wide = longest / shortest > _WIDE if shortest > 0 else False  # no room for 1, 2, 5 and 10
+    title = "wavelength in tokens, and pair" if ticks else "wavelength of the pair, tokens"
+    if not ticks:
+        ticks = {"dtick": 1, "tickformat": "~s"} if is_wide else {"tickformat": "~g"}
+    figure.update_xaxes(title=title, **ticks)
+    values = pd.concat([rows["value"], distance[distance > 0]])
+    span = log_range(values, _MOST_DECADES_OF_AXIS)
+    figure.update_yaxes(type="log", title="KL(clean || perturbed), nats", exponentformat="power", dtick=1, range=span)
+    return styled(figure, "Which rotary pairs carry position to the output", label, note)
+
+
+def _pair_ticks(rows: pd.DataFrame) -> dict[str, Any]:
+    """Ticks that tell the wavelength, and below it the pair, of as many pairs as there is room for."""
+    pairs = rows[rows["wavelength"] > 0].groupby("wavelength")["pair"].first()
+    texts = {wavelength: f"{in_short(wavelength)}<br>pair {pair}" for wavelength, pair in pairs.items()}
+    kept = roomy(list(texts), list(texts.values()), np.log10(list(texts))) if texts else []
+    return {"tickvals": kept, "ticktext": [texts[wavelength] for wavelength in kept]}
 
 
 def _lengths(rows: pd.DataFrame) -> dict[int, str]:
@@ -171,11 +210,17 @@ def injected_by_read(frame: pd.DataFrame, label: str = "") -> go.Figure:
     order = rows.sort_values(["inject_layer", "head"], na_position="first")["injected"].unique().tolist()
     reads = rows.sort_values("layer", na_position="last")["read"].unique().tolist()
     sides = [side for side in SIDES if (rows["side"] == side).any()]
-    cell = max(_LOWEST_CELL, min(34, _HIGHEST_PANEL // len(order)))
-    gap = 1 if cell > 2 * _LOWEST_CELL and len(reads) <= MOST_INJECTED else 0
-    figure = make_subplots(
-        rows=1, cols=len(sides), shared_yaxes=True, subplot_titles=[SIDES[side][0] for side in sides]
-    )
+    height = _height(len(order))
+    gap = 1 if max(len(order), len(reads)) <= _MOST_SPACED else 0
+    figure = panels([SIDES[side][0] for side in sides], height, len(sides))
+    places = rows.drop_duplicates("injected").set_index("injected").loc[order]
+    short_names = [
+        f"{layer}" if pd.isna(head) else f"{layer}.{head}"
+        for layer, head in zip(places["inject_layer"], places["head"], strict=True)
+    ]
+    kinds = global_layers(rows, "inject_layer")
+    of_global = [place for place, layer in enumerate(places["inject_layer"]) if layer in kinds.layers]
+    texts = dict(zip(order, short_names, strict=True))
     for column, side in enumerate(sides, start=1):
         part = rows[rows["side"] == side]
         table = part.pivot_table(index="injected", columns="read", values="shown", aggfunc="mean", dropna=False)
@@ -191,26 +236,34 @@ def injected_by_read(frame: pd.DataFrame, label: str = "") -> go.Figure:
             hovertemplate="shift in %{y}, read %{x}: %{customdata:.4g}<extra></extra>",
         )
         figure.add_trace(trace, row=1, col=column)
-    figure.update_layout(coloraxis=_logarithmic(rows["shown"], "relative L2"), plot_bgcolor="#d8d8d8")
+        mark_layers(figure, column, "y", of_global)
+    missing_is_grey(figure)
+    figure.update_layout(coloraxis=logarithmic(rows["shown"], "relative L2", _MOST_DECADES))
+    ticks = down(order, height)
     figure.update_yaxes(
-        autorange="reversed",
-        tickvals=spaced(order, max(1, cell * len(order) // _ROOM_FOR_TICK)),
-        **_PLAIN,
+        type="category", autorange="reversed", tickvals=ticks, ticktext=[texts[tick] for tick in ticks], **PLAIN
     )
+    what = "layer.head of the shift" if places["head"].notna().any() else "layer of the shift"
+    figure.update_yaxes(title=what, col=1)
     layers = [read for read in reads if read != "logits"]
-    most = _MOST_TICKS_OF_PANELS // len(sides)
-    ticks = [*spaced(layers, most), *(read for read in reads if read == "logits")]
-    if len(ticks) > 2 and reads.index(ticks[-1]) - reads.index(ticks[-2]) < len(reads) / (most + 1):
-        del ticks[-2]  # it would lie under the last one
-    figure.update_xaxes(
-        tickvals=ticks, ticktext=[tick.removeprefix("after layer ") for tick in ticks], tickangle=0, **_PLAIN
-    )
-    figure.update_xaxes(title="read after layer")
+    read_layer = rows.dropna(subset=["layer"]).drop_duplicates("read").set_index("read")["layer"]
+    names = {read: "out" if read == "logits" else f"{read_layer[read]}" for read in reads}
+    room = ROOM / len(sides) - 30
+    ticks = across(layers, 0) if len(layers) > 1 and room < 40 else layers
+    ticks = roomy(ticks, [names[read] for read in ticks], [reads.index(read) for read in ticks], room)
+    if "logits" in reads:
+        ticks = [read for read in ticks if (len(reads) - 1 - reads.index(read)) * room / len(reads) > 26]
+        ticks.append("logits")
+    figure.update_xaxes(type="category", tickvals=ticks, ticktext=[names[tick] for tick in ticks], tickangle=0, **PLAIN)
+    figure.update_xaxes(title="read after layer" if len(sides) < 3 else "read after")
     note = f"shift of {dose:g} tokens; mean over documents; {sample(rows)}; grey: nothing, or rounding"
+    if "logits" in reads:
+        note += "; out: the logits, whose KL can differ a thousandfold where relative L2 hardly does"
     if left_out:
         note += f"; {left_out} single heads are left out, whole layers drawn"
+    note += kinds.note
     title = "Where a shift is injected, and where it is read"
-    return styled(figure, title, label, note, height=250 + cell * len(order))
+    return styled(figure, title, label, note)
 
 
 @drawing
@@ -225,28 +278,39 @@ def layer_effects(frame: pd.DataFrame, label: str = "") -> go.Figure:
         raise InputError("these results hold no logit KL of shifts in single layers; trace some with layers=l")
     rows, dose = _of_largest_dose(rows)
     layers = sorted(rows["inject_layer"].unique())
-    names = [str(layer) for layer in layers]
-    figure = go.Figure()
-    for side in SIDES:
+    figure = panels([""], 340)
+    for i, side in enumerate(SIDES):
         if (part := rows[rows["side"] == side]).empty:
             continue
         by_layer = part.groupby("inject_layer")["value"].agg(["mean", "min", "max"]).reindex(layers)
         bars = {"array": by_layer["max"] - by_layer["mean"], "arrayminus": by_layer["mean"] - by_layer["min"]}
+        hollow = is_rounding(part).groupby(part["inject_layer"]).all().reindex(layers, fill_value=False)
+        name, colour, symbol, _ = SIDES[side]
+        filled = symbol.removesuffix("-open")
         figure.add_trace(
-            go.Bar(
-                x=names,
+            go.Scatter(
+                x=layers,
                 y=by_layer["mean"],
                 error_y={**bars, "width": 0, "thickness": 1},
-                name=SIDES[side][0],
-                marker={"color": SIDES[side][1]},
+                name=name,
+                mode="lines+markers",
+                line={"color": colour, "width": 1},
+                marker={"color": colour, "symbol": np.where(hollow, f"{filled}-open", filled), "size": 8},
                 hovertemplate="shift in layer %{x}: %{y:.3g} nats<extra></extra>",
+                showlegend=True,
             )
         )
-    figure.update_layout(barmode="group", bargap=0.25, showlegend=True)
-    figure.update_xaxes(type="category", title="layer of the shift", tickvals=spaced(names, _MOST_TICKS), tickangle=0)
-    figure.update_yaxes(title="KL(clean || perturbed), nats", rangemode="tozero")
-    note = f"shift of {dose:g} tokens in one layer; bars: mean, lines: smallest to largest document; {sample(rows)}"
-    return styled(figure, "Which layers carry position to the output", label, note, height=480)
+        off = (part["value"] - part["value_float64"]).abs().groupby(part["inject_layer"]).mean()
+        if off.gt(0).any():
+            floor = {"name": "noise floor: distance to float64", "legendgroup": "floor", "showlegend": i == 0}
+            figure.add_trace(go.Scatter(x=off.index, y=off, line={"color": GREY, "dash": "dot"}, **floor))
+    kinds = global_layers(rows, "inject_layer")
+    mark_layers(figure, 1, "x", kinds.layers)
+    figure.update_xaxes(title="layer of the shift", **({"dtick": 1} if len(layers) <= 10 else {"nticks": 10}))
+    span = log_range(rows["value"], _MOST_DECADES_OF_AXIS)
+    figure.update_yaxes(type="log", title="KL(clean || perturbed), nats", exponentformat="power", dtick=1, range=span)
+    note = f"shift of {dose:g} tokens in one layer; points: mean, lines: smallest to largest document; {sample(rows)}"
+    return styled(figure, "Which layers carry position to the output", label, note + kinds.note)
 
 
 @drawing
@@ -263,17 +327,17 @@ def head_effects(frame: pd.DataFrame, label: str = "") -> go.Figure:
     rows = rows.assign(shown=rows["value"].where(~is_rounding(rows) & (rows["value"] > 0)))
     sides = [side for side in SIDES if (rows["side"] == side).any()]
     layers = sorted(rows["inject_layer"].unique())
-    cell = max(_LOWEST_CELL, min(24, _HIGHEST_PANEL // len(layers)))
+    height = _height(len(layers))
     names = [str(layer) for layer in layers]
-    titles = [SIDES[side][0] for side in sides]
-    figure = make_subplots(rows=1, cols=len(sides), subplot_titles=titles, horizontal_spacing=0.08)
+    figure = panels([SIDES[side][0] for side in sides], height, len(sides))
+    kinds = global_layers(rows, "inject_layer")
     largest = []
     for column, side in enumerate(sides, start=1):
         axes = {"index": "inject_layer", "columns": "head", "dropna": False}
         part = rows[rows["side"] == side]
         table = part.pivot_table(values="shown", **axes).reindex(layers)
         heads = [str(head) for head in table.columns]
-        gap = 1 if cell > 2 * _LOWEST_CELL and len(heads) <= MOST_INJECTED else 0
+        gap = 1 if max(len(heads), len(layers)) <= _MOST_SPACED else 0
         trace = go.Heatmap(
             z=np.log10(table),
             x=heads,
@@ -285,37 +349,30 @@ def head_effects(frame: pd.DataFrame, label: str = "") -> go.Figure:
             hovertemplate="layer %{y}, head %{x}: %{customdata:.4g} nats<extra></extra>",
         )
         figure.add_trace(trace, row=1, col=column)
-        ticks = spaced(heads, _MOST_TICKS_OF_PANELS // len(sides))
+        ticks = across(heads, ROOM / len(sides))
         figure.update_xaxes(type="category", tickvals=ticks, tickangle=0, title="head", row=1, col=column)
+        mark_layers(figure, column, "y", [place for place, layer in enumerate(layers) if layer in kinds.layers])
         effects = part.groupby(["inject_layer", "head"])["value"].mean()
         layer, head = effects.idxmax()
         share = f", {effects.max() / effects.sum():.0%} of the sum over heads" if effects.sum() > 0 else ""
         largest.append(
             f"{SIDES[side][0]}: the largest is head {head} of layer {layer}, {effects.max():.2g} nats{share}"
         )
-    ticks = spaced(names, max(1, cell * len(names) // _ROOM_FOR_TICK))
-    figure.update_yaxes(type="category", autorange="reversed", tickvals=ticks, **_PLAIN)
+    figure.update_yaxes(type="category", autorange="reversed", tickvals=down(names, height), **PLAIN)
     figure.update_yaxes(title="layer", col=1)
-    figure.update_xaxes(**_PLAIN)
-    figure.update_layout(coloraxis=_logarithmic(rows["shown"], "KL, nats"), plot_bgcolor="#d8d8d8")
+    figure.update_xaxes(**PLAIN)
+    missing_is_grey(figure)
+    figure.update_layout(coloraxis=logarithmic(rows["shown"], "KL, nats", _MOST_DECADES))
     note = f"shift of {dose:g} tokens in one head; mean over documents; {sample(rows)}; grey: nothing, or rounding"
-    note = "; ".join([note, *largest])
-    return styled(
-        figure, "Which heads carry position to the output", label, note, height=250 + max(160, cell * len(names))
-    )
+    note = "; ".join([note, *largest]) + kinds.note
+    return styled(figure, "Which heads carry position to the output", label, note)
+
+
+def _height(lines: int) -> int:
+    """Pixels down of a map with so many lines."""
+    return max(_LOWEST_PANEL, min(_PIXELS_OF_LINE * lines, _HIGHEST_PANEL))
 
 
 def _of_largest_dose(rows: pd.DataFrame) -> tuple[pd.DataFrame, float]:
     dose = rows["delta_tokens"].max()
     return rows[rows["delta_tokens"] == dose], dose
-
-
-def _logarithmic(shown: pd.Series, title: str) -> dict[str, Any]:
-    """A colour axis for the logarithms of these numbers, ticks at powers of ten; the least colour is for all below."""
-    logs = np.log10(shown.dropna())
-    if logs.empty:
-        return {"colorscale": "Viridis", "colorbar": {"title": title}}
-    lowest = max(logs.min(), logs.max() - _MOST_DECADES)
-    powers = np.arange(np.ceil(lowest), np.ceil(logs.max()) + 1)
-    bar = {"title": title, "tickvals": powers, "ticktext": [f"{10.0**power:g}" for power in powers]}
-    return {"colorscale": "Viridis", "cmin": lowest, "cmax": logs.max(), "colorbar": bar}

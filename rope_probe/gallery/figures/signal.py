@@ -2,10 +2,10 @@
 
 import pandas as pd
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
 from rope_probe.errors import InputError
-from rope_probe.gallery.figures.style import drawing, line_style, listed, styled
+from rope_probe.gallery.figures.layout import panels
+from rope_probe.gallery.figures.style import GREY, across, drawing, line_style, listed, styled
 
 _KL = ("loss_kl_nats", "signal_kl_nats", "remaining_kl_nats")
 _GRADIENTS = ("loss_gradient", "signal_gradient")
@@ -36,10 +36,14 @@ def signal_of_distillation(frame: pd.DataFrame, label: str = "") -> go.Figure:
     strongest = whole.groupby("perturbation")["value"].mean().idxmax()
     rows = rows[rows["perturbation"].isna() | (rows["perturbation"] == strongest)]
     rows = rows.assign(model=rows["model"].fillna(""))
-    titles = ("KL by tokens since the token last occurred", "gradient: size of what is taken", "with and without it")
-    figure = make_subplots(rows=1, cols=3, subplot_titles=titles, horizontal_spacing=0.1, column_widths=[1.6, 1, 1])
+    titles = (
+        "KL by tokens since the token last occurred",
+        "gradient: size of what is taken",
+        "gradient: with what is taken, and without",
+    )
+    figure = panels(titles, [240, 200, 200])
     signal = rows[rows["metric"] == _KL[1]]
-    figure.add_trace(_by_distance(signal, "signal in the teacher's logits", {"color": "#000000", "dash": "dot"}), 1, 1)
+    figure.add_trace(_by_distance(signal, "signal in the teacher's logits", {"color": GREY, "dash": "dot"}), 1, 1)
     for i, (model, part) in enumerate(rows.groupby("model", sort=False)):
         colour, dash, symbol = line_style(i)
         loss = _by_distance(part[part["metric"] == _KL[0]], f"loss of {model}", {"color": colour, "dash": dash})
@@ -50,26 +54,29 @@ def signal_of_distillation(frame: pd.DataFrame, label: str = "") -> go.Figure:
             figure.add_trace(_by_distance(remaining, f"loss of {model}, signal gone", line), 1, 1)
             cosines = part[part["metric"] == _COSINE].groupby(["site", "seed"], dropna=False)["value"].mean()
             cosine = _by_matrix(cosines.groupby("site").agg(["mean", "min", "max"]))
-            figure.add_trace(_marks(cosine, str(model), colour, symbol), 1, 3)
+            figure.add_trace(_marks(cosine, str(model), colour, symbol), 3, 1)
         sizes = part.groupby(["site", "seed", "metric"], dropna=False)["value"].mean().unstack("metric")
         sizes = sizes.reindex(columns=_GRADIENTS)
         share = (sizes[_GRADIENTS[1]] / sizes[_GRADIENTS[0]]).dropna().groupby("site").agg(["mean", "min", "max"])
-        figure.add_trace(_marks(_by_matrix(share), str(model), colour, symbol), 1, 2)
-    figure.update_xaxes(
-        title="tokens since it last occurred, up to", type="category", tickangle=90, title_standoff=4, row=1, col=1
-    )
+        figure.add_trace(_marks(_by_matrix(share), str(model), colour, symbol), 2, 1)
+    seen = rows.loc[rows["occurrence"].notna(), "distance"].fillna(0)
+    distances = [_distance(distance) for distance in sorted(seen.unique())]
+    matrices = list(_by_matrix(pd.DataFrame(index=rows["site"].dropna().unique())).index)
+    for row, title, order in (
+        (1, "tokens since it last occurred, up to", distances),
+        (2, "layer, matrix", matrices),
+        (3, "layer, matrix", matrices),
+    ):
+        places = {"type": "category", "categoryorder": "array", "categoryarray": order}
+        figure.update_xaxes(title=title, **places, tickvals=across(order), tickangle=0, row=row, col=1)
     figure.update_yaxes(title="nats per position", rangemode="tozero", row=1, col=1)
-    figure.update_xaxes(title="layer, matrix", title_standoff=4, tickangle=90, row=1, col=2)
-    figure.update_yaxes(title="norm / norm of the loss's", type="log", tickformat="~g", row=1, col=2)
-    figure.update_xaxes(title="layer, matrix", title_standoff=4, tickangle=90, row=1, col=3)
-    figure.update_yaxes(title="cosine of the two gradients", range=[-1.05, 1.05], row=1, col=3)
+    figure.update_yaxes(title="norm / norm of<br>the loss's", type="log", tickformat="~g", nticks=6, row=2, col=1)
+    figure.update_yaxes(title="cosine", range=[-1.05, 1.05], row=3, col=1)
     note = (
         f"taken from the teacher: {strongest}; window {listed(rows['seq_len'])} tokens, one window a seed, seeds "
         f"{listed(rows['seed'])}; bars: smallest to largest seed"
     )
-    return styled(
-        figure, "What position contributes to distillation", label, note, height=580, below=104
-    ).update_layout(legend={"orientation": "v", "x": 1.02, "y": 1, "yanchor": "top"})
+    return styled(figure, "What position contributes to distillation", label, note)
 
 
 def _by_matrix(table: pd.DataFrame) -> pd.DataFrame:
@@ -94,8 +101,12 @@ def _marks(table: pd.DataFrame, name: str, colour: str, symbol: str) -> go.Scatt
 def _by_distance(rows: pd.DataFrame, name: str, line: dict) -> go.Scatter:
     seen = rows[rows["occurrence"].notna()].assign(distance=lambda frame: frame["distance"].fillna(0))
     curve = seen.groupby("distance")["value"].agg(["mean", "min", "max"])
-    labels = ["new" if distance == 0 else str(distance) for distance in curve.index]
+    labels = [_distance(distance) for distance in curve.index]
     return go.Scatter(x=labels, y=curve["mean"], error_y=_range(curve), name=name, mode="lines+markers", line=line)
+
+
+def _distance(tokens: int) -> str:
+    return "new" if tokens == 0 else str(tokens)
 
 
 def _range(curve: pd.DataFrame) -> dict:

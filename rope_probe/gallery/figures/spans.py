@@ -1,18 +1,42 @@
 """What changed between two checkpoints, by part, head and rotary pair; and what transplants of spans do."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
 from rope_probe.errors import InputError
-from rope_probe.gallery.figures.style import BESIDE, drawing, line_style, listed, styled
+from rope_probe.gallery.figures.layout import (
+    headroom_for,
+    lines_of,
+    mark_at,
+    missing_is_grey,
+    panels,
+    roomy,
+    wrapped,
+)
+from rope_probe.gallery.figures.style import (
+    GREY,
+    PLAIN,
+    SCALE,
+    bar_of,
+    down,
+    drawing,
+    in_short,
+    line_style,
+    listed,
+    short,
+    styled,
+)
 
 _PARTS = {"W_Q": "W_Q", "W_K": "W_K", "W_V": "W_V", "W_O": "W_O", "mlp": "MLP"}
 _ROTARY = ("W_Q", "W_K")
 _CHANGES = {"rel_change": "relative change", "change_norm": "norm of change"}
-_GREY = "#999999"
+_MOST_HEADS, _MOST_LANDMARKS = 40, 4
+_LOWEST_PANEL, _HIGHEST_PANEL, _PIXELS_OF_LAYER, _PIXELS_OF_HEAD = 60, 190, 16, 12
+_HIGHEST_OF_HEADS, _ALL_PANELS = 240, 900
+_ROOM_FOR_GROUP, _LONGEST_GROUP = 150, 44
+"""Pixels that the name of a group of weights takes beside its bars."""
 
 
 def is_change_of_pair(frame: pd.DataFrame) -> pd.Series:
@@ -53,15 +77,13 @@ def span_heatmap(frame: pd.DataFrame, label: str = "") -> go.Figure:
     window before, and after, where the frame has these. Raises InputError where the frame has no changes by pair.
     """
     rows = _by_pair(frame)
-    sites = [part for part in _ROTARY if rows["part"].eq(part).any()]
-    panels = _panels(rows, sites, horizontal_spacing=0.04, shared_yaxes=True)
-    for place, part in panels.parts:
+    height = max(_LOWEST_PANEL, min(_HIGHEST_PANEL, _PIXELS_OF_LAYER * int(rows["layer"].nunique())))
+    maps = _maps(rows, frame, height)
+    for k, part in maps.parts:
         table = part.pivot_table(index="layer", columns="pair", values="value")
-        _heatmap(panels, place, table, [f"layer {layer}" for layer in table.index], _lengths(rows), frame)
-    panels.figure.update_yaxes(autorange="reversed")
-    title = "Which rotary pairs changed"
-    height = 100 + panels.rows * (230 + 30 * len(table))
-    return styled(panels.figure, title, label, _pair_note(rows, "mean over heads"), height=height, below=95)
+        _map(maps.figure, k, table, [f"layer {layer}" for layer in table.index], height)
+    note = _pair_note(rows, "mean over heads")
+    return _finished(maps, rows, "Which rotary pairs changed", label, note)
 
 
 @drawing
@@ -72,18 +94,30 @@ def span_heads(frame: pd.DataFrame, label: str = "") -> go.Figure:
     """
     rows = _by_pair(frame)
     rows = rows[rows["seed"].fillna(-1) == rows["seed"].fillna(-1).min()]
-    sites = [part for part in _ROTARY if rows["part"].eq(part).any()]
-    panels = _panels(rows, sites, horizontal_spacing=0.1, shared_yaxes=False)
-    for place, part in panels.parts:
+    rows, note = _most_changed(rows)
+    most = int(rows.groupby("part").apply(lambda part: len(part[["layer", "head"]].drop_duplicates())).max())
+    height = max(_LOWEST_PANEL, min(_HIGHEST_OF_HEADS, _PIXELS_OF_HEAD * most))
+    maps = _maps(rows, frame, height)
+    for k, part in maps.parts:
         table = part.pivot_table(index=["layer", "head"], columns="pair", values="value")
-        names = [f"{layer}.{head} " for layer, head in table.index]
-        _heatmap(panels, place, table, names, _lengths(rows), frame)
-    panels.figure.update_yaxes(autorange="reversed", type="category", title="layer.head")
-    tallest = rows.groupby("part").apply(lambda part: len(part[["layer", "head"]].drop_duplicates())).max()
-    height = 100 + panels.rows * (230 + min(22 * int(tallest), 1600))
-    return styled(
-        panels.figure, "Which pairs of which heads changed", label, _pair_note(rows, ""), height=height, below=95
-    )
+        _map(maps.figure, k, table, [f"{layer}.{head} " for layer, head in table.index], height)
+    maps.figure.update_yaxes(type="category", title="layer.head")
+    return _finished(maps, rows, "Which pairs of which heads changed", label, _pair_note(rows, note))
+
+
+def _most_changed(rows: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+    """The rows of the heads that there is room for, those of the largest change of each part, and a note of it."""
+    kept, notes = [], []
+    for part, mine in rows.groupby("part", sort=False):
+        metric = "change_norm" if mine["metric"].eq("change_norm").any() else "rel_change"
+        change = mine[mine["metric"] == metric].groupby(["layer", "head"])["value"].max()
+        if len(change) <= _MOST_HEADS:
+            kept.append(mine)
+            continue
+        most = change.nlargest(_MOST_HEADS).index
+        kept.append(mine[pd.MultiIndex.from_frame(mine[["layer", "head"]]).isin(most)])
+        notes.append(f"{part}: the {_MOST_HEADS} of {len(change)} heads with the largest {_CHANGES[metric]} of a pair")
+    return pd.concat(kept), "; ".join(notes)
 
 
 @drawing
@@ -98,28 +132,27 @@ def change_by_part(frame: pd.DataFrame, label: str = "") -> go.Figure:
         raise InputError("these results hold no changes of parts; compare two checkpoints with compare_spans")
     rows = rows.assign(part=rows["site"].str.split(".").str[-1])
     metrics = [metric for metric in _CHANGES if rows["metric"].eq(metric).any()]
-    figure = make_subplots(rows=1, cols=len(metrics), horizontal_spacing=0.14)
-    for column, metric in enumerate(metrics, start=1):
+    titles = ["norm of change / norm before" if metric == "rel_change" else "norm of change" for metric in metrics]
+    figure = panels(titles, 250, shared=True)
+    for row, metric in enumerate(metrics, start=1):
         for i, (part, name) in enumerate(_PARTS.items()):
             mine = rows[(rows["part"] == part) & (rows["metric"] == metric)]
             mean = mine.groupby("layer")["value"].mean()
             colour, dash, symbol = line_style(i)
             line = {"color": colour, "dash": dash, "width": 2.5}
             marker = {"symbol": symbol, "size": 10}
-            together = {"mode": "lines+markers", "legendgroup": part, "showlegend": column == 1}
+            together = {"mode": "lines+markers", "legendgroup": part, "showlegend": row == 1}
             mean_line = go.Scatter(x=mean.index, y=mean, name=name, line=line, marker=marker, **together)
-            figure.add_trace(mean_line, row=1, col=column)
+            figure.add_trace(mean_line, row=row, col=1)
             if mine["seed"].nunique() > 1:
                 points = {"x": mine["layer"], "y": mine["value"], "mode": "markers", "showlegend": False}
                 small = {"color": colour, "size": 5, "opacity": 0.5}
                 seeds = go.Scatter(**points, marker=small, hoverinfo="skip", legendgroup=part)
-                figure.add_trace(seeds, row=1, col=column)
-        title = "norm of change / norm before" if metric == "rel_change" else "norm of change"
-        figure.update_yaxes(title=title, rangemode="tozero", row=1, col=column)
-    layers = sorted(rows["layer"].unique())
-    ticks = {"tickvals": layers} if len(layers) <= 16 else {}
-    figure.update_xaxes(title="layer", **ticks)
-    return styled(figure, "How much each part changed", label, _note(rows, ""), height=460)
+                figure.add_trace(seeds, row=row, col=1)
+    figure.update_yaxes(rangemode="tozero", nticks=6)
+    few = rows["layer"].nunique() <= 10
+    figure.update_xaxes(title="layer", **({"dtick": 1} if few else {"nticks": 10}))
+    return styled(figure, "How much each part changed", label, _note(rows, "mean over seeds"))
 
 
 @drawing
@@ -138,19 +171,17 @@ def causal_curves(frame: pd.DataFrame, label: str = "") -> go.Figure:
     rows = rows.groupby(keys, sort=False, as_index=False, dropna=False)["value"].mean()
     span_sets = rows["span_set"].unique().tolist()
     named = rows.loc[~rows["is_random"], "order"].unique()
-    figure = make_subplots(
-        rows=1, cols=len(span_sets), shared_yaxes=True, subplot_titles=[_wrapped(name) for name in span_sets]
-    )
-    for column, span_set in enumerate(span_sets, start=1):
+    figure = panels(span_sets, max(_LOWEST_PANEL, min(280, _ALL_PANELS // len(span_sets))), shared=True)
+    for row, span_set in enumerate(span_sets, start=1):
         part = rows[rows["span_set"] == span_set]
-        panel = {"row": 1, "col": column}
+        panel = {"row": row, "col": 1}
         random = part[part["is_random"]].groupby("share")["value"].agg(["mean", "min", "max"])
         if len(random):
             band = {"x": [*random.index, *random.index[::-1]], "y": [*random["max"], *random["min"][::-1]]}
             filled = {"fill": "toself", "fillcolor": "rgba(153,153,153,.25)", "line": {"width": 0}, "mode": "lines"}
             figure.add_trace(go.Scatter(**band, **filled, showlegend=False, hoverinfo="skip"), **panel)
-            line = {"color": _GREY, "width": 3}
-            shared = {"name": "random", "legendgroup": "random", "showlegend": column == 1}
+            line = {"color": GREY, "width": 3}
+            shared = {"name": "random", "legendgroup": "random", "showlegend": row == 1}
             figure.add_trace(go.Scatter(x=random.index, y=random["mean"], mode="lines", line=line, **shared), **panel)
         for i, order in enumerate(named):
             mean = part[(part["order"] == order) & ~part["is_random"]].groupby("share")["value"].mean()
@@ -171,10 +202,12 @@ def causal_curves(frame: pd.DataFrame, label: str = "") -> go.Figure:
                 **panel,
             )
     figure.update_xaxes(title="share of the query spans", tickformat=".0%", range=[-0.02, 1.02])
-    figure.update_yaxes(title="accuracy", range=[-0.03, 1.03], col=1)
-    note = f"mean over distances and seeds {listed(rows['seed'])}; grey: random orders, their mean and range"
-    figure = styled(figure, "How many query spans carry the skill", label, note, height=520)
-    return figure.update_layout(legend={**BESIDE, "title": {"text": "order of spans"}}, margin={"t": 125})
+    figure.update_yaxes(title="accuracy", range=[-0.03, 1.03])
+    note = (
+        f"lines: orders of the spans, mean over distances and seeds {listed(rows['seed'])}; "
+        "grey: random orders, their mean and range"
+    )
+    return styled(figure, "How many query spans carry the skill", label, note)
 
 
 @drawing
@@ -192,8 +225,11 @@ def transplants(frame: pd.DataFrame, label: str = "") -> go.Figure:
     windows = sorted(rows["seq_len"].unique(), reverse=True)
     order = rows["group"].unique().tolist()
     titles = [f"window of {window:,} tokens" for window in windows]
-    figure = make_subplots(rows=1, cols=len(windows), shared_yaxes=True, subplot_titles=titles, horizontal_spacing=0.05)
-    for column, window in enumerate(windows, start=1):
+    texts = [wrapped(short(group, _LONGEST_GROUP), _ROOM_FOR_GROUP) for group in order]
+    each = max(26, 17 * max(map(lines_of, texts)))
+    height = max(_LOWEST_PANEL, min(each * len(order), _ALL_PANELS // len(windows)))
+    figure = panels(titles, height, shared=True)
+    for row, window in enumerate(windows, start=1):
         for i, (into, part) in enumerate(rows[rows["seq_len"] == window].groupby("into", sort=False)):
             by_group = part.groupby("group")["value"].agg(["mean", "min", "max"]).reindex(order)
             bars = {
@@ -209,15 +245,20 @@ def transplants(frame: pd.DataFrame, label: str = "") -> go.Figure:
                 marker={"color": line_style(i)[0]},
                 name=f"into the {into}",
                 legendgroup=into,
-                showlegend=column == 1,
+                showlegend=row == 1,
             )
-            figure.add_trace(trace, row=1, col=column)
+            figure.add_trace(trace, row=row, col=1)
     figure.update_layout(barmode="group", bargap=0.25)
     figure.update_xaxes(title="accuracy", range=[-0.03, 1.03])
-    figure.update_yaxes(autorange="reversed", automargin=True, type="category")
+    ticks = down(order, height, each)
+    figure.update_yaxes(
+        autorange="reversed",
+        type="category",
+        tickvals=ticks,
+        ticktext=[text for group, text in zip(order, texts, strict=True) if group in ticks],
+    )
     note = f"mean over distances and seeds {listed(rows['seed'])}; lines: smallest to largest seed"
-    figure = styled(figure, "What transplanted weights do", label, note, height=280 + 26 * len(order))
-    return figure.update_layout(legend={**BESIDE})
+    return styled(figure, "What transplanted weights do", label, note)
 
 
 def _by_pair(frame: pd.DataFrame) -> pd.DataFrame:
@@ -227,79 +268,66 @@ def _by_pair(frame: pd.DataFrame) -> pd.DataFrame:
     return rows.assign(part=rows["site"].str.split(".").str[-1])
 
 
-def _lengths(rows: pd.DataFrame) -> pd.DataFrame:
-    return rows.groupby("pair")[["wavelength", "wavelength_after"]].first()
-
-
-class _Panels(NamedTuple):
-    """A figure of heatmaps: a row for each measure of change, a column for each site; the rows that each draws."""
+class _Maps(NamedTuple):
+    """A figure of maps, by number of its panel the rows that each draws."""
 
     figure: go.Figure
-    rows: int
-    parts: list[tuple[tuple[int, int], pd.DataFrame]]
+    parts: list[tuple[int, pd.DataFrame]]
 
 
-def _panels(rows: pd.DataFrame, sites: list[str], *, horizontal_spacing: float, shared_yaxes: bool) -> _Panels:
+def _maps(rows: pd.DataFrame, frame: pd.DataFrame, height: int) -> _Maps:
+    """Panels one below the other along the same pairs, a colour axis for each measure of change, and landmarks."""
+    sites = [part for part in _ROTARY if rows["part"].eq(part).any()]
     metrics = [metric for metric in _CHANGES if rows["metric"].eq(metric).any()]
+    ends = frame[is_landmark(frame)].groupby(["phase", "seq_len"])["value"].first().iloc[:_MOST_LANDMARKS]
     titles = [f"{site}, {_CHANGES[metric]}" for metric in metrics for site in sites]
-    figure = make_subplots(
-        rows=len(metrics),
-        cols=len(sites),
-        shared_yaxes=shared_yaxes,
-        subplot_titles=titles,
-        horizontal_spacing=horizontal_spacing,
-        vertical_spacing=0.3 if len(metrics) > 1 else 0,
-    )
-    figure.update_annotations(yshift=14)
+    figure = panels(titles, height, headroom=headroom_for(len(ends)), shared=True)
     parts = []
-    for i, metric in enumerate(metrics, start=1):
-        bar = {"title": _CHANGES[metric].replace(" ", "<br>", 1), "len": 1 / len(metrics), "yanchor": "top"}
-        bar["y"] = 1 - (i - 1) / len(metrics)
-        axis = "coloraxis" if i == 1 else f"coloraxis{i}"
-        figure.update_layout({axis: {"colorscale": "Viridis", "colorbar": bar}})
-        for j, site in enumerate(sites, start=1):
-            parts.append(((i, j), rows[(rows["part"] == site) & (rows["metric"] == metric)]))
-    return _Panels(figure, len(metrics), parts)
+    for k, title in enumerate(titles):
+        metric, site = metrics[k // len(sites)], sites[k % len(sites)]
+        axis = "coloraxis" if metric == metrics[0] else "coloraxis2"
+        figure.update_layout({axis: {"colorscale": SCALE, "colorbar": bar_of(_CHANGES[metric])}})
+        parts.append((k + 1, rows[(rows["part"] == site) & (rows["metric"] == metric)]))
+        figure.add_trace(go.Heatmap(name=title, coloraxis=axis), row=k + 1, col=1)
+    pairs = rows["pair"].nunique()
+    for line, ((phase, window), turning) in enumerate(ends.items()):
+        for k in range(1, len(titles) + 1):
+            text = f"window {phase}: {window:,}" if k == 1 else ""
+            dash = "dot" if phase == "before" else "solid"
+            mark_at(figure, k, turning - 0.5, text, line, share=turning / pairs, dash=dash, colour="white")
+    return _Maps(figure, parts)
 
 
-def _heatmap(
-    panels: _Panels,
-    place: tuple[int, int],
-    table: pd.DataFrame,
-    names: list[str],
-    lengths: pd.DataFrame,
-    frame: pd.DataFrame,
-) -> None:
-    """One panel: rows by name, pairs along a common axis with their wavelengths, and where windows end in it."""
-    figure, (row, column) = panels.figure, place
-    trace = go.Heatmap(
-        z=table.to_numpy(),
-        x=table.columns,
+def _map(figure: go.Figure, k: int, table: pd.DataFrame, names: list[str], height: int) -> None:
+    """Fill panel k: lines by name, pairs across."""
+    figure.data[k - 1].update(
+        z=table.to_numpy(dtype=float),
+        x=table.columns.tolist(),
         y=names,
-        coloraxis="coloraxis" if row == 1 else f"coloraxis{row}",
+        name=None,
         hovertemplate="%{y}, pair %{x}: %{z:.4g}<extra></extra>",
     )
-    figure.add_trace(trace, row=row, col=column)
-    step = max(1, len(lengths) // 8)
-    shown = lengths.iloc[::step]
-    text = [f"{_short(row.wavelength)}<br>{_short(row.wavelength_after)}" for row in shown.itertuples()]
-    title = "wavelength before, and after"
-    figure.update_xaxes(tickvals=shown.index, ticktext=text, title=title, row=row, col=column)
-    ends = frame[is_landmark(frame)].groupby(["phase", "seq_len"])["value"].first()
-    for (phase, window), turning in ends.items():
-        dash = "dot" if phase == "before" else "solid"
-        figure.add_vline(x=turning - 0.5, line={"color": "white", "width": 3, "dash": dash}, row=row, col=column)
-        axis = next(figure.select_xaxes(row=row, col=column)).plotly_name.removeprefix("xaxis")
-        figure.add_annotation(
-            x=turning - 0.5,
-            y=1,
-            xref=f"x{axis}",
-            yref=f"y{axis} domain",
-            yanchor="bottom",
-            text=f"{window:,}",
-            showarrow=False,
-            font={"size": 11, "color": "#555555"},
-        )
+    figure.update_yaxes(type="category", autorange="reversed", tickvals=down(names, height), **PLAIN, row=k, col=1)
+
+
+def _finished(maps: _Maps, rows: pd.DataFrame, title: str, label: str, note: str) -> go.Figure:
+    ticks, what = _pair_ticks(rows)
+    maps.figure.update_xaxes(**ticks, **PLAIN, tickangle=0, title=what)
+    missing_is_grey(maps.figure)
+    return styled(maps.figure, title, label, note)
+
+
+def _pair_ticks(rows: pd.DataFrame) -> tuple[dict[str, Any], str]:
+    """Ticks with the pair and its wavelengths before and after, of as many pairs as have room; their title."""
+    lengths = rows.groupby("pair")[["wavelength", "wavelength_after"]].first()
+    moved = bool((lengths["wavelength_after"] != lengths["wavelength"]).fillna(False).any())
+    texts = {
+        pair: "<br>".join([f"{pair}", *map(in_short, (before, after) if moved else (before,))])
+        for pair, before, after in lengths.itertuples()
+    }
+    kept = roomy(list(texts), list(texts.values()), list(texts))
+    what = "its wavelength before, and after, in tokens" if moved else "its wavelength in tokens"
+    return {"tickvals": kept, "ticktext": [texts[pair] for pair in kept]}, f"rotary pair, 0 fastest<br>{what}"
 
 
 def _note(rows: pd.DataFrame, how: str) -> str:
@@ -312,17 +340,4 @@ def _note(rows: pd.DataFrame, how: str) -> str:
 
 
 def _pair_note(rows: pd.DataFrame, how: str) -> str:
-    lines = (
-        "wavelengths in tokens; white lines: the last pair that turns in the window before (dotted) and after (solid)"
-    )
-    return f"{_note(rows, how)}; {lines}"
-
-
-def _short(tokens: float) -> str:
-    """A wavelength in few letters."""
-    return f"{tokens / 1000:.3g}k" if tokens >= 1000 else f"{tokens:.3g}"
-
-
-def _wrapped(title: str) -> str:
-    words = title.split()
-    return " ".join(words[: len(words) // 2]) + "<br>" + " ".join(words[len(words) // 2 :])
+    return f"{_note(rows, how)}; white lines: the last pair that turns in the window before (dotted) and after (solid)"

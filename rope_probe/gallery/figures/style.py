@@ -1,27 +1,33 @@
-"""What the figures look like alike: colours, lines, titles and captions, and names as plotly shows them."""
+"""What the figures look like alike: colours, lines, scales of colour, titles and captions."""
 
 import functools
-import hashlib
-import re
-import textwrap
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+from rope_probe.gallery.figures.layout import NARROW, ROOM, even, lay_out, text_width
+from rope_probe.gallery.figures.letters import LONGEST_LABEL, LONGEST_NAME, literal, short
+
+__all__ = ["LONGEST_LABEL", "LONGEST_NAME", "PALETTE", "drawing", "listed", "literal", "measured", "short", "styled"]
+
+PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8833dd")
+"""Told apart by the colour-blind too, at the least its first five; each shows on a light page and on a dark one."""
+GREY = "#888888"
+"""Of references, on light and dark pages."""
 DASHES = ("solid", "dash", "dot")
 SYMBOLS = ("circle", "square-open", "triangle-up")
-BESIDE: dict[str, Any] = {"orientation": "v", "x": 1.02, "y": 1, "yanchor": "top", "tracegroupgap": 0}
-"""A legend to the right of the plot, for many or long names."""
-LONGEST_NAME, LONGEST_LABEL = 60, 100
+SCALE, SIGNED_SCALE = "Viridis", "RdBu_r"
+"""Scales of colour: of amounts, and of numbers with a sign, whose middle is zero."""
+PLAIN: dict[str, Any] = {"showgrid": False, "zeroline": False}
+"""An axis of a map."""
 _TAKEN_APART = ("site", "restriction")
-_MARKUP = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "%": "&#37;", "$": "&#36;"}
-_UNSEEN = (*range(0x20), *range(0x7F, 0xA0), 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A))
-_LITERAL = str.maketrans(_MARKUP | {chr(c): "&#92;" + chr(c).encode("unicode_escape").decode()[1:] for c in _UNSEEN})
-_DIGEST = 8
+_ROOM_FOR_LINE = 17
+_MOST_BAR_TICKS = 6
+_LEAST_POWER = -307
 
 
 class Draw(Protocol):
@@ -44,20 +50,6 @@ def drawing(draw: Draw) -> Draw:
             return draw(_as_shown(measured(frame)), short(literal(label), LONGEST_LABEL))
 
     return drawn
-
-
-def literal(text: str) -> str:
-    """The text by which plotly shows `text` itself: no markup, no template, no TeX; what cannot be seen by its code."""
-    return text.translate(_LITERAL)
-
-
-def short(text: str, longest: int = LONGEST_NAME) -> str:
-    """The text, literal or not, in at most `longest` letters: a digest after an ellipsis tells long ones apart."""
-    letters = re.findall(r"&#?\w{1,6};|.", text, flags=re.DOTALL)
-    if len(letters) <= longest:
-        return text
-    digest = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:_DIGEST]
-    return f"{''.join(letters[: longest - 1 - _DIGEST])}…{digest}"
 
 
 def measured(frame: pd.DataFrame) -> pd.DataFrame:
@@ -84,9 +76,67 @@ def line_style(i: int) -> tuple[str, str, str]:
     return PALETTE[i % len(PALETTE)], DASHES[again], SYMBOLS[again]
 
 
-def spaced(values: Sequence[Any], most: int) -> list[Any]:
-    """At most so many of the values, evenly spaced from the first on: ticks that have room."""
-    return list(values[:: max(1, -(-len(values) // most))])
+def down(names: Sequence[str], height: int, each: int = _ROOM_FOR_LINE) -> list[str]:
+    """Those of a map's lines that have room for their names in so many pixels, where each takes `each`."""
+    return even(names, max(1, height // each))
+
+
+def across(names: Sequence[str], room: float = ROOM) -> list[str]:
+    """Those of a map's columns that have room for their names, in so many pixels across."""
+    widest = max((text_width(str(name)) for name in names), default=1.0) + 10
+    return even(names, max(1, int(room // widest)))
+
+
+def bar_of(title: str, ticks: Mapping[float, str] | None = None) -> dict[str, Any]:
+    """The bar of a colour axis; of the ticks, value and text, at most so many as have room."""
+    if ticks is None:
+        return {"title": {"text": title}, "nticks": _MOST_BAR_TICKS}
+    kept = even(list(ticks), _MOST_BAR_TICKS)
+    return {"title": {"text": title}, "tickvals": kept, "ticktext": [ticks[value] for value in kept]}
+
+
+def logarithmic(shown: pd.Series, title: str, most_decades: float = math.inf) -> dict[str, Any]:
+    """A colour axis for the logarithms of these numbers; what is below the last of so many decades has one colour."""
+    logs = np.log10(shown.dropna().astype(float))
+    logs = logs[np.isfinite(logs)]
+    title = f"{title} (logarithmic)"
+    if logs.empty:
+        return {"colorscale": SCALE, "cmin": -1, "cmax": 0, "colorbar": bar_of(title)}
+    highest = float(logs.max())
+    lowest = max(float(logs.min()), highest - most_decades)
+    steps = (1, 2, 5) if highest - lowest < 1.5 else (1,)
+    powers = range(max(_LEAST_POWER, math.floor(lowest)), min(-_LEAST_POWER, math.ceil(highest)) + 1)
+    ticks = {power + math.log10(step): f"{step * 10.0**power:g}" for power in powers for step in steps}
+    ticks = {log: text for log, text in ticks.items() if lowest - 1e-9 <= log <= highest + 1e-9}
+    if not ticks:  # all within a step
+        ticks = {log: f"{10**log:.3g}" for log in dict.fromkeys([lowest, highest])}
+    return {"colorscale": SCALE, "cmin": lowest, "cmax": highest, "colorbar": bar_of(title, ticks)}
+
+
+def in_short(number: float) -> str:
+    """A theta or a wavelength in few letters: 6.28, 12.6k, 3M."""
+    for unit, letter in ((1e6, "M"), (1e3, "k")):
+        if unit <= number < 1e9:
+            return f"{number / unit:.3g}{letter}"
+    return f"{number:.3g}"
+
+
+def log_range(values: pd.Series, most_decades: float) -> tuple[float, float] | None:
+    """The range of a logarithmic axis that holds the positive ones of these, but no more decades than so many."""
+    logs = np.log10(values[values > 0].astype(float))
+    logs = logs[np.isfinite(logs)]
+    if logs.empty:
+        return None
+    lowest = max(logs.min(), logs.max() - most_decades)
+    margin = max(0.15, 0.05 * (logs.max() - lowest))
+    return float(lowest - margin), float(logs.max() + margin)
+
+
+def signed(values: Sequence[float], title: str) -> dict[str, Any]:
+    """A colour axis for numbers with a sign: zero lies in its middle."""
+    largest = float(np.nanmax(np.abs(values))) if np.size(values) else 0.0
+    largest = largest if largest > 0 else 1.0
+    return {"colorscale": SIGNED_SCALE, "cmin": -largest, "cmax": largest, "colorbar": bar_of(title)}
 
 
 def listed(values: pd.Series) -> str:
@@ -94,29 +144,43 @@ def listed(values: pd.Series) -> str:
     return ", ".join(map(str, sorted(values.dropna().unique().tolist())))
 
 
-def styled(figure: go.Figure, title: str, label: str, caption: str, height: int, *, below: int = 62) -> go.Figure:
-    """Give a figure its title, its caption (`below` pixels under the lowest axis), and the margins and fonts of all."""
-    wrapped = "<br>".join(textwrap.wrap(caption, 125, break_long_words=False))
+def styled(figure: go.Figure, title: str, label: str, caption: str) -> go.Figure:
+    """Give a figure that `panels` made its title, its caption, the fonts of all, and every part its place.
+
+    `figure.layout.meta` holds "title" and "caption" as plain text of one line, for pages that show them themselves.
+    """
+    text = f"{title}: {label}" if label else title
     figure.update_layout(
         template="plotly_white",
-        height=height,
-        margin={"t": 90, "b": below + 48, "l": 90, "r": 40},
-        title={"text": f"{title}: {label}" if label else title, "x": 0.01, "xanchor": "left"},
-        font={"family": "system-ui, sans-serif", "size": 14},
-        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+        meta={
+            **figure.layout.meta,
+            "title": text,
+            "caption": caption,
+            "names": [trace.name for trace in figure.data],
+            "bars": _untitled_bars(figure),
+        },
+        font={"family": "system-ui, sans-serif", "size": 12},
         hoverlabel={"namelength": -1},
+        autosize=True,
     )
-    figure.add_annotation(
-        text=wrapped,
-        xref="paper",
-        yref="paper",
-        x=0,
-        y=0,
-        yshift=-below,
-        yanchor="top",
-        xanchor="left",
-        align="left",
-        showarrow=False,
-        font={"size": 12, "color": "#555555"},
-    )
+    lay_out(figure, NARROW)
     return figure
+
+
+def _untitled_bars(figure: go.Figure) -> dict[str, str]:
+    """What the bar of each colour axis is called; taken from the bars, over which `lay_out` writes it."""
+    bars = {}
+    for axis in {trace.coloraxis for trace in figure.data if trace.type == "heatmap"} - {None}:
+        bar = figure.layout[axis].colorbar
+        bars[axis] = bar.title.text or ""
+        bar.title.text = None
+    return bars
+
+
+def themed(figure: go.Figure, theme: str) -> go.Figure:
+    """A copy for a page that is "light" or "dark"; raises KeyError for another theme.
+
+    Nothing that a drawing sets has a colour of text or of the page, so that the template of plotly decides.
+    """
+    template = {"light": "plotly_white", "dark": "plotly_dark"}[theme]
+    return go.Figure(figure).update_layout(template=template)

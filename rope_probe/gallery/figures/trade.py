@@ -5,7 +5,8 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from rope_probe.errors import InputError
-from rope_probe.gallery.figures.style import BESIDE, drawing, line_style, listed, styled
+from rope_probe.gallery.figures.layout import panels
+from rope_probe.gallery.figures.style import drawing, line_style, listed, styled
 from rope_probe.runs.intervals import student_interval
 
 _SHORT, _LONG = "short_accuracy", "long_accuracy"
@@ -32,7 +33,7 @@ def trade_off(frame: pd.DataFrame, label: str = "") -> go.Figure:
     }
     if not points:
         raise InputError("these results hold no model with skill in both windows; run experiments.longred")
-    figure = go.Figure()
+    figure = panels([""], 400)
     for i, (model, (short, long)) in enumerate(points.items()):
         colour, _, symbol = line_style(i)
         figure.add_trace(
@@ -50,11 +51,11 @@ def trade_off(frame: pd.DataFrame, label: str = "") -> go.Figure:
         )
     windows = {metric: listed(rows.loc[rows["metric"] == metric, "seq_len"]) for metric in (_SHORT, _LONG)}
     figure.update_xaxes(title=f"accuracy in a window of {windows[_SHORT]} tokens", range=[-0.03, 1.03])
-    figure.update_yaxes(title=f"accuracy far away in a window of {windows[_LONG]} tokens", range=[-0.03, 1.03])
+    figure.update_yaxes(title=f"accuracy far away in a window<br>of {windows[_LONG]} tokens", range=[-0.03, 1.03])
     several = rows.groupby("model")["seed"].nunique().max() > 1
     bars = "Student's over seeds, at least those over trials" if several else "over trials"
     note = f"points: means over distances and seeds {listed(rows['seed'])}; bars: 95%, {bars}"
-    return styled(figure, "Long skill against short skill", label, note, height=560).update_layout(legend=BESIDE)
+    return styled(figure, "Long skill against short skill", label, note)
 
 
 def _pooled(rows: pd.DataFrame, metric: str) -> tuple[float, float, float]:

@@ -2,14 +2,13 @@
 
 import pandas as pd
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
 from rope_probe.errors import InputError
-from rope_probe.gallery.figures.style import BESIDE, drawing, line_style, listed, styled
+from rope_probe.gallery.figures.layout import panels as panels_of
+from rope_probe.gallery.figures.style import drawing, line_style, listed, styled
 
 LOSSES = {"ce_nats": ("cross-entropy, nats", "linear"), "kd_nats": ("KD divergence, nats", "log")}
-_LOG_TICKS = [step * 10.0**power for power in range(-6, 3) for step in (1, 2, 5)]
-_PANEL = 330
+_LOWEST_PANEL, _HIGHEST_PANEL, _ALL_PANELS = 90, 240, 900
 
 
 def is_loss(frame: pd.DataFrame) -> pd.Series:
@@ -31,39 +30,29 @@ def loss_curves(frame: pd.DataFrame, label: str = "") -> go.Figure:
     metrics = [metric for metric in LOSSES if (rows["metric"] == metric).any()]
     phases = rows["phase"].unique().tolist()
     panels = dict(tuple(rows.groupby(["metric", "phase"])))
-    grid: list[list[dict | None]] = [
-        [{} if (metric, phase) in panels else None for phase in phases] for metric in metrics
-    ]
-    figure = make_subplots(
-        rows=len(metrics),
-        cols=len(phases),
-        specs=grid,
-        shared_yaxes=True,
-        subplot_titles=[phase and f"{phase} phase" for m in metrics for phase in phases if (m, phase) in panels],
-        vertical_spacing=90 / (_PANEL * len(metrics)),
-        horizontal_spacing=0.04,
-    )
+    places = [(metric, phase) for metric in metrics for phase in phases if (metric, phase) in panels]
+    titles = [f"{LOSSES[metric][0]}{phase and f': {phase} phase'}" for metric, phase in places]
+    height = max(_LOWEST_PANEL, min(_HIGHEST_PANEL, _ALL_PANELS // len(places)))
+    figure = panels_of(titles, height)
     styles = {line: line_style(i)[:2] for i, line in enumerate(rows["line"].unique())}
     untold = set(styles)
-    for i, metric in enumerate(metrics, start=1):
-        present = [phase for phase in phases if (metric, phase) in panels]
-        for phase in present:
-            panel, j = panels[metric, phase], phases.index(phase) + 1
-            for line, part in panel.groupby("line", sort=False):
-                traces = _seeds_and_mean(line, part, *styles[line], in_legend=line in untold)
-                figure.add_traces(traces, rows=i, cols=j)
-                untold.discard(line)
-            figure.update_xaxes(title="tokens trained on in the phase", rangemode="tozero", row=i, col=j)
-        title, scale = LOSSES[metric]
-        figure.update_yaxes(title=title, row=i, col=phases.index(present[0]) + 1)
-        figure.update_yaxes(type=scale, tickvals=_LOG_TICKS if scale == "log" else None, tickformat="~g", row=i)
+    for row, (metric, phase) in enumerate(places, start=1):
+        for line, part in panels[metric, phase].groupby("line", sort=False):
+            traces = _seeds_and_mean(line, part, *styles[line], in_legend=line in untold)
+            figure.add_traces(traces, rows=row, cols=1)
+            untold.discard(line)
+        scale = LOSSES[metric][1]
+        first = next(i for i, (other, _) in enumerate(places, start=1) if other == metric)
+        same = {"matches": "y" if first == 1 else f"y{first}"} if row > first else {}
+        figure.update_yaxes(title="nats", type=scale, tickformat="~g", nticks=6, **same, row=row, col=1)
+        figure.update_xaxes(rangemode="tozero", tickformat="~s", row=row, col=1)
+    figure.update_xaxes(title="tokens trained on in the phase", row=len(places), col=1)
     windows = f"windows of {windows} tokens, " if (windows := listed(rows["seq_len"])) else ""
     note = (
         f"loss of each measured step, {windows}seeds {listed(rows['seed'])}; "
         "thin: seeds as logged; bold: their mean, as far as all of them went"
     )
-    figure = styled(figure, "Losses in training", label, note, height=200 + _PANEL * len(metrics))
-    return figure.update_layout(legend=BESIDE)
+    return styled(figure, "Losses in training", label, note)
 
 
 def _names(rows: pd.DataFrame) -> pd.Series:

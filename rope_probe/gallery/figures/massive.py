@@ -1,0 +1,79 @@
+"""Where queries, keys and values are long: layer x rotary pair maps of massive values."""
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from rope_probe.errors import InputError
+from rope_probe.gallery.figures.style import drawing, listed, spaced, styled
+from rope_probe.tracing.massive import STATES
+
+PANELS = dict(zip(STATES, ("queries", "keys", "values"), strict=True))
+_HIGHEST_PANEL, _HIGHEST_CELL, _LOWEST_PANEL, _ROOM_FOR_TICK = 900, 30, 160, 18
+_MOST_TICKS = 8
+
+
+def is_ratio(frame: pd.DataFrame) -> pd.Series:
+    """Rows that `massive_map` draws: how long a rotary pair is against the median of its head."""
+    return (frame["metric"] == "ratio") & frame["pair"].notna() & frame["layer"].notna() & frame["states"].isin(PANELS)
+
+
+@drawing
+def massive_map(frame: pd.DataFrame, label: str = "") -> go.Figure:
+    """Layer x rotary pair maps of the length of queries, keys and values against their head's median, side by side.
+
+    Each cell is the mean over heads and seeds; the colour is its logarithm, white where a pair is as long as the
+    median. The largest head stands in the hover. Raises InputError where the frame has no massive values.
+    """
+    rows = frame[is_ratio(frame)]
+    if rows.empty:
+        raise InputError("these results hold no norms of pairs; make them with massive_values")
+    layers = sorted(rows["layer"].unique().tolist())
+    pairs = sorted(rows["pair"].unique().tolist())
+    height = max(_LOWEST_PANEL, min(_HIGHEST_CELL * len(layers), _HIGHEST_PANEL))
+    figure = make_subplots(
+        rows=1, cols=3, shared_yaxes=True, subplot_titles=list(PANELS.values()), horizontal_spacing=0.03
+    )
+    largest, shown = [], []
+    for column, (states, name) in enumerate(PANELS.items(), start=1):
+        part = rows[rows["states"] == states]
+        axes = {"index": "layer", "columns": "pair", "dropna": False}
+        mean = part.pivot_table(values="value", aggfunc="mean", **axes).reindex(index=layers, columns=pairs)
+        most = part.pivot_table(values="value", aggfunc="max", **axes).reindex(index=layers, columns=pairs)
+        wavelength = part.pivot_table(values="wavelength", aggfunc="mean", **axes)
+        hover = [table.reindex(index=layers, columns=pairs).to_numpy(dtype=float) for table in (mean, most, wavelength)]
+        shown.append(np.log10(np.where(hover[0] > 0, hover[0], np.nan)))
+        trace = go.Heatmap(
+            z=shown[-1],
+            x=pairs,
+            y=layers,
+            customdata=np.stack(hover, -1),
+            coloraxis="coloraxis",
+            hovertemplate=(
+                "layer %{y}, pair %{x}, wavelength %{customdata[2]:,.4g} tokens<br>%{customdata[0]:.3g} times the "
+                "median, %{customdata[1]:.3g} in the largest head<extra></extra>"
+            ),
+        )
+        figure.add_trace(trace, row=1, col=column)
+        if not part.empty:
+            top = part.loc[part["value"].idxmax()]
+            largest.append(
+                f"{name}: {top['value']:.1f} at most, in layer {top['layer']}, head {top['head']}, pair {top['pair']}"
+            )
+    finite = np.concatenate([table[np.isfinite(table)] for table in shown])
+    limit = max(float(np.abs(finite).max()), 0.1) if finite.size else 1.0
+    ticks = np.linspace(-limit, limit, 5)
+    bar = {"title": "times the<br>median", "tickvals": ticks, "ticktext": [f"{10.0**tick:.2g}" for tick in ticks]}
+    figure.update_layout(
+        coloraxis={"colorscale": "RdBu_r", "cmid": 0, "cmin": -limit, "cmax": limit, "colorbar": bar},
+        plot_bgcolor="#d8d8d8",
+    )
+    plain = {"showgrid": False, "zeroline": False}
+    figure.update_yaxes(autorange="reversed", tickvals=spaced(layers, height // _ROOM_FOR_TICK), **plain)
+    figure.update_yaxes(title="layer", col=1)
+    figure.update_xaxes(title="pair, 0 fastest", tickvals=spaced(pairs, _MOST_TICKS), tickangle=0, **plain)
+    note = f"mean over heads and positions; window {listed(rows['seq_len'])} tokens; " + "; ".join(largest)
+    if seeds := listed(rows["seed"]):
+        note += f"; seeds {seeds}"
+    return styled(figure, "Where queries, keys and values are long", label, note, height=height + 250)
