@@ -115,7 +115,7 @@ def main(
 ) -> None:
     """Train and measure one arm into the run directory `out`."""
     data = {"kind": "text", "dataset": dataset, "subset": subset, "tokenizer": student}
-    given = {"window": window, "tokens": tokens, "batch_tokens": batch_tokens, "lr": lr}
+    given: dict[str, Any] = {"window": window, "tokens": tokens, "batch_tokens": batch_tokens, "lr": lr}
     ways = {"device": device, "dtype": dtype, "attn": attn}
     train_and_measure(arm, out, student, teacher, data=data, rotation=rotation, seed=seed, ways=ways, **given)
 
@@ -147,7 +147,11 @@ def train_and_measure(
         raise InputError(f"rotation must be one of {', '.join(ROTATIONS)}, but it is {rotation!r}")
     shape: dict[str, Any] = {"window": window, "tokens": tokens, "batch_tokens": batch_tokens, "lr": lr}
     config = training_config(arm, student, teacher, data=data, rope=ROTATIONS[rotation], seed=seed, ways=ways, **shape)
-    described = {"arm": arm, "rotation": rotation, "training": None if config is None else dataclasses.asdict(config)}
+    described: dict[str, Any] = {
+        "arm": arm,
+        "rotation": rotation,
+        "training": None if config is None else dataclasses.asdict(config),
+    }
     described |= {"student": student, "longest": longest or window, "trained": trained, "seeds": list(seeds)}
     with new_run(out, "beyond_train", described, overwrite=True) as run:
         device = ways.get("device")
@@ -171,7 +175,7 @@ def measured(model: HookedCausalLM, longest: int, seed: int, trained: int) -> li
     return [
         {**row, "temperature": temperature, "task": stack.kind}
         for sharpened in ("none_and_log_n", "yarn")
-        for temperature, rows in readings(model, stack, sharpened, longest, lambda tokens: None, trained)  # type: ignore[arg-type]
+        for temperature, rows in readings(model, stack, sharpened, longest, lambda tokens: None, trained)
         for row in rows
     ]
 

@@ -8,8 +8,9 @@ Perturbations act while the text is read and while a question is, each at its ow
 YaRN's frequencies) are the model's own: give a model made by `checkpoints.with_rope`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -66,7 +67,7 @@ class Reading:
         def keep(layer: int, site: str, x: Float[Tensor, "1 m K D"], hook: HookPoint) -> None:
             new[layer, site] = x.detach().transpose(1, 2)  # [1, K, m, D]
 
-        keeps = [
+        keeps: list[tuple[str, Callable[..., Any]]] = [
             (f"blocks.{layer}.attn.{site}", partial(keep, layer, site))
             for layer in self.model.attending_layers
             for site in _SITES
