@@ -882,10 +882,8 @@ def numbers(figure):
 ODD_NAME = '<a href="#">odd</a>&lt;%{y}$z$'
 ODD_NAME_AS_TEXT = '&lt;a href="#"&gt;odd&lt;/a&gt;&amp;lt;&#37;{y}&#36;z&#36;'
 NAMELESS = {"theta_grid", "copy_heatmap", "dose_response", "injected_by_read", "sensitivity_by_pair", "change_by_part",
-            "span_heatmap", "span_heads", "trace_cost", "head_map", "layer_effects", "head_effects",
-            "lens_by_layer", "massive_map", "retrieval_map"}  # fmt: skip
             "span_heatmap", "span_heads", "trace_cost", "head_map", "head_pairs", "layer_effects",
-            "head_effects"}  # fmt: skip
+            "head_effects", "lens_by_layer", "massive_map", "retrieval_map"}  # fmt: skip
 
 
 @pytest.mark.parametrize("drawing", plots.DRAWINGS, ids=lambda drawing: drawing.name)

@@ -344,8 +344,8 @@ DRAWINGS = [
         lambda rows: [_masked(rows)],
         per_model=True,
         how_to_read=(
-            "Each cell is a rotary pair of a head, told as a multiple of the head's median pair. Bright cells are massive "
-            "values."
+            "Each cell is a rotary pair of a layer, told as a multiple of the median pair of its head. Red pairs are "
+            "longer than it, the deep red ones massive values; blue pairs are shorter."
         ),
         finding=Extremes(("states", "layer", "head", "pair")),
     ),
@@ -357,8 +357,8 @@ DRAWINGS = [
         lambda rows: [rows["arm"].fillna(""), _role(rows), _masked(rows)],
         per_model=True,
         how_to_read=(
-            "Shares of content, position and their interaction add up to one at every layer. Position says what a place "
-            "does to every content alike."
+            "Shares of content, position and their interaction add up to one at every layer. Position says what a "
+            "place does to every content alike."
         ),
         finding=Extremes(("site", "layer"), ("position_share",)),
     ),
