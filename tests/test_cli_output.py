@@ -266,8 +266,8 @@ def test_temperature_acts_while_retrieval_is_measured(reader, tmp_path, capsys):
     asked = {"none": (), "one": ("--temperature", "1"), "flat": ("--temperature", "0")}
     asked["log_n"] = ("--temperature", "log_n", "--reference", "4")
     values, told = {}, {}
-    for name, options in asked.items():
-        rows = printed_json(capsys, "retrieval", reader, "--out", tmp_path / name, *given, *options)["retrieval"]
+    for name, added in asked.items():
+        rows = printed_json(capsys, "retrieval", reader, "--out", tmp_path / name, *given, *added)["retrieval"]
         values[name] = next(row["value"] for row in rows if row["metric"] == "answer_logprob_nats")
         told[name] = read_run(tmp_path / name)[0]["retrieval"]["perturbation"].fillna("").unique().tolist()
     assert values["one"] == pytest.approx(values["none"], rel=1e-5)
