@@ -221,6 +221,70 @@ def test_json_of_the_other_commands(reader, tmp_path, capsys):
     assert report == {"command": "report", "gallery": str(tmp_path / "gallery" / "index.html")}
 
 
+def test_trace_with_lens_reads_every_layer(reader, tmp_path, capsys):
+    told = printed_json(capsys, "trace", reader, "--out", tmp_path / "run", *QUICK, "--shift", "4", "--lens")
+    deltas = read_run(tmp_path / "run")[0]["deltas"]
+    rows = deltas[(deltas["metric"] == "kl_nats") & (deltas["side"] == "q")]
+    by_site = rows.groupby("site")["value"].mean()
+    assert set(by_site.index) == {"blocks.0.lens", "blocks.1.lens", "logits"}
+    assert by_site["blocks.1.lens"] == pytest.approx(by_site["logits"], rel=1e-3)
+    assert by_site["blocks.0.lens"] > 0
+    (printed,) = [row for row in told["logit_kl_nats"] if "'q'" in row["perturbation"]]
+    assert printed["value"] == pytest.approx(by_site["logits"])  # the table holds no lens
+
+
+def test_heads_with_massive_tells_the_longest_pairs(reader, tmp_path, capsys):
+    read = ("--window", "40", "--document-length", "20", "--layer", "1")
+    told = printed_json(capsys, "heads", reader, "--out", tmp_path / "run", *read, "--massive")
+    frame = read_run(tmp_path / "run")[0]["massive_values"]
+    assert set(frame["layer"]) == {1}
+    ratios = frame[(frame["metric"] == "ratio") & frame["pair"].notna()]
+    for states in "qkv":
+        shown = [row["value"] for row in told["massive"] if row["states"] == states]
+        assert shown == pytest.approx(ratios[ratios["states"] == states]["value"].nlargest(5).tolist())
+    assert rope_probe(capsys, "heads", reader, "--out", tmp_path / "plain", *read)[0] == 0
+    assert "massive_values" not in read_run(tmp_path / "plain")[0]
+
+
+MAP = ("--task", "key_value", "--keys", "9", "--values", "9", "--trials", "2", "--map")
+
+
+def test_a_map_of_retrieval_has_every_distance_in_every_window_with_room(reader, tmp_path, capsys):
+    given = (*MAP, "--window", "32", "--window", "16", "--distance", "8", "--distance", "16")
+    told = printed_json(capsys, "retrieval", reader, "--out", tmp_path / "run", *given)
+    tables, manifest = read_run(tmp_path / "run")
+    cells = set(tables["retrieval"][["seq_len", "distance"]].itertuples(index=False, name=None))
+    assert cells == {(16, 8), (32, 8), (32, 16)}
+    assert {(row["seq_len"], row["distance"]) for row in told["retrieval"]} == cells
+    assert manifest["config"]["window"] == [16, 32]
+    whole = printed_json(capsys, "retrieval", reader, "--out", tmp_path / "whole", *MAP, "--window", "32")
+    assert {row["distance"] for row in whole["retrieval"]} == {8, 16}
+
+
+def test_temperature_acts_while_retrieval_is_measured(reader, tmp_path, capsys):
+    given = (*MAP[:-1], "--window", "32", "--distance", "8")
+    asked = {"none": (), "one": ("--temperature", "1"), "flat": ("--temperature", "0")}
+    asked["log_n"] = ("--temperature", "log_n", "--reference", "4")
+    values, told = {}, {}
+    for name, added in asked.items():
+        rows = printed_json(capsys, "retrieval", reader, "--out", tmp_path / name, *given, *added)["retrieval"]
+        values[name] = next(row["value"] for row in rows if row["metric"] == "answer_logprob_nats")
+        told[name] = read_run(tmp_path / name)[0]["retrieval"]["perturbation"].fillna("").unique().tolist()
+    assert values["one"] == pytest.approx(values["none"], rel=1e-5)
+    assert len({round(values[name], 7) for name in ("none", "flat", "log_n")}) == 3
+    assert told["none"] == [""]
+    assert "log_n" in told["log_n"][0]
+
+
+@pytest.mark.parametrize(("options", "named"), [
+    (("--window", "32", "--window", "16"), "--map"), (("--map", "--task", "fwe"), "needs distances"),
+    (("--temperature", "warm"), "'warm'"), (("--temperature", "log_n"), "reference"),
+    (("--reference", "64"), "--temperature log_n"), (("--temperature=-1",), "0 or more"),
+])  # fmt: skip
+def test_bad_maps_and_temperatures_are_one_line(reader, tmp_path, capsys, options, named):
+    is_refused(capsys, tmp_path, "retrieval", [reader, *options], named)
+
+
 def test_bad_input_with_json_is_a_line_on_stderr_and_nothing_on_stdout(reader, tmp_path, capsys):
     is_refused(capsys, tmp_path, "trace", [reader, "--json", "--layer", "9"], "layers 0 to 1")
 

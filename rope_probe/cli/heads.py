@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 EXAMPLES = (
     "rope-probe heads smollm2-135m --out runs/heads",
     "rope-probe heads MODEL --out runs/heads --window 1024 --pairs --trials 8",
+    "rope-probe heads MODEL --out runs/massive --massive",
 )
 _SHOWN = 5
 """How many heads are printed of each kind of attention."""
@@ -60,6 +61,10 @@ def command(
     ] = None,
     pairs: Annotated[
         bool, typer.Option("--pairs", help="What each rotary pair adds to scores, too.", rich_help_panel=DONE)
+    ] = False,
+    massive: Annotated[
+        bool,
+        typer.Option("--massive", help="How long queries and keys are in each pair, too.", rich_help_panel=DONE),
     ] = False,
     trials: Annotated[
         int,
@@ -88,6 +93,7 @@ def command(
     from rope_probe.runs.progress import progress
     from rope_probe.runs.results import new_run
     from rope_probe.tracing.heads import HEAD_PAIRS, HEADS, head_scores, pair_contributions
+    from rope_probe.tracing.massive import MASSIVE_VALUES, massive_values
 
     if distance is not None and not trials:
         raise InputError("--distance is that of --trials; give both, or neither")
@@ -98,13 +104,19 @@ def command(
         read = sources.window_of(hooked, window, source, seed)
         task = _passkey(hooked, model, len(read)) if trials else None
         depth = len(hooked.blocks)
-        work = len(layer or hooked.blocks) * (1 + pairs) + trials * depth  # a trial is a pass through all layers
+        work = (
+            len(layer or hooked.blocks) * (1 + pairs + massive) + trials * depth
+        )  # a trial is a pass through all layers
         with progress("layers", work) as advance:
             scores = head_scores(hooked, read, masked=masked, layers=layer, progress=advance)
             run.record(HEADS, scores, model=model, seed=seed)
             if pairs:
                 contributions = pair_contributions(hooked, read, masked=masked, layers=layer, progress=advance)
                 run.record(HEAD_PAIRS, contributions, model=model, seed=seed)
+            lengths = None
+            if massive:
+                lengths = massive_values(hooked, read, masked=masked, layers=layer, progress=advance)
+                run.record(MASSIVE_VALUES, lengths, model=model, seed=seed)
             if task is not None:
                 copied = retrieval_head_scores(
                     hooked,
@@ -119,7 +131,8 @@ def command(
                 scores = pd.concat([scores, copied])
         describe(run, hooked, model, adapter)
         run.provenance.add_tokens("window", read, masked=masked)
-    show(out, _tables(scores), command="heads", as_json=as_json)
+    tables = [*_tables(scores), *([] if lengths is None else _tables_of_lengths(lengths))]
+    show(out, tables, command="heads", as_json=as_json)
 
 
 def _passkey(model: "HookedCausalLM", name: str, window: int) -> "TextTask":
@@ -143,4 +156,20 @@ def _tables(scores: "pd.DataFrame") -> list[Table]:
             title = f"{metric}, share of attention {what}: the largest"
             labels, names = {"metric": metric}, {"value": "share"}
             tables.append(Table("largest", title, most, "{:.3f}", keys=2, labels=labels, names=names))
+    return tables
+
+
+def _tables_of_lengths(lengths: "pd.DataFrame") -> list[Table]:
+    """The rotary pairs that are longest against the median of their head, of queries, keys and values."""
+    from rope_probe.gallery.figures.massive import PANELS
+
+    ratios = lengths[(lengths["metric"] == "ratio") & lengths["pair"].notna() & lengths["value"].notna()]
+    tables = []
+    for states, what in PANELS.items():
+        rows = ratios[ratios["states"] == states]
+        if len(rows):
+            most = rows.nlargest(_SHOWN, "value")[["layer", "head", "pair", "wavelength", "value"]]
+            title = f"{what}, length of a pair over the median of its head: the largest"
+            names = {"value": "ratio"}
+            tables.append(Table("massive", title, most, "{:.3g}", keys=3, labels={"states": states}, names=names))
     return tables

@@ -77,6 +77,13 @@ def window_in_range(tokens: int | None) -> int | None:
     return tokens
 
 
+def windows_in_range(windows: list[int] | None) -> list[int] | None:
+    """Windows that are no slips of the keyboard. Raises typer.BadParameter for another."""
+    for tokens in windows or []:
+        window_in_range(tokens)
+    return windows
+
+
 def seed_in_range(seed: int | None) -> int | None:
     """A seed that 63 bits hold. Raises typer.BadParameter for another."""
     if seed is not None and seed >= 2**63:

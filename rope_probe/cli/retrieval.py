@@ -25,7 +25,7 @@ from rope_probe.cli.options import (
     Overwrite,
     Seed,
     Task,
-    window_in_range,
+    windows_in_range,
 )
 from rope_probe.cli.output import Table, show, tell
 from rope_probe.errors import InputError
@@ -34,11 +34,15 @@ from rope_probe.names import KEY_VALUE, TEXT_TASKS
 if TYPE_CHECKING:
     from rope_probe.retrieval.probe import RetrievalTask
     from rope_probe.runs.results import Run
+    from rope_probe.tracing.perturbations import AttentionTemperature
 
 EXAMPLES = (
     "rope-probe retrieval smollm2-135m --out runs/retrieval",
     "rope-probe retrieval MODEL --out runs/vt --task vt --window 4096 --trials 32",
+    "rope-probe retrieval MODEL --out runs/map --map --window 1024 --window 4096",
 )
+_WINDOW = 1024
+"""Tokens of a trial, by default."""
 _QUICK_TASKS = ("passkey", "niah_single_1", "fwe")
 """Tasks in text that end within minutes together; the default."""
 
@@ -56,8 +60,15 @@ def command(
         ),
     ] = None,
     window: Annotated[
-        int, typer.Option(min=4, callback=window_in_range, help="Tokens of a trial.", rich_help_panel=INPUT)
-    ] = 1024,
+        list[int] | None,
+        typer.Option(
+            min=4,
+            callback=windows_in_range,
+            help="Tokens of a trial. Can be given again, with --map.",
+            show_default=f"{_WINDOW}",
+            rich_help_panel=INPUT,
+        ),
+    ] = None,
     distance: Annotated[
         list[int] | None,
         typer.Option(
@@ -65,6 +76,27 @@ def command(
             show_default="three in text, all powers of two for key_value",
             rich_help_panel=DONE,
         ),
+    ] = None,
+    as_map: Annotated[
+        bool,
+        typer.Option(
+            "--map",
+            help="Each distance in every window with room for it, which tells the two apart.",
+            rich_help_panel=DONE,
+        ),
+    ] = False,
+    temperature: Annotated[
+        str | None,
+        typer.Option(
+            help="Factor on attention scores, or log_n with --reference.",
+            metavar="X",
+            show_default="none",
+            rich_help_panel=DONE,
+        ),
+    ] = None,
+    reference: Annotated[
+        int | None,
+        typer.Option(help="Window the model was trained on, for log_n.", show_default="none", rich_help_panel=DONE),
     ] = None,
     trials: Annotated[
         int | None,
@@ -94,30 +126,45 @@ def command(
     """Probe retrieval by distance: accuracy and log-probability of the answer, with 95% intervals.
 
     key_value is for toy vocabularies; the others are text, passkey and tasks of RULER, read by the model's tokenizer.
+    With --map, the distances are all that the task has, unless they are given.
     Trials are kept at OUT.trials.jsonl as they are done, so the same command goes on after it was cut short.
     """
     config = recorded(locals())
     import pandas as pd
 
     from rope_probe.models.hooked import load_model
+    from rope_probe.retrieval.maps import map_cells
     from rope_probe.retrieval.probe import RETRIEVAL, retrieval_accuracy, trials_hash
     from rope_probe.runs.progress import progress
     from rope_probe.runs.provenance import Read
     from rope_probe.runs.results import new_run
 
+    windows = sorted(set(window or [_WINDOW]))
+    if len(windows) > 1 and not as_map:
+        raise InputError(f"windows {', '.join(map(str, windows))} make a map; add --map, or give one of them")
+    config["window"] = windows if len(windows) > 1 else windows[0]
+    perturbation = _temperature(temperature, reference)
     with new_run(out, "retrieval", config, overwrite=overwrite, inputs=[model]) as run:
         hooked = load_model(model, **how_to_load(attn, dtype, device, device_map, adapter))
         tell_origin(model)
-        tasks = tasks_of(model, task, window, keys, values)
+        tasks = tasks_of(model, task, windows[-1], keys, values)
+        if as_map and not task:  # the default, less what has no distances
+            tasks = [one for one in tasks if one.distances() != [None]]
         sweeps = [one.default_distances() for one in tasks]
         if distance and all(sweep == [None] for sweep in sweeps):
             raise InputError(f"--distance says nothing to {', '.join(one.name for one in tasks)}; leave it out")
         sweeps = [distance if distance and sweep != [None] else sweep for sweep in sweeps]
         counts = [trials or one.default_trials for one in tasks]
         plan = list(zip(tasks, sweeps, counts, strict=True))
-        hashes = {  # before anything is measured, since this is where a distance or a window that does not fit is found
-            one.name: {d: trials_hash(one, d, count, seed=seed) for d in sweep} for one, sweep, count in plan
-        }
+        if as_map:
+            plan = [
+                (cell, fitting, count)
+                for one, count in zip(tasks, counts, strict=True)
+                for cell, fitting in map_cells(hooked, one, windows, distance, trials=trials, seed=seed)
+            ]
+        hashes = [  # before anything is measured, since this is where a distance or a window that does not fit is found
+            (one.name, trials_hash(one, d, count, seed=seed)) for one, sweep, count in plan for d in sweep
+        ]
         with (
             _kept_trials(out, run) as kept,
             progress("trials", sum(count * len(sweep) for _, sweep, count in plan)) as advance,
@@ -125,17 +172,42 @@ def command(
             frames = []
             for one, sweep, count in plan:
                 frame = retrieval_accuracy(
-                    hooked, one, sweep, trials=count, seed=seed, progress=advance, trials_file=kept
+                    hooked,
+                    one,
+                    sweep,
+                    trials=count,
+                    seed=seed,
+                    perturbation=perturbation,
+                    progress=advance,
+                    trials_file=kept,
                 )
                 frames.append(run.record(RETRIEVAL, frame, model=model))
         describe(run, hooked, model, adapter)
-        for name, by_distance in hashes.items():
-            for digest in by_distance.values():
-                run.provenance.add_read(name, Read(digest))
+        for name, digest in hashes:
+            run.provenance.add_read(name, Read(digest))
     kept.unlink(missing_ok=True)  # only now: had the run failed at its end, its trials would still be there
-    shown = pd.concat(frames)[["task", "distance", "metric", "value", "low", "high"]]
-    title = "Retrieval by distance, with 95% intervals"
-    show(out, [Table("retrieval", title, shown, "{:.3f}", keys=3)], command="retrieval", as_json=as_json)
+    place = ["task", *(["seq_len"] if as_map else []), "distance", "metric"]
+    shown = pd.concat(frames)[[*place, "value", "low", "high"]]
+    title = f"Retrieval by {'window and distance' if as_map else 'distance'}, with 95% intervals"
+    table = Table("retrieval", title, shown, "{:.3f}", keys=len(place), names={"seq_len": "window"})
+    show(out, [table], command="retrieval", as_json=as_json)
+
+
+def _temperature(factor: str | None, reference: int | None) -> "AttentionTemperature | None":
+    """What --temperature and --reference ask for. Raises InputError for what is no temperature."""
+    from rope_probe.tracing.perturbations import AttentionTemperature
+
+    if factor is None:
+        if reference is not None:
+            raise InputError("--reference goes with --temperature log_n; give both, or neither")
+        return None
+    if factor == "log_n":
+        return AttentionTemperature("log_n", reference=reference)
+    try:
+        number = float(factor)
+    except ValueError:
+        raise InputError(f"--temperature must be a number or log_n, but it is {factor!r}") from None
+    return AttentionTemperature(number, reference=reference)
 
 
 @contextmanager

@@ -43,6 +43,7 @@ EXAMPLES = (
     "rope-probe trace MODEL --out runs/heads --sweep head --layer 16",
     "rope-probe trace MODEL --out runs/frozen --freeze 0 --pair 30 --pair 31",
     "rope-probe trace MODEL --out runs/mine --perturbations mine.toml",
+    "rope-probe trace MODEL --out runs/lens --sweep layer --lens --no-control",
 )
 _MOST = 10
 """How many parts a table of a sweep shows: those with the largest effect."""
@@ -137,6 +138,10 @@ def command(
     control: Annotated[
         bool, typer.Option(help="Measure in float64 too, to tell rounding from signal.", rich_help_panel=DONE)
     ] = True,
+    lens: Annotated[
+        bool,
+        typer.Option("--lens", help="Read every layer by the model's own head, too.", rich_help_panel=DONE),
+    ] = False,
     seed: Seed = 0,
     device: Device = "cpu",
     dtype: DtypeOption = None,
@@ -188,11 +193,13 @@ def command(
         tell_origin(model)
         read = sources.window_of(hooked, window, source, seed)
         by_arm = arms.perturbations_of(hooked, len(read), asked)
-        work = trace_work(hooked, sum(map(len, by_arm.values())), control=control)
+        work = trace_work(hooked, sum(map(len, by_arm.values())), lens=lens, control=control)
         twin = hooked.double() if control and hooked.dtype != torch.float64 else control
         with progress("layers of perturbed passes", work) as advance:
             traced = [
-                trace_deltas(hooked, read, arm, masked=masked, control=twin, progress=advance).assign(arm=name)
+                trace_deltas(hooked, read, arm, masked=masked, lens=lens, control=twin, progress=advance).assign(
+                    arm=name
+                )
                 for name, arm in by_arm.items()
             ]
         frame = pd.concat(traced)

@@ -40,7 +40,7 @@ def retrieval_map(
     Raises InputError for a task without distances, for no windows, for a window or a distance that has no cell, saying
     why, for windows that are longer than the model's frequencies stand still, and as `retrieval_accuracy` does.
     """
-    cells = _cells(model, task, windows, distances, trials, seed)
+    cells = map_cells(model, task, windows, distances, trials=trials, seed=seed)
     frames = [
         retrieval_accuracy(
             model,
@@ -68,18 +68,24 @@ def map_trials(
 ) -> int:
     """How many trials a `retrieval_map` with these arguments is; errors as there."""
     count = task.default_trials if trials is None else trials
-    return count * sum(len(fitting) for _, fitting in _cells(model, task, windows, distances, trials, seed))
+    return count * sum(
+        len(fitting) for _, fitting in map_cells(model, task, windows, distances, trials=trials, seed=seed)
+    )
 
 
-def _cells(
+def map_cells(
     model: HookedCausalLM,
     task: KeyValueTask | TextTask,
     windows: Sequence[int],
-    distances: Sequence[int] | None,
-    trials: int | None,
-    seed: int,
+    distances: Sequence[int] | None = None,
+    *,
+    trials: int | None = None,
+    seed: int = 0,
 ) -> list[tuple[KeyValueTask | TextTask, list[int]]]:
-    """The task in each window, shortest first, with the distances that have room there."""
+    """The task in each window of a `retrieval_map`, shortest first, with the distances that have room there.
+
+    Arguments and errors as there.
+    """
     if not windows:
         raise InputError("a map needs one window or more, but there is none")
     in_windows = [dataclasses.replace(task, window=window) for window in sorted(set(windows))]

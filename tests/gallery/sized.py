@@ -10,7 +10,8 @@ from rope_probe.gallery import figures as plots
 from tests.frames import rows_for
 
 for module in ("experiments.longred", "experiments.phase_scaling", "experiments.theta_grid", "rope_probe.tracing.heads",
-               "rope_probe.distillation.log", "rope_probe.distillation.signal", "rope_probe.spans.drift"):  # fmt: skip
+               "rope_probe.distillation.log", "rope_probe.distillation.signal", "rope_probe.spans.drift",
+               "rope_probe.tracing.massive", "rope_probe.tracing.positional"):  # fmt: skip
     import_module(module)  # they declare the tables
 
 LONG_NAME = "organisation/A-Model-With-A-Long-Name-135M-Instruct-extended-8k"
@@ -61,6 +62,13 @@ def _retrieval(layers, heads, pairs):
     lengths = pd.DataFrame({"model": TRAINED, "metric": "document_length", "phase": "extension", "seq_len": 1000})
     rows = valued(rows, 0.05, 1).assign(metric="accuracy", trials=128, low=0.1, high=0.9, seq_len=1024)
     return [rows, lengths.assign(value=900.0)]
+
+
+def _windows(layers, heads, pairs):
+    longest = {2: 9, 30: 13}.get(layers, 20)  # of a large model, more windows than an axis has room to name
+    rows = crossed(seed=[0, 1], seq_len=[2**k for k in range(7, longest)], distance=[2**k for k in range(4, longest)])
+    rows = valued(rows[rows["distance"] < rows["seq_len"]], 0.05, 1)
+    return [rows.assign(metric="accuracy", task="passkey", trials=8, low=0.1, high=0.9)]
 
 
 def _tasks(layers, heads, pairs):
@@ -123,6 +131,14 @@ def _injected(layers, heads, pairs):
     return [valued(rows.assign(attention=_kinds(rows["inject_layer"])), 1e-5, 1)]
 
 
+def _lenses(layers, heads, pairs):
+    one = _shifts(inject_layer=range(layers), layer=range(layers))
+    everywhere = _shifts(layer=range(layers)).assign(attention=_kinds(_shifts(layer=range(layers))["layer"]))
+    rows = pd.concat([everywhere, one.assign(attention=_kinds(one["inject_layer"]), restriction="one layer")])
+    rows["site"] = "blocks." + rows["layer"].astype(str) + ".lens"
+    return [valued(rows.assign(delta_tokens=16.0, metric="kl_nats"), 1e-5, 1)]
+
+
 def _of_pairs(layers, heads, pairs):
     lengths = dict(enumerate(_wavelengths(pairs)))
     rows = _shifts(pair=range(pairs)).assign(delta_tokens=16.0, metric="kl_nats", site="logits")
@@ -150,6 +166,22 @@ def _contributions(layers, heads, pairs):
     rows = crossed(layer=range(layers), head=range(heads), pair=range(pairs)).assign(metric="pair_contribution")
     rows = valued(rows.assign(wavelength=rows["pair"].map(lengths)), 1e-3, 2)
     return [rows.assign(value=rows["value"] - 0.5)]
+
+
+def _massive(layers, heads, pairs):
+    lengths = dict(enumerate(_wavelengths(pairs)))
+    rows = crossed(states=list(plots.massive.PANELS), layer=range(layers), head=range(heads), pair=range(pairs))
+    rows = rows.assign(metric="ratio", seq_len=1024, dimension=rows["pair"], partner=rows["pair"] + pairs)
+    return [valued(rows.assign(wavelength=rows["pair"].map(lengths)), 0.1, 30)]
+
+
+def _shares(layers, heads, pairs):
+    sites = ["hook_resid_post", "hook_attn_out", "attn.unrotated_q", "attn.unrotated_k"]
+    metrics = ["content_share", "position_share", "interaction_share", plots.positional.BY_CHANCE]
+    inner = crossed(seed=[0, 1], layer=range(layers), site=sites, metric=metrics)
+    inner["site"] = "blocks." + inner["layer"].astype(str) + "." + inner["site"]
+    rows = valued(pd.concat([inner, crossed(seed=[0, 1], site=["logits"], metric=metrics)]), 1e-5, 1)
+    return [rows.assign(seq_len=1024, contents=16, content_length=64, places=15)]
 
 
 def _drift(layers, heads, pairs):
@@ -215,6 +247,7 @@ def _cost(layers, heads, pairs):
 _PARTS = {
     "retrieval_by_distance": _retrieval,
     "retrieval_by_task": _tasks,
+    "retrieval_map": _windows,
     "trade_off": _skills,
     "theta_grid": _grid,
     "rotations_by_pair": _rotations,
@@ -225,6 +258,9 @@ _PARTS = {
     "head_effects": _of_heads,
     "head_map": _scores,
     "head_pairs": _contributions,
+    "massive_map": _massive,
+    "positional_shares": _shares,
+    "lens_by_layer": _lenses,
     "drift_by_layer": _drift,
     "injected_by_read": _injected,
     "sensitivity_by_pair": _of_pairs,

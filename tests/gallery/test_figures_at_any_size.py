@@ -15,7 +15,7 @@ SMALL, SMOLLM, LARGE = (2, 2, 8), (30, 9, 32), (80, 128, 128)
 WIDE = 1100
 HIGHEST = 1600
 _MOST_TICKS = 45
-_WEIGHTS = {"head_pairs", "span_heatmap", "span_heads"}
+_WEIGHTS = {"head_pairs", "massive_map", "span_heatmap", "span_heads"}
 """Their tables have a row for each pair of each head: at the largest size, of eight heads here."""
 FIRST_DRAWINGS = list(plots.DRAWINGS)
 
@@ -60,7 +60,7 @@ def test_captions_say_what_a_figure_is_a_sample_of(name):
 
 
 @pytest.mark.parametrize("name", ["copy_heatmap", "dose_response", "layer_effects", "head_effects",
-                                  "injected_by_read", "sensitivity_by_pair"])  # fmt: skip
+                                  "injected_by_read", "lens_by_layer", "sensitivity_by_pair"])  # fmt: skip
 def test_captions_tell_the_noise_floor(name):
     assert "noise floor" in drawn(name, SMOLLM).layout.meta["caption"]
 
@@ -127,14 +127,16 @@ def test_ticks_that_would_touch_are_left_out_but_for_the_ends():
     assert roomy([], [], []) == []
 
 
-@pytest.mark.parametrize("name", ["head_effects", "head_map", "layer_effects", "injected_by_read", "copy_heatmap"])
+@pytest.mark.parametrize("name", ["head_effects", "head_map", "layer_effects", "injected_by_read", "copy_heatmap",
+                                  "lens_by_layer"])  # fmt: skip
 def test_global_layers_are_marked_and_told(name):
     figure = drawn(name, SMOLLM)
     marks = [shape for shape in figure.layout.shapes if shape.name == "global layer"]
     axis = "x" if name == "layer_effects" else "y"
     first = [shape for shape in marks if shape.xref.startswith("x" if axis == "x" else "x domain")]
     places = [(shape[f"{axis}0"] + shape[f"{axis}1"]) / 2 for shape in first if shape.yref in ("y", "y domain")]
-    assert places[:5] == [5, 11, 17, 23, 29]
+    above = 1 if name == "lens_by_layer" else 0  # the line of shifts in all layers
+    assert places[:5] == [layer + above for layer in (5, 11, 17, 23, 29)]
     assert "global layers (5, 11, 17, 23, 29)" in figure.layout.meta["caption"]
     plain = frame_for(name, *SMALL).assign(attention="full_attention")
     (drawing,) = [one for one in plots.DRAWINGS if one.name == name]

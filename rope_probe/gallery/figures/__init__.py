@@ -360,8 +360,8 @@ DRAWINGS = [
         lambda rows: [_masked(rows)],
         per_model=True,
         how_to_read=(
-            "Each cell is a rotary pair of a head, told as a multiple of the head's median pair. Bright cells "
-            "are massive values."
+            "Each cell is a rotary pair of a layer, told as a multiple of the median pair of its head. Red pairs are "
+            "longer than it, the deep red ones massive values; blue pairs are shorter."
         ),
         finding=Extremes(("states", "layer", "head", "pair")),
     ),

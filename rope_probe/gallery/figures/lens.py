@@ -3,18 +3,20 @@
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
 from rope_probe.errors import InputError
+from rope_probe.gallery.figures.kinds import global_layers
+from rope_probe.gallery.figures.layout import ROOM, mark_layers, missing_is_grey, panels
 from rope_probe.gallery.figures.propagation import SIDES, is_shift, sample
-from rope_probe.gallery.figures.style import drawing, spaced, styled
+from rope_probe.gallery.figures.style import PLAIN, across, down, drawing, logarithmic, styled
 from rope_probe.tracing.cone import LENS
 from rope_probe.tracing.propagation import is_rounding
 
 MOST_LINES = 100
 """Rows that a panel has room for; with more of them, single heads are left out."""
-_HIGHEST_PANEL, _HIGHEST_CELL, _ROOM_FOR_TICK = 900, 34, 18
-_MOST_TICKS = 20
+_LOWEST_PANEL, _HIGHEST_PANEL, _PIXELS_OF_LINE = 140, 460, 14
+"""Pixels down of a panel at the least and at the most, and of one of its lines where there is room."""
+_MOST_SPACED = 40
 _MOST_DECADES = 4
 """What is smaller than the largest by more powers of ten than these is drawn like the smallest."""
 _ALL_LAYERS = "all layers"
@@ -44,7 +46,8 @@ def lens_by_layer(frame: pd.DataFrame, label: str = "") -> go.Figure:
     rows = rows[rows["delta_tokens"] == dose]
     places = rows[["inject_layer", "head"]].drop_duplicates()
     left_out = int(places["head"].notna().sum()) if len(places) > MOST_LINES else 0
-    if left_out and left_out < len(places):
+    is_cut = 0 < left_out < len(places)
+    if is_cut:
         rows = rows[rows["head"].isna()]
     heads = rows["head"].map(lambda head: "" if pd.isna(head) else f", head {head}")
     layers = rows["inject_layer"].map(lambda layer: _ALL_LAYERS if pd.isna(layer) else f"layer {layer}")
@@ -53,16 +56,18 @@ def lens_by_layer(frame: pd.DataFrame, label: str = "") -> go.Figure:
     order = rows.sort_values(["inject_layer", "head"], na_position="first")["injected"].unique().tolist()
     reads = sorted(rows["layer"].unique().tolist())
     sides = [side for side in SIDES if (rows["side"] == side).any()]
-    figure = make_subplots(
-        rows=1, cols=len(sides), shared_yaxes=True, subplot_titles=[SIDES[side][0] for side in sides]
-    )
-    cell = max(1, min(_HIGHEST_CELL, _HIGHEST_PANEL // len(order)))
-    gap = 1 if cell > 12 and len(reads) <= 64 else 0
-    tables = []
+    height = max(_LOWEST_PANEL, min(_PIXELS_OF_LINE * len(order), _HIGHEST_PANEL))
+    gap = 1 if max(len(order), len(reads)) <= _MOST_SPACED else 0
+    figure = panels([SIDES[side][0] for side in sides], height, len(sides))
+    at = rows.drop_duplicates("injected").set_index("injected").loc[order]
+    kinds = global_layers(rows, "inject_layer")
+    of_global = [place for place, layer in enumerate(at["inject_layer"].astype("object")) if layer in kinds.layers]
+    ticks = across(reads, ROOM / len(sides))
+    drawn = []
     for column, side in enumerate(sides, start=1):
         axes = {"index": "injected", "columns": "layer", "aggfunc": "mean", "dropna": False}
         table = rows[rows["side"] == side].pivot_table(values="shown", **axes).reindex(index=order, columns=reads)
-        tables.append(table)
+        drawn.append(table.stack())
         trace = go.Heatmap(
             z=np.log10(table),
             x=reads,
@@ -74,34 +79,33 @@ def lens_by_layer(frame: pd.DataFrame, label: str = "") -> go.Figure:
             hovertemplate="shift in %{y}, lens after layer %{x}: %{customdata:.4g} nats<extra></extra>",
         )
         figure.add_trace(trace, row=1, col=column)
-    height = max(120, cell * len(order))
-    figure.update_layout(coloraxis=_colours(pd.concat([table.stack() for table in tables])), plot_bgcolor="#d8d8d8")
+        mark_layers(figure, column, "y", of_global)
+    missing_is_grey(figure)
+    figure.update_layout(coloraxis=logarithmic(pd.concat(drawn), "KL, nats", _MOST_DECADES))
+    names = {line: _short_name(*place) for line, place in zip(order, at[["inject_layer", "head"]].values, strict=True)}
+    lines = down(order, height)
     figure.update_yaxes(
-        range=[len(order) - 0.5, -0.5],
         type="category",
-        tickvals=spaced(order, max(1, height // _ROOM_FOR_TICK)),
-        showgrid=False,
-        zeroline=False,
+        range=[len(order) - 0.5, -0.5],
+        tickvals=lines,
+        ticktext=[names[line] for line in lines],
+        **PLAIN,
     )
-    ticks = spaced(reads, max(1, _MOST_TICKS // len(sides)))
-    plain = {"range": [reads[0] - 0.5, reads[-1] + 0.5], "showgrid": False, "zeroline": False}
-    figure.update_xaxes(title="lens after layer", tickvals=ticks, tickangle=0, **plain)
-    note = f"shift of {dose:g} tokens; mean over documents; {sample(rows)}; grey: nothing, or rounding"
-    if left_out and left_out < len(places):
+    figure.update_yaxes(title="layer.head of the shift" if at["head"].notna().any() else "layer of the shift", col=1)
+    title = "lens after layer" if len(sides) < len(SIDES) else "after layer"
+    figure.update_xaxes(title=title, tickvals=ticks, tickangle=0, range=[reads[0] - 0.5, reads[-1] + 0.5], **PLAIN)
+    note = (
+        f"shift of {dose:g} tokens, read by the logit lens after each layer; mean over documents; {sample(rows)}; "
+        "grey: nothing, or rounding"
+    )
+    if is_cut:
         note += f"; {left_out} single heads are left out, whole layers drawn"
     title = "From which layer on a shift changes what the model would predict"
-    return styled(figure, title, label, note, height=250 + height)
+    return styled(figure, title, label, note + kinds.note)
 
 
-def _colours(shown: pd.Series) -> dict:
-    """A colour axis for the logarithms of these numbers; the least colour is for all that is far smaller."""
-    title = {"title": "KL, nats"}
-    logs = np.log10(shown.dropna().astype(float))
-    if logs.empty:
-        return {"colorscale": "Viridis", "cmin": -1, "cmax": 0, "colorbar": title}
-    lowest, highest = max(logs.min(), logs.max() - _MOST_DECADES), logs.max()
-    ticks = np.arange(np.ceil(lowest), np.floor(highest) + 1)
-    if len(ticks) < 2:  # no two powers of ten in it
-        ticks = np.linspace(lowest, highest, 3)
-    bar = {**title, "tickvals": ticks, "ticktext": [f"{10.0**tick:.2g}" for tick in ticks]}
-    return {"colorscale": "Viridis", "cmin": lowest, "cmax": highest, "colorbar": bar}
+def _short_name(layer: int | None, head: int | None) -> str:
+    """What the axis calls a line: the layer, and its head where it is a head's."""
+    if pd.isna(layer):
+        return "all" if pd.isna(head) else f"all.{head}"
+    return f"{layer}" if pd.isna(head) else f"{layer}.{head}"

@@ -7,12 +7,14 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from rope_probe.errors import InputError
-from rope_probe.gallery.figures.style import drawing, listed, styled
+from rope_probe.gallery.figures.layout import ROOM, missing_is_grey, panels, roomy
+from rope_probe.gallery.figures.style import PLAIN, SCALE, bar_of, down, drawing, listed, styled
 from rope_probe.runs.intervals import share_interval
 
-_CELL, _LEAST_PLOT, _HIGHEST_PLOT = 44, 180, 900
-_MOST_TEXTS = 14
-"""Windows or distances up to which there is room for numbers in the cells."""
+_PIXELS_OF_LINE, _LOWEST_PANEL, _HIGHEST_PANEL = 30, 140, 460
+"""Pixels down of a distance where there is room, and of the panel at the least and at the most."""
+_WIDTH_OF_TEXT, _HEIGHT_OF_TEXT = 38, 18
+"""Pixels that a cell needs for its number."""
 
 
 def is_map(frame: pd.DataFrame) -> pd.Series:
@@ -46,9 +48,11 @@ def retrieval_map(frame: pd.DataFrame, label: str = "") -> go.Figure:
     table = cells.pivot(values="value", **axes)
     hover = [cells.pivot(values=column, **axes).to_numpy(dtype=float) for column in ("value", "low", "high", "trials")]
     windows, distances = ([f"{tokens:,}" for tokens in axis] for axis in (table.columns, table.index))
-    has_room = max(table.shape) <= _MOST_TEXTS
-    gap = 2 if has_room else 0
-    figure = go.Figure(
+    height = max(_LOWEST_PANEL, min(_PIXELS_OF_LINE * len(distances), _HIGHEST_PANEL))
+    has_room = len(windows) * _WIDTH_OF_TEXT <= ROOM and len(distances) * _HEIGHT_OF_TEXT <= height
+    gap = 1 if has_room else 0
+    figure = panels([""], height)
+    figure.add_trace(
         go.Heatmap(
             z=table.to_numpy(dtype=float),
             x=windows,
@@ -65,20 +69,32 @@ def retrieval_map(frame: pd.DataFrame, label: str = "") -> go.Figure:
             ),
         )
     )
-    bar = {"title": "accuracy", "tickvals": [0, 0.25, 0.5, 0.75, 1]}
-    figure.update_layout(
-        coloraxis={"colorscale": "Viridis", "cmin": 0, "cmax": 1, "colorbar": bar}, plot_bgcolor="#d8d8d8"
+    missing_is_grey(figure)
+    figure.update_layout(coloraxis={"colorscale": SCALE, "cmin": 0, "cmax": 1, "colorbar": bar_of("accuracy")})
+    ticks = roomy(windows, windows, range(len(windows)))
+    figure.update_xaxes(
+        type="category",
+        categoryarray=windows,
+        categoryorder="array",
+        title="window, tokens",
+        tickvals=ticks,
+        tickangle=0,
+        **PLAIN,
     )
-    plain = {"type": "category", "showgrid": False, "zeroline": False}
-    figure.update_xaxes(title="window, tokens", categoryarray=windows, categoryorder="array", **plain)
-    figure.update_yaxes(title="distance, tokens", categoryarray=distances, categoryorder="array", **plain)
+    figure.update_yaxes(
+        type="category",
+        categoryarray=distances,
+        categoryorder="array",
+        title="distance, tokens",
+        tickvals=down(distances, height),
+        **PLAIN,
+    )
     trials = [f"{count:.0f}" for count in (cells["trials"].min(), cells["trials"].max()) if math.isfinite(count)]
     note = f"{' to '.join(dict.fromkeys(trials)) or 'unknown numbers of'} trials a cell"
     if seeds := listed(rows["seed"]):
         note += f", seeds {seeds}"
     note += "; intervals in the hover; grey: the distance has no room in the window, or was not measured"
-    height = max(_LEAST_PLOT, min(_CELL * len(distances), _HIGHEST_PLOT))
-    return styled(figure, "Retrieval by window and distance", label, note, height=height + 230)
+    return styled(figure, "Retrieval by window and distance", label, note)
 
 
 def _pooled(rows: pd.DataFrame) -> dict[str, float]:

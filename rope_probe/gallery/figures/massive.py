@@ -3,15 +3,15 @@
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
 from rope_probe.errors import InputError
-from rope_probe.gallery.figures.style import drawing, listed, spaced, styled
+from rope_probe.gallery.figures.layout import ROOM, missing_is_grey, panels
+from rope_probe.gallery.figures.style import PLAIN, SIGNED_SCALE, across, bar_of, down, drawing, listed, styled
 from rope_probe.tracing.massive import STATES
 
 PANELS = dict(zip(STATES, ("queries", "keys", "values"), strict=True))
-_HIGHEST_PANEL, _HIGHEST_CELL, _LOWEST_PANEL, _ROOM_FOR_TICK = 900, 30, 160, 18
-_MOST_TICKS = 8
+_LOWEST_PANEL, _HIGHEST_PANEL, _PIXELS_OF_LAYER = 140, 460, 14
+"""Pixels down of a panel at the least and at the most, and of one of its layers where there is room."""
 
 
 def is_ratio(frame: pd.DataFrame) -> pd.Series:
@@ -31,10 +31,8 @@ def massive_map(frame: pd.DataFrame, label: str = "") -> go.Figure:
         raise InputError("these results hold no norms of pairs; make them with massive_values")
     layers = sorted(rows["layer"].unique().tolist())
     pairs = sorted(rows["pair"].unique().tolist())
-    height = max(_LOWEST_PANEL, min(_HIGHEST_CELL * len(layers), _HIGHEST_PANEL))
-    figure = make_subplots(
-        rows=1, cols=3, shared_yaxes=True, subplot_titles=list(PANELS.values()), horizontal_spacing=0.03
-    )
+    height = max(_LOWEST_PANEL, min(_PIXELS_OF_LAYER * len(layers), _HIGHEST_PANEL))
+    figure = panels(list(PANELS.values()), height, len(PANELS))
     largest, shown = [], []
     for column, (states, name) in enumerate(PANELS.items(), start=1):
         part = rows[rows["states"] == states]
@@ -63,17 +61,19 @@ def massive_map(frame: pd.DataFrame, label: str = "") -> go.Figure:
             )
     finite = np.concatenate([table[np.isfinite(table)] for table in shown])
     limit = max(float(np.abs(finite).max()), 0.1) if finite.size else 1.0
-    ticks = np.linspace(-limit, limit, 5)
-    bar = {"title": "times the<br>median", "tickvals": ticks, "ticktext": [f"{10.0**tick:.2g}" for tick in ticks]}
+    ticks = {log: f"{10.0**log:.2g}" for log in np.linspace(-limit, limit, 5).tolist()}
+    bar = bar_of("times the median of the head (logarithmic)", ticks)
+    missing_is_grey(figure)
     figure.update_layout(
-        coloraxis={"colorscale": "RdBu_r", "cmid": 0, "cmin": -limit, "cmax": limit, "colorbar": bar},
-        plot_bgcolor="#d8d8d8",
+        coloraxis={"colorscale": SIGNED_SCALE, "cmid": 0, "cmin": -limit, "cmax": limit, "colorbar": bar}
     )
-    plain = {"showgrid": False, "zeroline": False}
-    figure.update_yaxes(autorange="reversed", tickvals=spaced(layers, height // _ROOM_FOR_TICK), **plain)
+    figure.update_yaxes(autorange="reversed", tickvals=down(layers, height), **PLAIN)
     figure.update_yaxes(title="layer", col=1)
-    figure.update_xaxes(title="pair, 0 fastest", tickvals=spaced(pairs, _MOST_TICKS), tickangle=0, **plain)
-    note = f"mean over heads and positions; window {listed(rows['seq_len'])} tokens; " + "; ".join(largest)
+    figure.update_xaxes(title="pair", tickvals=across(pairs, ROOM / len(PANELS)), tickangle=0, **PLAIN)
+    note = (
+        f"mean over heads and positions; window {listed(rows['seq_len'])} tokens; pair 0 is the fastest; "
+        + "; ".join(largest)
+    )
     if seeds := listed(rows["seed"]):
         note += f"; seeds {seeds}"
-    return styled(figure, "Where queries, keys and values are long", label, note, height=height + 250)
+    return styled(figure, "Where queries, keys and values are long", label, note)

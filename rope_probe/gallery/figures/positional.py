@@ -3,9 +3,9 @@
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
 from rope_probe.errors import InputError
+from rope_probe.gallery.figures.layout import panels, roomy
 from rope_probe.gallery.figures.style import drawing, line_style, listed, styled
 from rope_probe.tracing.cone import LOGITS
 from rope_probe.tracing.positional import BY_CHANCE, SHARES
@@ -19,7 +19,7 @@ _PANELS = {
 }
 _SMALLEST = 1e-6
 """Shares below it are drawn there."""
-_PANEL_HEIGHT, _TOP = 220, 130
+_PANEL_HEIGHT = 190
 
 
 def is_share(frame: pd.DataFrame) -> pd.Series:
@@ -32,12 +32,12 @@ def is_share(frame: pd.DataFrame) -> pd.Series:
 
 def _panel(frame: pd.DataFrame) -> pd.Series:
     """The panel that a row is drawn in: its site without the layer; the logits stand with the residual stream."""
-    panels = pd.Series(pd.NA, index=frame.index, dtype="string")
+    shown_in = pd.Series(pd.NA, index=frame.index, dtype="string")
     sites = frame["site"].fillna("")
     for site in _PANELS:
-        panels[sites.str.endswith(f".{site}")] = site
-    panels[sites == LOGITS] = "hook_resid_post"
-    return panels
+        shown_in[sites.str.endswith(f".{site}")] = site
+    shown_in[sites == LOGITS] = "hook_resid_post"
+    return shown_in
 
 
 @drawing
@@ -52,15 +52,9 @@ def positional_shares(frame: pd.DataFrame, label: str = "") -> go.Figure:
         raise InputError("these results hold no shares of position; make them with positional_parts")
     last = int(rows["layer"].max())
     rows = rows.assign(panel=_panel(rows), layer=rows["layer"].fillna(last + 1))
-    panels = [panel for panel in _PANELS if (rows["panel"] == panel).any()]
-    figure = make_subplots(
-        rows=len(panels),
-        cols=1,
-        shared_xaxes=True,
-        subplot_titles=[_PANELS[panel] for panel in panels],
-        vertical_spacing=0.22 / len(panels),
-    )
-    for number, panel in enumerate(panels, 1):
+    shown = [panel for panel in _PANELS if (rows["panel"] == panel).any()]
+    figure = panels([_PANELS[panel] for panel in shown], _PANEL_HEIGHT, shared=True)
+    for number, panel in enumerate(shown, 1):
         part = rows[rows["panel"] == panel]
         for i, (metric, name) in enumerate([*_NAMES.items(), (BY_CHANCE, "position by chance")]):
             curve = part[part["metric"] == metric].groupby("layer")["value"].mean().clip(lower=_SMALLEST)
@@ -80,18 +74,13 @@ def positional_shares(frame: pd.DataFrame, label: str = "") -> go.Figure:
         span = [np.log10(lowest) - 0.15, 0.15]
         figure.update_yaxes(title="share", type="log", dtick=1, exponentformat="power", range=span, row=number, col=1)
     of_logits = (rows["site"] == LOGITS).any()
-    ticks = list(range(last + 1))
-    labels = [*map(str, ticks), *(["logits"] if of_logits else [])]
-    spots = [*ticks, *([last + 1] if of_logits else [])]
-    step = max(1, -(-len(spots) // 16))
-    kept = sorted({*range(0, len(spots), step), len(spots) - 1})
-    figure.update_xaxes(tickvals=[spots[i] for i in kept], ticktext=[labels[i] for i in kept])
-    figure.update_xaxes(title="layer", row=len(panels), col=1)
+    names = {layer: f"{layer}" for layer in range(last + 1)} | ({last + 1: "logits"} if of_logits else {})
+    kept = roomy(list(names), list(names.values()), list(names))
+    figure.update_xaxes(tickvals=kept, ticktext=[names[layer] for layer in kept], tickangle=0)
+    figure.update_xaxes(title="layer", row=len(shown), col=1)
     note = (
         f"{listed(rows['contents'])} contents of {listed(rows['content_length'])} tokens at {listed(rows['places'])} "
         f"places of a window of {listed(rows['seq_len'])} tokens, seeds {listed(rows['seed'])}; shares of the sum of "
         f"squares about the mean, below {_SMALLEST:g} drawn there. By chance: interaction / (contents - 1)"
     )
-    height = _PANEL_HEIGHT * len(panels)
-    styled(figure, "Content, position, interaction", label, note, height=height + _TOP + 110)
-    return figure.update_layout(margin_t=_TOP, legend_y=1 + 30 / height)
+    return styled(figure, "Content, position, interaction", label, note)
