@@ -76,7 +76,7 @@ FIGURES = {
 }
 """The drawings that show what a prediction is about, by its number."""
 
-QUICK_ARMS = ("kd_phase_wise", "base", "theta_swapped", "ce_phase_wise", "ce_more_short", "kd_small_theta")
+QUICK_ARMS = ("kd_phase_wise", "base", "theta_swapped", "ce_phase_wise", "kd_small_theta")
 STEPS = 250
 DISTANCES = (32, 64, 128, 256, 512, 768, 1000)
 SHORT_DISTANCES = (8, 32, 60)

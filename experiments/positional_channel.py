@@ -72,7 +72,6 @@ FIGURES = {
 }
 """The drawings that show what a prediction is about, by its number."""
 
-QUICK_CHANNELS = ("scrubbed",)
 ORDERS = 4
 TEMPERATURE = 0.1
 BANDS = {"fast_pairs": (0, SHORT), "middle_pairs": (SHORT, LONG), "slow_pairs": (LONG, float("inf"))}
@@ -276,14 +275,15 @@ def config_of(channel: str, seed: int, checkpoints_in: Path) -> dict:
 
 
 def stages(options: Options) -> dict[str, Stage]:
-    """A student of every channel, or of the scrubbed teacher alone; in full the NoPE teacher too."""
-    planned = {}
+    """A student of every channel and the NoPE teacher, in full; `injection` asks the question in the quick plan."""
+    planned: dict[str, Stage] = {}
+    if not options.full:
+        return planned
     for seed in range(options.seeds):
-        if options.full:
-            run = options.out / f"nope_teacher-{seed}"
-            train = ("positional_channel", "teacher", str(seed), str(run))
-            planned[run.name] = Stage(train, run, partial(teacher_config, seed), seconds=200.0)
-        for channel in CHANNELS if options.full else QUICK_CHANNELS:
+        run = options.out / f"nope_teacher-{seed}"
+        train = ("positional_channel", "teacher", str(seed), str(run))
+        planned[run.name] = Stage(train, run, partial(teacher_config, seed), seconds=200.0)
+        for channel in CHANNELS:
             run = options.out / "positional_channel" / f"{channel}-{seed}"
             command = ("positional_channel", channel, str(seed), str(run), "--checkpoints", str(options.out))
             sources = tuple(f"{role}-{seed}" for role in needs(channel))

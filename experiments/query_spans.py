@@ -100,7 +100,7 @@ FIGURES = {
 }
 """The drawings that show what a prediction is about, by its number."""
 
-QUICK_ARMS = ("kd_phase_wise", "ce_phase_wise", "ce_more_short")
+QUICK_ARMS = ("kd_phase_wise", "ce_phase_wise")
 ARMS = tuple(arm for arm, made in phase_scaling.ARMS.items() if made.objective is not None)
 CAUSAL = ("kd_adamw", "kd_phase_wise")
 DISTANCES = (128, 256, 512, 1000)
