@@ -163,8 +163,8 @@ def causal_head(start: HookedCausalLM, end: HookedCausalLM, select: Callable[[Ho
 @contextmanager
 def scaled(model: HookedCausalLM, head: Head | None, factor: float) -> Iterator[None]:
     """Within it, a head's queries, or those of all, are multiplied by a factor."""
-    where = {} if head is None else {"layers": head[0], "heads": head[1]}
-    with model.hooks(fwd_hooks=AttentionTemperature(factor, **where).hooks(model)):
+    layer, number = (None, None) if head is None else head
+    with model.hooks(fwd_hooks=AttentionTemperature(factor, layers=layer, heads=number).hooks(model)):
         yield
 
 

@@ -205,7 +205,7 @@ def run(
 def scaled(temperature: str) -> AttentionTemperature:
     """The perturbation of a temperature, by its name."""
     if temperature == LOG_N:
-        return AttentionTemperature(LOG_N, reference=SHORT)
+        return AttentionTemperature("log_n", reference=SHORT)
     return AttentionTemperature(float(temperature))
 
 
@@ -406,15 +406,15 @@ def stages(options: Options) -> dict[str, Stage]:
             planned[teacher.name] = Stage(command, teacher, partial(teacher_config, seed), seconds=400.0)
         for what in ("temperature", *(() if quick else (*MEASURED_TOO, *ARMS))):
             folder = options.out / "rivals" / f"{what}-{seed}"
-            command = ("rivals", what, str(seed), str(folder), "--checkpoints", str(options.out))
+            measuring = ["rivals", what, str(seed), str(folder), "--checkpoints", str(options.out)]
             if what in ARMS:
                 config = partial(config_of, what, seed, options.out)
                 sources, seconds = tuple(f"{role}-{seed}" for role in needs(what)), 140.0
             else:
-                command = (*command, "--quick") if quick else command
+                measuring += ["--quick"] if quick else []
                 config = partial(known_config, what, seed, options.out, quick=quick)
                 sources, seconds = tuple(_known_runs(what, seed)), 40.0
-            planned[f"rivals/{folder.name}"] = Stage(command, folder, config, sources, seconds=seconds)
+            planned[f"rivals/{folder.name}"] = Stage(tuple(measuring), folder, config, sources, seconds=seconds)
     return planned
 
 

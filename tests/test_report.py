@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from experiments import phase_scaling
+from experiments.beyond_verdicts import BEYOND
 from experiments.longred import SKILLS
 from experiments.theta_grid import THETA_GRID, cells
 from rope_probe import InputError, PairTurn, PositionShift, copy_deltas, load_model, repeated_window, rope, trace
@@ -493,10 +494,13 @@ def test_the_gallery_draws_every_figure_of_its_experiment(tmp_path):
         made.record(THETA_GRID, grid_rows())
     with new_run(tmp_path / "arm", "longred", {}) as made:
         made.record(SKILLS, only("skills", rows_for("trade_off", what_each_drawing_draws("arm")["trade_off"])))
+    with new_run(tmp_path / "far", "beyond", {}) as made:
+        drawn = what_each_drawing_draws("task")["window_by_distance"]
+        made.record(BEYOND, only("beyond", rows_for("window_by_distance", drawn)))
     with new_run(tmp_path / "other", "other", {"note": "no figure"}) as made:
         made.record(LOSSES, [{"metric": "loss", "value": 1.0}])
     page = gallery(
-        map(tmp_path.joinpath, ("kd_phase_wise", "kd_small_theta", "grid", "arm", "other")), tmp_path / "out"
+        map(tmp_path.joinpath, ("kd_phase_wise", "kd_small_theta", "grid", "arm", "far", "other")), tmp_path / "out"
     )
     pages = pages_of(page.parent)
     assert {name: page.pictures for name, page in pages.items()} == {
@@ -506,6 +510,7 @@ def test_the_gallery_draws_every_figure_of_its_experiment(tmp_path):
         ],
         "theta-grid.html": ["theta-grid-1"],
         "longred.html": ["trade-off-1"],
+        "beyond.html": ["window-by-distance-1"],
         "other.html": [],
     }  # fmt: skip
     assert "window 128" in pages["phase-scaling.html"].text
@@ -805,6 +810,10 @@ def what_each_drawing_draws(name):
         "theta_grid": every(0, **{**base, **accuracies, "distance": [512]}, phase=[name], steps=[75],
                             long_theta=[300.0, 20_000.0])
         + every(1, **base, metric=["gate_accuracy"], phase=["short"], seq_len=[64]),
+        "window_by_distance": every(
+            0, **runs, metric=["hit"], rotation=[name, "own"], temperature=["none", name], task=[name],
+            seq_len=[4096, 8192], distance=[100, 3000], unit=[0],
+        ),
         "rotations_by_pair": every(1, **runs, phase=[name], seq_len=[64], metric=["rotations"], pair=[0, 1, 2],
                                    wavelength=[6.0])
         + every(1, **runs, phase=[name], seq_len=[64], metric=["spectrum_use"]),
@@ -882,8 +891,8 @@ def numbers(figure):
 ODD_NAME = '<a href="#">odd</a>&lt;%{y}$z$'
 ODD_NAME_AS_TEXT = '&lt;a href="#"&gt;odd&lt;/a&gt;&amp;lt;&#37;{y}&#36;z&#36;'
 NAMELESS = {"theta_grid", "copy_heatmap", "dose_response", "injected_by_read", "sensitivity_by_pair", "change_by_part",
-            "span_heatmap", "span_heads", "trace_cost", "head_map", "head_pairs", "layer_effects",
-            "head_effects", "lens_by_layer", "massive_map", "retrieval_map"}  # fmt: skip
+            "span_heatmap", "span_heads", "trace_cost", "head_map", "layer_effects", "head_effects",
+            "lens_by_layer", "massive_map", "retrieval_map", "head_pairs"}  # fmt: skip
 
 
 @pytest.mark.parametrize("drawing", plots.DRAWINGS, ids=lambda drawing: drawing.name)

@@ -11,7 +11,7 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from rope_probe import InputError
 from rope_probe.names import TEXT_TASKS
-from rope_probe.retrieval.tasks import TextTask, _vocabulary
+from rope_probe.retrieval.tasks import TextTask, vocabulary
 from rope_probe.windows.embedded_text import documents
 
 NEEDLES = ("passkey", "niah_single_1", "niah_multikey_2", "niah_multikey_3")
@@ -219,8 +219,8 @@ def test_coded_words_come_as_often_as_zeta_says():
 
 def test_words_are_plain_ones_of_the_embedded_text():
     text = "\n".join(documents())
-    assert len(_vocabulary()) > 1000
-    assert all(re.fullmatch("[a-z]{4,8}", word) and word in text for word in _vocabulary())
+    assert len(vocabulary()) > 1000
+    assert all(re.fullmatch("[a-z]{4,8}", word) and word in text for word in vocabulary())
 
 
 @pytest.mark.parametrize("name", TEXT_TASKS)

@@ -52,9 +52,13 @@ def embedded(figure: go.Figure) -> Embedded:
         "wide": {"layout": _compact(wide["layout"]), "names": _names(wide)},
         "narrow": {"layout": _compact(narrow["layout"]), "names": _names(narrow)},
     })  # fmt: skip
-    heights = (int(one["layout"]["height"]) for one in (wide, narrow))
     return Embedded(
-        Markup(text), *heights, _plain(str(title)), _plain(str(meta.get("caption") or "")), meta.get("columns", 1) > 1
+        Markup(text),
+        int(wide["layout"]["height"]),
+        int(narrow["layout"]["height"]),
+        _plain(str(title)),
+        _plain(str(meta.get("caption") or "")),
+        meta.get("columns", 1) > 1,
     )
 
 

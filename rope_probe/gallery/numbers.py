@@ -1,5 +1,6 @@
 """The numbers behind a figure: a table for the page, with what all rows share told once; and all of them as files."""
 
+import gzip
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ MOST_ROWS = 200
 _AVERAGED = ("run_id", "experiment", "seed", "document", "position", "value", "value_float64", "low", "high", "trials")
 """Columns over which, or of which, the page tells means."""
 _LONGEST_CELL = 80
+_MOST_PLAIN_ROWS = 5_000
+"""Rows of a CSV file that is not compressed, so that a gallery stays small."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +63,14 @@ def numbers(frame: pd.DataFrame) -> Numbers:
 
 
 def write_numbers(frame: pd.DataFrame, stem: Path) -> tuple[Path, Path]:
-    """The whole rows as `stem`.csv and `stem`.parquet, without columns that hold nothing."""
+    """The whole rows as `stem`.csv (or .csv.gz, of many) and `stem`.parquet, without columns that hold nothing."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     kept = frame.dropna(axis="columns", how="all")
-    csv, parquet = stem.with_name(f"{stem.name}.csv"), stem.with_name(f"{stem.name}.parquet")
-    with csv.open("w", encoding="utf-8", errors="replace", newline="") as file:
-        kept.to_csv(file, index=False, float_format="%.6g")
+    is_large = len(kept) > _MOST_PLAIN_ROWS
+    csv = stem.with_name(f"{stem.name}.csv{'.gz' if is_large else ''}")
+    parquet = stem.with_name(f"{stem.name}.parquet")
+    text = kept.to_csv(index=False, float_format="%.6g").encode("utf-8", "replace")
+    csv.write_bytes(gzip.compress(text, mtime=0) if is_large else text)
     with parquet.open("wb") as file:
         kept.to_parquet(file, index=False)
     return csv, parquet

@@ -323,7 +323,7 @@ def _group(name: str, drawn: Sequence[Drawn], slug: str, runs: Mapping[str, Run]
         title or name,
         pictures,
         numbers(rows),
-        [(file.suffix.removeprefix("."), f"{TABLES}/{file.name}", _size(file)) for file in files],
+        [(file.name.partition(".")[2], f"{TABLES}/{file.name}", _size(file)) for file in files],
         [runs[run] for run in rows["run_id"].unique() if run in runs],
     )
 

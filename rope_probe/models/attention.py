@@ -67,12 +67,14 @@ class Seam:
     are the wrapper's hooks on modules of this layer; `hooks_now` tells which hooks are attached to its hook points.
     are the wrapper's hooks on modules of this layer; `hooks_now` tells which hooks are attached to its hook points.
     `scoring` is that of the forward pass under way, from before its first hook on. `kept` are the seam's own arguments
-    of a layer that keeps them from its attention.
+    of a layer that keeps them from its attention. `earlier` are the rotated keys and the values of what was read before
+    the positions of a pass that reads on; without them a pass reads a window from its start.
     """
 
     native: str
     handles: list[RemovableHandle] = field(default_factory=list)
     kept: dict[str, Any] = field(default_factory=dict)
+    earlier: tuple[Float[Tensor, "1 K n D"], ...] = ()
     hooks_now: Callable[[], tuple[int, ...]] = tuple
     scoring: Scoring | None = None
     hook_rot_q: HookPoint = field(default_factory=HookPoint)
@@ -228,6 +230,9 @@ def _attend(
     key = seam.hook_rot_k(key.transpose(1, 2)).transpose(1, 2)
     value = seam.hook_v(value.transpose(1, 2)).transpose(1, 2)
     kwargs.pop("position_ids", None)  # flash attention would infer documents from it
+    if seam.earlier:
+        before = seam.earlier[0].shape[2]
+        tail = Tail([(0, before, before + query.shape[2])], seam.earlier)
     if tail is not None:
         z = _by_segment(_kernel_of(kernel, module, sliding_window, kwargs), query, key, value, tail)
     elif kernel.startswith("flash"):

@@ -40,7 +40,7 @@ from rope_probe.models.architectures import (
 )
 from rope_probe.models.configs import text_config_of
 from rope_probe.models.hook_names import Cache, require_known
-from rope_probe.models.measured import FinalStates, returning
+from rope_probe.models.measured import FinalStates, require_no_chunks, returning
 from rope_probe.models.tokens import plain_ids, prompt_ids
 from rope_probe.precision import promote_float32
 from rope_probe.windows.packing import Batch, Window
@@ -358,6 +358,42 @@ class HookedCausalLM(HookedRootModule):
                 document_bounds=bounds,
                 **self._for_recomputation(),
             ).last_hidden_state
+            return self.ln_final.hook_out(state)
+
+    def hidden_after(
+        self,
+        earlier: Mapping[int, tuple[Float[Tensor, "1 K n D"], Float[Tensor, "1 K n D"]]],
+        tokens: Int[Tensor, " m"],
+    ) -> Float[Tensor, "1 m M"]:
+        """Final hidden states of tokens that stand at positions n, n + 1, ..., behind n that were read before.
+
+        `earlier` holds, of each layer, what a pass over these n left at hook_rot_k and hook_v, heads first. Hooks see
+        the m new positions alone. `retrieval.reading.Reading` keeps such keys and values.
+        Raises InputError for layers that attend to nothing, or are not all there, and for what `hidden` refuses.
+        """
+        if not self.all_layers_attend:
+            raise InputError(
+                f"a {self.config.model_type} model has layers without attention, whose state is not in keys and values"
+            )
+        if set(earlier) != set(self._seam_of):
+            raise InputError(f"keys and values are needed of layers 0..{len(self.blocks) - 1}, but are of {[*earlier]}")
+        before = earlier[0][0].shape[2]
+        positions = torch.arange(before, before + len(tokens)).unsqueeze(0)
+        require_no_chunks(self.original_model.config, before + len(tokens))
+        with self._one_thread, self._precision():
+            self._check(tokens, positions)
+            try:
+                for layer, seam in self._seam_of.items():
+                    seam.earlier = earlier[layer]
+                state = backbone_of(self.original_model)(
+                    input_ids=tokens.unsqueeze(0).to(self.device),
+                    position_ids=positions.to(self.device),
+                    use_cache=False,
+                    return_dict=True,
+                ).last_hidden_state
+            finally:
+                for seam in self._seams:
+                    seam.earlier = ()
             return self.ln_final.hook_out(state)
 
     def final_norm(self, resid_post: Float[Tensor, "B T M"]) -> Float[Tensor, "B T M"]:

@@ -39,7 +39,7 @@ from rope_probe.names import TEXT_TASKS
 from rope_probe.seeds import derive
 from rope_probe.windows.embedded_text import documents
 
-_NOISE = "The river is wide. The hill is steep. The wind is cold. Off we set. We are home by night."
+NOISE = "The river is wide. The hill is steep. The wind is cold. Off we set. We are home by night."
 _HOPS, _COMMON, _FEWEST_UNCOMMON, _ALPHA = 4, 10, 10, 2.0
 _ROOM = 16
 _CWE_LARGE_WINDOW = 4096
@@ -237,7 +237,7 @@ class TextTask:
 
 
 @cache
-def _vocabulary() -> tuple[str, ...]:
+def vocabulary() -> tuple[str, ...]:
     """Lower-case words of four to eight letters in the embedded text, each found there twice or more."""
     found = re.findall(r"(?<=\s)[a-z]{4,8}(?=[\s,.;])", "\n".join(documents()))
     words, counts = np.unique(found, return_counts=True)
@@ -246,16 +246,18 @@ def _vocabulary() -> tuple[str, ...]:
 
 def _words(rng: np.random.Generator, count: int) -> list[str]:
     """Distinct words; two joined by a hyphen where there are not enough of them."""
-    single = [_vocabulary()[i] for i in rng.permutation(len(_vocabulary()))]
-    pairs = _distinct(lambda: _pair(rng))
+    single = [vocabulary()[i] for i in rng.permutation(len(vocabulary()))]
+    pairs = distinct(lambda: word_pair(rng))
     return [*single[:count], *(next(pairs) for _ in range(count - len(single)))]
 
 
-def _pair(rng: np.random.Generator) -> str:
-    return "-".join(_vocabulary()[i] for i in rng.integers(0, len(_vocabulary()), 2))
+def word_pair(rng: np.random.Generator) -> str:
+    """Two words of the vocabulary, joined by a hyphen."""
+    return "-".join(vocabulary()[i] for i in rng.integers(0, len(vocabulary()), 2))
 
 
-def _number(rng: np.random.Generator, digits: int) -> str:
+def number(rng: np.random.Generator, digits: int) -> str:
+    """A number of so many digits."""
     return str(rng.integers(10 ** (digits - 1), 10**digits))
 
 
@@ -267,7 +269,7 @@ def _letters(rng: np.random.Generator, count: int, start: str) -> str:
     return "".join(chr(ord(start) + i) for i in rng.integers(0, 26, count))
 
 
-def _distinct(draw: Callable[[], str]) -> Iterator[str]:
+def distinct(draw: Callable[[], str]) -> Iterator[str]:
     """What `draw` draws, each string once."""
     seen: set[str] = set()
     while True:
@@ -283,43 +285,53 @@ _Needle = tuple[str, Callable[[], str], str, str, str]
 
 
 def _passkey(rng: np.random.Generator) -> _Needle:
-    value = _number(rng, 5)
+    value = number(rng, 5)
     head = "One thing in this long and idle text matters: a pass key. Keep it in mind, for you will be asked for it."
     needle = f"The pass key is {value}. Remember it: {value} is the pass key."
-    return head, lambda: _NOISE, needle, value, "What is the pass key? The pass key is"
+    return head, lambda: NOISE, needle, value, "What is the pass key? The pass key is"
 
 
 def _niah(haystack: str, kind: str) -> Callable[[np.random.Generator], _Needle]:
     def make(rng: np.random.Generator) -> _Needle:
-        keys = _distinct(lambda: _uuid(rng) if kind == "uuid" else _pair(rng))
-        values = _distinct(lambda: _uuid(rng) if kind == "uuid" else _number(rng, 7))
+        keys = distinct(lambda: _uuid(rng) if kind == "uuid" else word_pair(rng))
+        values = distinct(lambda: _uuid(rng) if kind == "uuid" else number(rng, 7))
         key, value = next(keys), next(values)
 
-        def needle(key: str, value: str) -> str:
-            return f"One of the magic {kind}s, that of {key}, is: {value}."
-
         def line() -> str:
-            return _NOISE if haystack == "noise" else needle(next(keys), next(values))
+            return NOISE if haystack == "noise" else magic_line(kind, next(keys), next(values))
 
-        head = f"A magic {kind} is hidden in the text below. Keep it in mind, for a question about it follows."
-        question = f"Which magic {kind} does the text above give for {key}? The magic {kind} that it gives for {key} is"
-        return head, line, needle(key, value), value, question
+        return magic_head(kind), line, magic_line(kind, key, value), value, magic_question(kind, key)
 
     return make
+
+
+def magic_head(kind: str) -> str:
+    """What a text with magic numbers (or UUIDs: the kind) begins with."""
+    return f"A magic {kind} is hidden in the text below. Keep it in mind, for a question about it follows."
+
+
+def magic_line(kind: str, key: str, value: str) -> str:
+    """A needle."""
+    return f"One of the magic {kind}s, that of {key}, is: {value}."
+
+
+def magic_question(kind: str, key: str) -> str:
+    """What asks for the value of a key."""
+    return f"Which magic {kind} does the text above give for {key}? The magic {kind} that it gives for {key} is"
 
 
 # Tasks with several answers: drafts of a prompt, of which the first that fits is taken --------------------------------
 
 
 def _vt(rng: np.random.Generator, window: int) -> Iterator[_Draft]:
-    names = _distinct(lambda: _letters(rng, 5, "A"))
-    example_names = _distinct(lambda: _letters(rng, 3, "A"))
-    values = _distinct(lambda: _number(rng, 5))
+    names = distinct(lambda: _letters(rng, 5, "A"))
+    example_names = distinct(lambda: _letters(rng, 3, "A"))
+    values = distinct(lambda: number(rng, 5))
     places = np.sort(rng.random((2, _HOPS + 1)))
 
     def prompt(variables: Sequence[str], value: str, units: int, places: np.ndarray) -> str:
         chain = [f"VAR {name} = {held}" for name, held in zip(variables, [value, *_held(variables)], strict=True)]
-        lines = [_NOISE] * units
+        lines = [NOISE] * units
         for slot, statement in reversed(list(zip((places * (units + 1)).astype(int), chain, strict=True))):
             lines.insert(slot, statement)
         return "\n".join([
@@ -383,7 +395,7 @@ def _numbered(words: np.ndarray) -> str:
 
 
 def _fwe(rng: np.random.Generator, window: int) -> Iterator[_Draft]:
-    coded = _distinct(lambda: _letters(rng, 6, "a"))
+    coded = distinct(lambda: _letters(rng, 6, "a"))
     words = np.array(["...", *(next(coded) for _ in range(max(5, window // 50) - 1))])
     share = np.arange(1, len(words) + 1) ** -_ALPHA / zeta(_ALPHA)
     order = int(rng.integers(2**32))

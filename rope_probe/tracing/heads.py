@@ -142,7 +142,7 @@ def _sum_attention(query: Tensor, key: Tensor, scoring: Scoring, tokens: Tensor,
         sums["attention_mass"].index_add_(1, bin_of[: profile.shape[1]], profile)
         if profile.shape[1] > 1:
             sums["previous_token"] += profile[:, 1]
-        of_query, of_key = _after_copy(rows, tokens).nonzero(as_tuple=True)
+        of_query, of_key = after_copy(rows, tokens).nonzero(as_tuple=True)
         sums["induction"] += pattern[:, of_query, of_key].sum(1).double()
         of_query, of_key = _copies(rows, tokens).nonzero(as_tuple=True)
         to_copies = pattern[:, of_query, of_key].double()  # [H, copies]
@@ -171,7 +171,7 @@ def _copies(rows: Rows, tokens: Int[Tensor, " T"]) -> Bool[Tensor, "q k"]:
     return alike & (rows.distance > 0)
 
 
-def _after_copy(rows: Rows, tokens: Int[Tensor, " T"]) -> Bool[Tensor, "q k"]:
+def after_copy(rows: Rows, tokens: Int[Tensor, " T"]) -> Bool[Tensor, "q k"]:
     """Where the token before a key is its query's, in the same document, and the key before the query."""
     keys = torch.arange(rows.keys.start, rows.keys.stop, device=tokens.device)
     alike = tokens[rows.queries].unsqueeze(1) == tokens[(keys - 1).clamp_min(0)]
@@ -185,7 +185,7 @@ def _count_queries(tokens: Tensor, bounds: list[int], edges: list[int]) -> dict[
     induction, duplicate, match = torch.tensor(0), torch.tensor(0), torch.zeros(len(edges), dtype=torch.long)
     bin_of = _bin_of_distance(len(tokens), edges).to(tokens.device)
     for rows in row_blocks(bounds, len(edges), tokens.device):
-        induction += _after_copy(rows, tokens).any(1).sum().cpu()
+        induction += after_copy(rows, tokens).any(1).sum().cpu()
         copies = _copies(rows, tokens)
         duplicate += copies.any(1).sum().cpu()
         of_query, of_key = copies.nonzero(as_tuple=True)

@@ -8,9 +8,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from experiments import longred, phase_scaling, theta_grid  # noqa: F401 (they declare tables that drawings read)
 from rope_probe.gallery import figures as plots
 from rope_probe.gallery.embedded import as_json, embedded
-from rope_probe.gallery.numbers import MOST_ROWS, numbers
+from rope_probe.gallery.numbers import MOST_ROWS, numbers, write_numbers
 from rope_probe.gallery.report import Stages, _command, gallery
 from rope_probe.retrieval.probe import RETRIEVAL
 from rope_probe.runs.results import new_run
@@ -94,7 +95,7 @@ def test_numbers_that_float32_has_no_room_for_stay_as_they_are():
     assert stored["dtype"] == "f8"
 
 
-def test_the_table_tells_means_and_the_files_hold_all_rows(made):
+def test_the_table_tells_means_and_the_files_hold_all_rows(made, tmp_path):
     rows = [{"metric": "accuracy", "value": value, "distance": d, "seed": seed, "model": "m", "seq_len": 64}
             for d in (8, 16) for seed, value in ((0, 0.25), (1, 0.75))]  # fmt: skip
     table = numbers(rows_of("retrieval", rows=rows))
@@ -106,6 +107,9 @@ def test_the_table_tells_means_and_the_files_hold_all_rows(made):
     table = numbers(rows_of("retrieval", rows=many))
     assert (len(table.rows), table.of) == (MOST_ROWS, MOST_ROWS + 7)
     assert min(row[0].number for row in table.rows) == 7  # the largest are shown
+    csv, parquet = write_numbers(rows_of("retrieval", rows=many * 30), tmp_path / "many")
+    assert csv.name == "many.csv.gz"
+    assert len(pd.read_csv(csv)) == len(pd.read_parquet(parquet)) == 30 * len(many)
     for csv in sorted((made / "tables").glob("*.csv")):
         text, stored = pd.read_csv(csv), pd.read_parquet(csv.with_suffix(".parquet"))
         assert list(text.columns) == list(stored.columns)
@@ -130,7 +134,10 @@ def test_every_drawing_says_how_it_is_read_and_what_it_finds(drawing):
     assert 40 < len(drawing.how_to_read) < 260
     assert drawing.how_to_read.endswith(".")
     metric = (getattr(drawing.finding, "metrics", None) or ("odd",))[0]
-    rows = [{"metric": metric, "value": value, "seed": 3, "model": model} for value, model in ((0.5, "a"), (0.25, "b"))]
+    rows = [
+        {"metric": metric, "value": value, "seed": 3, "tokens": 8, "model": model}
+        for value, model in ((0.5, "a"), (0.25, "b"))
+    ]
     said = drawing.finding(rows_of(*drawing.tables, rows=rows))
     assert "1 seed (3)" in said
     assert "0.5" in said or "0.375" in said
@@ -217,6 +224,7 @@ def seen(browser, made):
             context = browser.new_context(
                 viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True, reduced_motion="reduce"
             )
+            context.set_default_timeout(120_000)
             page = context.new_page()
             page.said = []
             page.on("console", lambda message: page.said.append(message.text) if message.type == "error" else None)
@@ -229,7 +237,7 @@ def seen(browser, made):
         for plot in page.locator(".plot").all():
             if plot.is_visible():
                 plot.scroll_into_view_if_needed()
-        page.wait_for_function(DRAWN, timeout=60_000)
+        page.wait_for_function(DRAWN, timeout=120_000)
         return page
 
     return open_page
@@ -277,7 +285,7 @@ def test_tooltips_appear_over_a_figure(seen):
     plot.scroll_into_view_if_needed()
     point = plot.locator(".point, .points path").first.bounding_box()
     page.mouse.move(point["x"] + point["width"] / 2, point["y"] + point["height"] / 2)
-    page.wait_for_selector(".hoverlayer .hovertext", timeout=10_000)
+    page.wait_for_selector(".hoverlayer .hovertext", timeout=60_000)
 
 
 def test_tabs_by_keyboard(seen, names):

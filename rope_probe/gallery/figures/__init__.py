@@ -8,6 +8,7 @@ import plotly.graph_objects as go
 
 from rope_probe.errors import InputError
 from rope_probe.gallery.figures import (
+    beyond,
     cost,
     drift,
     geometry,
@@ -25,6 +26,7 @@ from rope_probe.gallery.figures import (
     trade,
     training,
 )
+from rope_probe.gallery.figures.beyond import window_by_distance
 from rope_probe.gallery.figures.cost import trace_cost
 from rope_probe.gallery.figures.drift import drift_by_layer
 from rope_probe.gallery.figures.findings import Extremes, extremes, losses_in_the_end
@@ -86,6 +88,7 @@ __all__ = [
     "trace_cost",
     "trade_off",
     "transplants",
+    "window_by_distance",
 ]
 
 
@@ -174,6 +177,19 @@ DRAWINGS = [
             "apart."
         ),
         finding=Extremes(("task", "model")),
+    ),
+    Drawing(
+        "window_by_distance",
+        ("beyond",),
+        beyond.is_asked,
+        window_by_distance,
+        lambda rows: [rows["task"].fillna("")],
+        per_model=True,
+        how_to_read=(
+            "Each panel is a rotation and a temperature, columns are windows, rows distances. Bright cells find the "
+            "needle; a column that fades says that the window is too long, a row that the distance is."
+        ),
+        finding=Extremes(("seq_len", "distance")),
     ),
     Drawing(
         "retrieval_map",

@@ -105,7 +105,7 @@ def losses_in_the_end(rows: pd.DataFrame) -> str:
     """States which model ended with the largest loss in each phase, and which with the smallest."""
     keys = ["model", "seed", "phase", "metric"]
     last = rows.groupby(keys, dropna=False)["tokens"].transform("max")
-    return f"At the end of training. {Extremes(('model', 'phase'))(rows[rows['tokens'] == last])}"
+    return f"At the end of training. {Extremes(('model', 'phase'))(rows[(rows['tokens'] == last).fillna(False)])}"
 
 
 def _of_largest_dose(rows: pd.DataFrame) -> pd.DataFrame:

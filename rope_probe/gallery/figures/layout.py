@@ -85,7 +85,9 @@ def lines_of(text: str) -> int:
     return text.count("<br>") + 1 if text else 0
 
 
-def roomy(values: Sequence[Any], texts: Sequence[str], places: Sequence[float], room: float = ROOM) -> list[Any]:
+def roomy(
+    values: Sequence[Any], texts: Sequence[str], places: Sequence[float] | np.ndarray, room: float = ROOM
+) -> list[Any]:
     """Those of the values whose texts do not touch along an axis of so many pixels; the first and the last are kept.
 
     `places` say where along the axis the values are, in any unit and in order.

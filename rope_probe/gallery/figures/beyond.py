@@ -1,0 +1,95 @@
+"""Retrieval by window x distance: is what is lost lost to distance, or to the length of the window?"""
+
+from bisect import bisect_right
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from rope_probe.errors import InputError
+from rope_probe.gallery.figures.layout import ROOM, missing_is_grey, panels
+from rope_probe.gallery.figures.style import PLAIN, SCALE, across, bar_of, drawing, listed, styled
+from rope_probe.runs.intervals import share_interval
+
+_EDGES = (0, 2048, 4096, 8192, 12_288, 16_384)
+_COLUMNS = 2
+_LOWEST_PANEL, _PIXELS_OF_WINDOW = 120, 40
+_QUESTION = ["model", "rotation", "temperature", "task", "seed", "seq_len", "distance", "unit"]
+
+
+def is_asked(frame: pd.DataFrame) -> pd.Series:
+    """Rows with what came of a question, at a known window and distance, by a rotation and a temperature."""
+    placed = frame[["rotation", "temperature", "seq_len", "distance"]].notna().all(axis=1)
+    return placed & (frame["metric"] == "hit") & frame["value"].between(0, 1) & (frame["distance"] >= 0).fillna(False)
+
+
+@drawing
+def window_by_distance(frame: pd.DataFrame, label: str = "") -> go.Figure:
+    """Heatmaps of the share of answers found, a window a row and a bin of distances a column, for each rotation.
+
+    A rotation with a temperature is a panel of its own. A cell says how many were found of how many; the hover tells
+    the 95% interval, over seeds and questions. Cells that nothing was asked in are empty, and a question that a longer
+    reading of the same text asked again counts once. Raises InputError where the frame has no answers.
+    """
+    rows = frame[is_asked(frame)].drop_duplicates(_QUESTION)
+    if rows.empty:
+        raise InputError("these results hold no answers by window and distance; run experiments.beyond")
+    edges = [edge for edge in _EDGES if edge <= int(rows["distance"].max())]
+    rows = rows.assign(bin=[bisect_right(edges, int(distance)) - 1 for distance in rows["distance"]])
+    arms = list(rows[["rotation", "temperature"]].drop_duplicates().itertuples(index=False, name=None))
+    windows = sorted(rows["seq_len"].unique().tolist())
+    names = [_between(edges, i) for i in range(len(edges))]
+    columns = min(_COLUMNS, len(arms))
+    titles = [rotation if sharp == "none" else f"{rotation}, temperature {sharp}" for rotation, sharp in arms]
+    height = max(_LOWEST_PANEL, _PIXELS_OF_WINDOW * len(windows))
+    figure = panels(titles, height, columns)
+    for panel, (rotation, sharp) in enumerate(arms):
+        part = rows[(rows["rotation"] == rotation) & (rows["temperature"] == sharp)]
+        cells = [[_cell(part, window, i) for i in range(len(edges))] for window in windows]
+        at = {"row": panel // columns + 1, "col": panel % columns + 1}
+        figure.add_trace(
+            go.Heatmap(
+                z=[[share for share, _, _ in line] for line in cells],
+                x=names,
+                y=[f"{window:,}" for window in windows],
+                text=[[found for _, found, _ in line] for line in cells],
+                customdata=[[interval for _, _, interval in line] for line in cells],
+                texttemplate="%{text}",
+                coloraxis="coloraxis",
+                xgap=2,
+                ygap=2,
+                hoverongaps=False,
+                hovertemplate="window %{y}, distance %{x}: %{text} found, %{z:.2f} %{customdata}<extra></extra>",
+            ),
+            **at,
+        )
+        is_last = panel + columns >= len(arms)
+        title = "distance, thousands of tokens" if is_last else None
+        figure.update_xaxes(type="category", tickvals=across(names, ROOM / columns), title=title, **PLAIN, **at)
+        title = "window, tokens" if at["col"] == 1 else None
+        figure.update_yaxes(type="category", title=title, **PLAIN, **at)
+    missing_is_grey(figure)
+    figure.update_layout(coloraxis={"colorscale": SCALE, "cmin": 0, "cmax": 1, "colorbar": bar_of("share found")})
+    note = "each cell: answers found of those asked for, in windows of one text read once; grey: nothing is so far away"
+    if tasks := listed(rows["task"]):
+        note += f"; task {tasks}"
+    if seeds := listed(rows["seed"]):
+        note += f"; texts {seeds}"
+    return styled(figure, "Retrieval by window and distance", label, note)
+
+
+def _between(edges: list[int], i: int) -> str:
+    """A bin of distances in thousands of tokens of 1,024."""
+    low = edges[i] // 1024
+    return f"{low} to {_EDGES[_EDGES.index(edges[i]) + 1] // 1024}" if edges[i] < _EDGES[-1] else f"{low} to "
+
+
+def _cell(rows: pd.DataFrame, window: int, number: int) -> tuple[float, str, str]:
+    """Share found, found of asked, and the interval as text; a gap where nothing was asked."""
+    chosen = rows[(rows["seq_len"] == window) & (rows["bin"] == number)]
+    if chosen.empty:
+        return np.nan, "", ""
+    by_seed = chosen.groupby(chosen["seed"].fillna(0))["value"]
+    low, high = share_interval(by_seed.mean().tolist(), by_seed.size().tolist())
+    share = float(chosen["value"].mean())
+    return share, f"{chosen['value'].sum():g}/{len(chosen)}", f"[{low:.2f}, {high:.2f}]"

@@ -1,0 +1,304 @@
+"""What is measured beyond a pretrained window, against whole passes and planted rows; and every arm of its training."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from transformers import ByT5Tokenizer, LlamaConfig
+
+from experiments import beyond, beyond_train
+from experiments import beyond_verdicts as said
+from experiments.stages import Options
+from rope_probe import AttentionTemperature, InputError, head_scores, load_model
+from rope_probe.gallery import figures as plots
+from rope_probe.models import checkpoints
+from rope_probe.retrieval.haystacks import haystack
+from rope_probe.retrieval.heads import _copied, needle_of
+from rope_probe.retrieval.reading import Reading
+from rope_probe.retrieval.tasks import Trial
+from rope_probe.runs.intervals import share_interval
+from rope_probe.runs.results import read_run
+from rope_probe.windows.embedded_text import documents
+from rope_probe.windows.packing import pack
+from tests import zoo
+
+OF_BYTES = {**zoo.SIZES, "vocab_size": 384, "max_position_embeddings": 4096}
+
+
+@pytest.fixture(scope="module")
+def model():
+    made = load_model(zoo.model(LlamaConfig(**OF_BYTES)), dtype=torch.float64)
+    made.tokenizer = ByT5Tokenizer()
+    return made
+
+
+@pytest.fixture(scope="module")
+def stack(model):
+    return haystack("passkey", model.tokenizer, 2600, every=500)
+
+
+# Measurements ---------------------------------------------------------------------------------------------------------
+
+
+def test_loss_by_block_is_that_of_a_whole_pass_without_the_needles(model, stack):
+    reading = Reading(model)
+    rows = []
+    for at in (stack.cut(1400), stack.cut(2600)):
+        first = len(reading)
+        rows += beyond.loss_rows(reading, stack, reading.read(stack.tokens[first:at]), first)
+    with torch.no_grad():
+        logits = model(stack.tokens[:at])[0]
+    losses = torch.nn.functional.cross_entropy(logits[:-1].float(), stack.tokens[1:at], reduction="none")
+    assert {row["position"] for row in rows} >= {0, 256, 512, 1024}
+    for row in rows:
+        if row["position"] in (0, 512):  # of one piece
+            places = torch.arange(row["position"], row["position"] + 256, 8)
+            kept = places[stack.is_text[places + 1]]
+            assert row["value"] == pytest.approx(losses[kept].mean().item(), abs=1e-4)
+
+
+def test_two_heads_look_back_as_head_scores_has_it(model):
+    tokens = zoo.tokens(2, 60)[0].repeat(2)
+    scores = head_scores(model, pack([tokens.tolist()], len(tokens)))
+    reading = Reading(model)
+    queries = {}
+    reading.read(tokens, [beyond._keep(queries, 1, "q")])
+    for head in range(4):
+        query, key = queries[1][0][:, head : head + 1], reading.keys(1)[:, head // 2, None]
+        found = beyond.looks_back(query, key, model.scoring(1), tokens, 0)
+        of_head = scores[(scores["layer"] == 1) & (scores["head"] == head)].set_index("metric")["value"]
+        assert found["previous_token"] == pytest.approx(of_head["previous_token"], abs=1e-10)
+        assert found["induction"] == pytest.approx(of_head["induction"], abs=1e-10)
+        scale = model.scoring(1).scaling
+        pattern = (query[:, 0] @ key[:, 0].T * scale).masked_fill(torch.ones(120, 120).triu(1) > 0, -torch.inf)
+        late = pattern.softmax(-1)[90:]
+        expected = late[torch.arange(30), torch.arange(89, 119)].mean().item()
+        assert beyond.looks_back(query, key, model.scoring(1), tokens, 90)["previous_token"] == pytest.approx(expected)
+
+
+def test_heads_that_copy_are_those_of_a_whole_pass(model, stack):
+    reading = Reading(model, [AttentionTemperature(3.0)])
+    reading.read(stack.tokens)
+    question = stack.questions(stack.cut(2600), 2)[1]
+    trial = Trial(
+        torch.cat([stack.tokens[: question.at], question.prompt]),
+        question.answer,
+        (question.needle.value,),
+        question.distance,
+    )
+    needle = needle_of(trial)
+    assert needle[question.needle.place]
+    window = pack([torch.cat([trial.prompt, trial.answer[:-1]]).tolist()], len(trial.tokens) - 1)
+    with model.hooks(fwd_hooks=AttentionTemperature(3.0).hooks(model, window)):
+        expected = _copied(model, trial, trial.answer, needle, [0, 1])
+    assert torch.equal(beyond.copied_by(reading, question, stack), expected)
+
+
+def test_log_n_branches_off_where_it_begins_to_act(model, stack):
+    trained = 2048  # where a window ends, so that there is something to branch from
+    rows = dict(beyond.readings(model, stack, "none_and_log_n", 2600, lambda tokens: None, trained))
+    reading = Reading(model, [AttentionTemperature("log_n", reference=trained)])
+    reading.read(stack.tokens[: stack.cut(2600)])
+    expected = list(beyond.question_rows(reading, stack.questions(stack.cut(2600), 8), stack, 2600))
+    found = [row for row in rows["log_n"] if row["metric"] in ("hit", "answer_logprob_nats")]
+    assert [row["value"] for row in found] == pytest.approx([row["value"] for row in expected], abs=1e-9)
+    plain = [row["value"] for row in rows["none"] if row["metric"] == "answer_logprob_nats"]
+    assert plain != pytest.approx([row["value"] for row in found if row["metric"] == "answer_logprob_nats"], abs=1e-6)
+
+
+def test_yarn_frequencies_come_without_its_temperature_and_the_others_as_named(model):
+    for name, rope in beyond.ROTATIONS.items():
+        rotary = beyond.rotated(model, rope).rotary[0]
+        assert rotary.scaling == 1.0, name
+    own, linear = (beyond.rotated(model, beyond.ROTATIONS[name]).rotary[0].inv_freq for name in ("own", "linear_2"))
+    assert torch.allclose(own, 2 * linear)
+    assert beyond.YARN_TEMPERATURE.factor == pytest.approx((0.1 * np.log(2) + 1) ** 2)
+
+
+# Stages ---------------------------------------------------------------------------------------------------------------
+
+
+def test_quick_stages_are_two_short_readings_and_full_ones_have_names_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(beyond, "is_available", lambda name: True)
+    quick, full = (beyond.stages(Options(tmp_path, full=full)) for full in (False, True))
+    assert len(quick) == 2
+    assert all(stage.seconds < 60 for stage in quick.values())
+    assert len(full) == len(beyond.QUICK) + len(beyond.FULL)
+    assert len({json.dumps(stage.config()) for stage in full.values()}) == len(full)
+    monkeypatch.setattr(beyond, "is_available", lambda name: False)
+    assert beyond.stages(Options(tmp_path, full=True)) == {}
+
+
+# Verdicts, on planted rows --------------------------------------------------------------------------------------------
+
+
+def planted(losses, hits=()):
+    """Rows: losses by (rotation, temperature, position), hits by (rotation, window, distance), with a little noise."""
+    rng = np.random.default_rng(0)
+    of_text = rng.normal(0, 0.3, 64)  # what a text costs, whoever reads it
+    rows = []
+    for (rotation, temperature), by_span in losses.items():
+        for (first, end), mean in by_span.items():
+            for position in range(first, end, 256):
+                value = mean + of_text[position // 256] + rng.normal(0, 0.01)
+                place = {"rotation": rotation, "temperature": temperature, "task": "passkey", "seed": 0}
+                rows.append({**place, "position": position, "metric": "loss_nats", "value": value})
+    for rotation, window, distance, found in hits:
+        for unit, value in enumerate(found):
+            place = {"rotation": rotation, "temperature": "none", "task": "passkey", "seed": 0, "seq_len": window}
+            rows.append({**place, "distance": distance, "unit": unit, "metric": "hit", "value": value})
+    return said.BEYOND.frame(rows)
+
+
+INSIDE, BEYOND = (4096, 8192), (8192, 12_288)
+
+
+def held(rows):
+    frame = said.judged(rows)
+    frame = frame[frame["prediction"].notna()]
+    return {number: part["held"].tolist() for number, part in frame.groupby("prediction")}
+
+
+def test_verdicts_follow_the_intervals():
+    losses = {
+        ("own", "none"): {(0, 2048): 2.0, INSIDE: 2.0, BEYOND: 5.0},
+        ("own", "log_n"): {BEYOND: 4.95},
+        ("own", "yarn"): {BEYOND: 4.0},
+        ("yarn_2", "none"): {(0, 2048): 2.0, BEYOND: 2.0},
+        ("yarn_2", "yarn"): {BEYOND: 1.99},
+        ("theta_500000", "none"): {BEYOND: 4.0},
+        ("linear_2", "none"): {(0, 2048): 2.5},
+    }
+    hits = [
+        ("own", 12_288, 9000, [0] * 30),
+        ("yarn_2", 12_288, 9000, [1] * 30),
+        ("own", 4096, 1000, [1, 0] * 15),
+        ("own", 12_288, 1000, [1, 0] * 15),
+    ]
+    found = held(planted(losses, hits[:3]))
+    assert found[1] == ["held"]
+    assert found[2] == ["held"]
+    assert found[3] == ["not held"]
+    assert found[4] == ["held"]
+    assert found[5] == ["held"]
+    assert found[7] == ["held", "not held"]  # log n gives 1/60 of it back, YaRN's temperature a third
+    assert found[8] == ["held"]
+    few = [(rotation, window, distance, values[:3]) for rotation, window, distance, values in hits[:2]]
+    assert held(planted(losses, few))[5] == ["undecided"]
+    assert held(planted({}, [hits[2], ("own", 12_288, 1000, [0] * 30)]))[6] == ["held"]
+    assert held(planted({}, hits[2:]))[6] == ["not held"]
+
+
+def test_the_share_given_back_is_of_the_sums():
+    rng = np.random.default_rng(0)
+    own = pd.Series(rng.normal(5, 0.5, 40))
+    value, low, high = said.given_back(own, own - 1 + rng.normal(0, 0.05, 40), own - 4)
+    assert low < 0.25 < high
+    assert value == pytest.approx(0.25, abs=0.02)
+    assert high - low < 0.05
+
+
+def test_what_two_readings_measured_alike_counts_once():
+    rows = planted({("own", "none"): {INSIDE: 2.0}}, [("own", 4096, 1000, [1, 0])])
+    twice = pd.concat([rows, rows], ignore_index=True)
+    assert len(said.once(twice)) == len(rows)
+    tables = said.tables_of(twice)
+    assert tables["answers found of asked, by window and distance"].iloc[0, 0] == "1/2"
+    assert "n=2" in tables["answers found, by window"].iloc[0, 0]
+
+
+def test_the_map_says_how_many_were_found_at_each_window_and_distance():
+    hits = [("own", 4096, 1000, [1, 1, 0, 1]), ("own", 12_288, 1000, [0, 0]), ("own", 12_288, 9000, [1, 0, 0])]
+    frame = planted({}, hits).assign(model="tiny")
+    (panel,) = plots.window_by_distance(pd.concat([frame, frame], ignore_index=True)).data
+    assert list(panel.y) == ["4,096", "12,288"]
+    assert list(panel.x) == ["0 to 2", "2 to 4", "4 to 8", "8 to 12"]
+    assert [list(line) for line in panel.text] == [["3/4", "", "", ""], ["0/2", "", "", "1/3"]]
+    np.testing.assert_allclose(panel.z, [[0.75, *[np.nan] * 3], [0, np.nan, np.nan, 1 / 3]])
+    assert panel.customdata[0][0] == "[{:.2f}, {:.2f}]".format(*share_interval([0.75], 4))
+
+
+# Training -------------------------------------------------------------------------------------------------------------
+
+
+def test_hard_labels_are_cross_entropy_with_the_most_likely_token_alone():
+    torch.manual_seed(0)
+    logits, taught = torch.randn(7, 11, requires_grad=True), torch.randn(7, 13, requires_grad=True)
+    values = beyond_train.TeacherArgmax().values(logits, torch.zeros(7, dtype=torch.long), taught)
+    best = taught[:, :11].argmax(-1)
+    expected = torch.stack([logits[i].exp().sum().log() - logits[i, best[i]] for i in range(7)])
+    assert torch.allclose(values, expected)
+    values.sum().backward()
+    assert taught.grad is None  # scaled logits would teach the same
+    scaled = beyond_train.TeacherArgmax().values(logits, torch.zeros(7, dtype=torch.long), 5 * taught)
+    assert torch.allclose(values, scaled)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A student, a wider teacher of the same tokenizer, and local text."""
+    root = tmp_path_factory.mktemp("beyond")
+    for name, width in (("student", 32), ("teacher", 48)):
+        config = LlamaConfig(**{**zoo.SIZES, "vocab_size": 259, "max_position_embeddings": 4096, "hidden_size": width})
+        checkpoints.save(zoo.model(config, seed=width, scale=0.1), root / name)
+        ByT5Tokenizer(extra_ids=0).save_pretrained(root / name)
+    text = root / "text.txt"
+    text.write_text("\n\n".join(documents()[:3]), encoding="utf-8")
+    return root / "student", root / "teacher", text
+
+
+@pytest.mark.parametrize("arm", beyond_train.ARMS)
+def test_every_arm_trains_two_steps_and_is_measured(arm, folders, tmp_path):
+    student, teacher, text = folders
+    beyond_train.train_and_measure(
+        arm,
+        tmp_path / arm,
+        str(student),
+        str(teacher),
+        data={"kind": "text", "files": [str(text)]},
+        rotation="yarn_2",
+        window=1024,
+        tokens=4096,
+        batch_tokens=2048,
+        lr=1e-3,
+        seed=0,
+        ways={"device": "cpu"},
+        longest=1500,
+        trained=800,
+        seeds=[0],
+    )
+    tables, manifest = read_run(tmp_path / arm)
+    rows = tables["beyond"]
+    assert set(rows["temperature"]) == {"none", "log_n", "yarn"}
+    assert set(rows["model"]) == {arm}
+    assert {"hit", "answer_logprob_nats", "loss_nats"} <= set(rows["metric"])
+    assert np.isfinite(rows["value"]).all()
+    before = load_model(student).original_model.state_dict()
+    if arm == "temperature":
+        assert "losses" not in tables or tables["losses"].empty
+        return
+    folder = tmp_path / arm / "training" / "checkpoints" / "extension"
+    after = load_model(folder)
+    assert after.original_model.config.rope_parameters["rope_type"] == "yarn"
+    assert any(not torch.equal(before[name], weight) for name, weight in after.original_model.state_dict().items())
+    metric = {"kd": "kd_nats", "hard": "teacher_argmax_nats", "ce": "ce_nats"}[beyond_train.ARMS[arm].learns_by]
+    assert metric in set(tables["losses"]["metric"])
+    phase = manifest["config"]["training"]["phases"][0]
+    assert phase["steps"] == 2
+    assert phase["masked"] == phase["teacher_masked"] == beyond_train.ARMS[arm].masked
+    assert phase["data"]["longest"] == 512
+
+
+def test_what_cannot_be_trained_is_refused():
+    shape = {"window": 1024, "batch_tokens": 2048, "lr": 1e-3, "seed": 0, "ways": {}}
+    given = {"data": {"kind": "text"}, "rope": beyond.ROTATIONS["own"], **shape}
+    with pytest.raises(InputError, match="arm must be one of kd-packed"):
+        beyond_train.training_config("sgd", "a", "b", tokens=4096, **given)
+    with pytest.raises(InputError, match="2048 or more"):
+        beyond_train.training_config("kd-packed", "a", "b", tokens=100, **given)
+    config = beyond_train.training_config("kd-packed", "a", "b", tokens=10_000, **given)
+    assert config.teachers == {"teacher": "b"}
+    assert beyond_train.training_config("ce-masked", "a", "b", tokens=10_000, **given).teachers == {}
+    assert beyond_train.training_config("temperature", "a", "b", tokens=10_000, **given) is None
