@@ -9,7 +9,8 @@ from rope_probe import rope
 from rope_probe.gallery import figures as plots
 from tests.frames import rows_for
 
-for module in ("experiments.longred", "experiments.phase_scaling", "experiments.theta_grid", "rope_probe.tracing.heads",
+for module in ("experiments.longred", "experiments.phase_scaling", "experiments.beyond", "experiments.theta_grid",
+               "rope_probe.tracing.heads",
                "rope_probe.distillation.log", "rope_probe.distillation.signal", "rope_probe.spans.drift",
                "rope_probe.tracing.massive", "rope_probe.tracing.positional"):  # fmt: skip
     import_module(module)  # they declare the tables
@@ -69,6 +70,14 @@ def _windows(layers, heads, pairs):
     rows = crossed(seed=[0, 1], seq_len=[2**k for k in range(7, longest)], distance=[2**k for k in range(4, longest)])
     rows = valued(rows[rows["distance"] < rows["seq_len"]], 0.05, 1)
     return [rows.assign(metric="accuracy", task="passkey", trials=8, low=0.1, high=0.9)]
+
+
+def _asked(layers, heads, pairs):
+    arms = ["own", f"theta {LONG_NAME}", "YaRN 2", "YaRN 4"][: 2 if layers == 2 else 4]
+    rows = crossed(rotation=arms, temperature=["none", "log_n"], seed=[0, 1], seq_len=[4096, 8192, 16_384],
+                   distance=[100, 3000, 6000, 10_000, 14_000], unit=range(4))  # fmt: skip
+    rows = rows[rows["distance"] < rows["seq_len"]]
+    return [rows.assign(metric="hit", task="passkey", value=(rows["unit"] % 2).astype(float))]
 
 
 def _tasks(layers, heads, pairs):
@@ -248,6 +257,7 @@ _PARTS = {
     "retrieval_by_distance": _retrieval,
     "retrieval_by_task": _tasks,
     "retrieval_map": _windows,
+    "window_by_distance": _asked,
     "trade_off": _skills,
     "theta_grid": _grid,
     "rotations_by_pair": _rotations,
