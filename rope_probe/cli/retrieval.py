@@ -32,7 +32,8 @@ from rope_probe.errors import InputError
 from rope_probe.names import KEY_VALUE, TEXT_TASKS
 
 if TYPE_CHECKING:
-    from rope_probe.retrieval.probe import RetrievalTask
+    from rope_probe.retrieval.probe import KeyValueTask
+    from rope_probe.retrieval.tasks import TextTask
     from rope_probe.runs.results import Run
     from rope_probe.tracing.perturbations import AttentionTemperature
 
@@ -232,7 +233,9 @@ def _kept_trials(out: Path, run: "Run") -> Iterator[Path]:
     shutil.copyfile(kept, run.folder / "trials.jsonl")
 
 
-def tasks_of(model: str, asked: list[Task] | None, window: int, keys: int, values: int) -> "list[RetrievalTask]":
+def tasks_of(
+    model: str, asked: list[Task] | None, window: int, keys: int, values: int
+) -> "list[KeyValueTask | TextTask]":
     """The tasks asked for, or those by default. Raises InputError for one in text without a tokenizer."""
     from rope_probe.models import checkpoints
     from rope_probe.retrieval.probe import KeyValueTask
@@ -240,7 +243,7 @@ def tasks_of(model: str, asked: list[Task] | None, window: int, keys: int, value
     from rope_probe.windows.corpora import KeyValueStream
 
     tokenizer = None if asked == [KEY_VALUE] else checkpoints.load_tokenizer(model)
-    tasks: list[RetrievalTask] = []
+    tasks: list[KeyValueTask | TextTask] = []
     default = (KEY_VALUE,) if tokenizer is None else _QUICK_TASKS
     names = list(dict.fromkeys(map(str, asked) if asked else default))
     for name in names:
