@@ -20,6 +20,7 @@ that its runs hold. This page is made by `python docs/generate_figures.py`.
 
 ## From Python
 
+<!-- not run: reads a run of your own -->
 ```python
 from rope_probe.gallery import figures
 from rope_probe.runs.results import read_tables
@@ -39,7 +40,8 @@ A drawing that reads several tables gets them joined: `read_tables(runs).joined(
 
 ## As files for a paper
 
-```
+<!-- not run: installs a package and starts a browser -->
+```console
 pip install 'rope_probe[static]'      # kaleido; it needs Chromium or Chrome, and finds one by BROWSER_PATH too
 python -m figures.all runs/mine runs/heads --out paper --format svg --format pdf --width 700
 python -m figures.all runs/mine --out paper --only layer_effects
