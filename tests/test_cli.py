@@ -144,7 +144,8 @@ def test_retrieval_measures_by_distance(checkpoint, tmp_path, capsys):
     ("--window 31", "even"), ("--window 32 --keys 1", "--keys"),
 ])  # fmt: skip
 def test_bad_retrieval_input_is_one_line(checkpoint, tmp_path, capsys, options, named):
-    given = ["--window", "32", "--keys", "20", "--values", "30", *options.split()]
+    window = [] if "--window" in options else ["--window", "32"]
+    given = [*window, "--keys", "20", "--values", "30", *options.split()]
     code, stdout, stderr = rope_probe(capsys, "retrieval", checkpoint, "--out", tmp_path / "run", *given)
     assert (code, stdout) == (2, "")
     assert stderr.count("\n") == 1
@@ -255,7 +256,8 @@ def test_a_retrieval_that_is_refused_leaves_no_trials_but_those_that_were_there(
     ("--task vt --window 600", "vt needs a window"), ("--window 300", "niah_single_1 needs a window"),
 ])  # fmt: skip
 def test_bad_input_of_text_tasks_is_one_line(reader, tmp_path, capsys, options, named):
-    given = ["--window", "800", "--trials", "1", *options.split()]
+    window = [] if "--window" in options else ["--window", "800"]
+    given = [*window, "--trials", "1", *options.split()]
     code, stdout, stderr = rope_probe(capsys, "retrieval", reader, "--out", tmp_path / "run", *given)
     assert (code, stdout, stderr.count("\n")) == (2, "", 1)
     assert named in stderr

@@ -247,7 +247,7 @@ def test_effects_of_spans_fit_their_table():
     groups = {"nothing": [], "W_Q": [Span(part="W_Q")]}
     measured = span_effects(model, zoo.llama(), groups, partial(retrieval_accuracy, task=task, distances=[4], trials=2))
     left_out = [column for column in measured.columns if column not in SPAN_EFFECTS.columns]
-    assert left_out == ["phase", "role", "tokens"]
+    assert sorted(left_out) == ["perturbation", "phase", "role", "tokens"]
     assert len(SPAN_EFFECTS.frame(measured.drop(columns=left_out))) == 4
 
 

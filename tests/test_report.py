@@ -338,7 +338,7 @@ def test_the_landmarks_in_a_figure_are_those_of_its_run_and_model(tmp_path):
         record(run, "one", 3.0)
     figures = [(label, figure) for name, label, figure in drawn_from([tmp_path / "0", tmp_path / "1"])
                if name == "span_heatmap"]  # fmt: skip
-    assert {label: {shape.x0 for shape in figure.layout.shapes} for label, figure in figures} == {
+    assert {label: {shape.x0 for shape in figure.layout.shapes if shape.x0 == shape.x1} for label, figure in figures} == {
         "one (before=a)": {0.5}, "other": {1.5}, "one (before=b)": {2.5},
     }  # fmt: skip
 
@@ -361,7 +361,7 @@ def test_retrieval_marks_the_documents_and_the_window_that_most_models_trained_o
     assert [shape.x0 for shape in figure.layout.shapes] == [1024]
     near = plots.retrieval_by_distance(frame.assign(distance=frame["distance"] * 2))
     assert [shape.x0 for shape in near.layout.shapes] == [64]
-    assert "▾ documents of 64 tokens (2 of 3 trained models)" in notes(near)
+    assert any("documents of 64 tokens (2 of 3 trained models)" in note for note in notes(near))
     assert "training window of 1,024 tokens" in notes(figure)[0]
 
 
@@ -376,8 +376,8 @@ def test_retrieval_lists_fifteen_arms_from_best_to_worst_and_no_two_look_alike()
 def test_rotations_are_drawn_once_for_every_geometry():
     frame = pd.concat([geometry(arm, seed) for arm in phase_scaling.ARMS for seed in (0, 1)])
     figure = plots.rotations_by_pair(frame)
-    lines = {line.name: line for line in figure.data}
-    assert list(lines) == [
+    lines = [line.name.replace("<br>", " ") for line in figure.data]
+    assert lines == [
         "short phase, window 64, theta 300: 7 of 16 pairs turn",
         "short phase, window 64, theta 20,000: 4 of 16 pairs turn",
         "extension phase, window 1,024, theta 300: 15 of 16 pairs turn",
@@ -467,7 +467,7 @@ def test_the_theta_grid_outlines_the_diagonal_and_draws_the_base_bound_between_c
     assert [(shape.x0, shape.y0) for shape in first if shape.type == "rect"] == [(-0.5, -0.5), (0.5, 0.5), (1.5, 1.5)]
     bounds = {shape.xref: shape.x0 for shape in figure.layout.shapes if shape.type == "line"}
     assert bounds == {"x": 1.5, "x2": 1.5, "x3": 0.5, "x4": 0.5}
-    assert "base bound 12.5k" in notes(figure)
+    assert any("base bound 12.5k" in note for note in notes(figure))
 
 
 def test_the_theta_grid_marks_cells_whose_base_missed_its_gate():
@@ -506,7 +506,8 @@ def test_the_gallery_draws_every_figure_of_its_experiment(tmp_path):
     assert {name: page.pictures for name, page in pages.items()} == {
         "index.html": [],
         "phase-scaling.html": [
-            "retrieval-by-distance-1", "retrieval-by-distance-2", "rotations-by-pair-1", "loss-curves-1"
+            "retrieval-by-distance-1", "retrieval-by-distance-2", "retrieval-map-1", "retrieval-map-2",
+            "rotations-by-pair-1", "loss-curves-1",
         ],
         "theta-grid.html": ["theta-grid-1"],
         "longred.html": ["trade-off-1"],
@@ -891,7 +892,7 @@ def numbers(figure):
 ODD_NAME = '<a href="#">odd</a>&lt;%{y}$z$'
 ODD_NAME_AS_TEXT = '&lt;a href="#"&gt;odd&lt;/a&gt;&amp;lt;&#37;{y}&#36;z&#36;'
 NAMELESS = {"theta_grid", "copy_heatmap", "dose_response", "injected_by_read", "sensitivity_by_pair", "change_by_part",
-            "span_heatmap", "span_heads", "trace_cost", "head_map", "layer_effects", "head_effects",
+            "positional_shares", "trace_cost", "head_map", "layer_effects", "head_effects",
             "lens_by_layer", "massive_map", "retrieval_map", "head_pairs"}  # fmt: skip
 
 
@@ -903,7 +904,9 @@ def test_names_are_shown_as_text(drawing):
     spec["layout"].pop("meta")
     texts = ["".join(text.replace("<br>", " ").split()) for text in contents(spec, str)]  # however it is wrapped
     named = [text for text in texts if "odd" in text]
-    assert all("odd" not in text.replace("".join(ODD_NAME_AS_TEXT.split()), "") for text in named)
+    assert all("<a" not in text for text in named)
+    whole = [text for text in named if "…" not in text]  # a name that is cut ends with a digest
+    assert all("odd" not in text.replace("".join(ODD_NAME_AS_TEXT.split()), "") for text in whole)
     assert len(named) == 1 if drawing.name in NAMELESS else len(named) > 1
     assert html.unescape(ODD_NAME_AS_TEXT) == ODD_NAME
     plain = drawing.draw(rows_for(drawing.name, what_each_drawing_draws("plain")[drawing.name]), "plain")

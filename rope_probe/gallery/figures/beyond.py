@@ -64,17 +64,17 @@ def window_by_distance(frame: pd.DataFrame, label: str = "") -> go.Figure:
             **at,
         )
         is_last = panel + columns >= len(arms)
-        title = "distance, thousands of tokens" if is_last else None
+        title = "distance" if is_last else None
         figure.update_xaxes(type="category", tickvals=across(names, ROOM / columns), title=title, **PLAIN, **at)
         title = "window, tokens" if at["col"] == 1 else None
         figure.update_yaxes(type="category", title=title, **PLAIN, **at)
     missing_is_grey(figure)
     figure.update_layout(coloraxis={"colorscale": SCALE, "cmin": 0, "cmax": 1, "colorbar": bar_of("share found")})
-    note = "each cell: answers found of those asked for, in windows of one text read once; grey: nothing is so far away"
+    note = "each cell: answers found of those asked for, in windows of one text read once; grey: nothing is so far away; distances in thousands of tokens"
     if tasks := listed(rows["task"]):
         note += f"; task {tasks}"
     if seeds := listed(rows["seed"]):
-        note += f"; texts {seeds}"
+        note += f"; texts are seeds {seeds}"
     return styled(figure, "Retrieval by window and distance", label, note)
 
 

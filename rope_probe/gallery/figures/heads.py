@@ -129,8 +129,11 @@ def head_pairs(frame: pd.DataFrame, label: str = "") -> go.Figure:
         type="category", autorange="reversed", tickvals=down(names, height), title="layer.head", **PLAIN
     )
     missing_is_grey(figure)
-    figure.update_layout(coloraxis=signed(table, "added to the score of attended keys; e to that power: attention"))
-    note = "what a pair adds to the score of attended keys, less its mean over all keys; mean over queries"
+    figure.update_layout(coloraxis=signed(table, "added to the score"))
+    note = (
+        "what a pair adds to the score of attended keys, less its mean over all keys; mean over queries; "
+        "e to that power is what it multiplies attention by"
+    )
     if count > _MOST_HEADS:
         note += f"; the {_MOST_HEADS} of {count} heads whose pairs add and take most"
     if seeds := listed(rows["seed"]):

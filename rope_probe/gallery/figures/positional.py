@@ -74,7 +74,8 @@ def positional_shares(frame: pd.DataFrame, label: str = "") -> go.Figure:
         span = [np.log10(lowest) - 0.15, 0.15]
         figure.update_yaxes(title="share", type="log", dtick=1, exponentformat="power", range=span, row=number, col=1)
     of_logits = (rows["site"] == LOGITS).any()
-    names = {layer: f"{layer}" for layer in range(last + 1)} | ({last + 1: "logits"} if of_logits else {})
+    layers = sorted(int(layer) for layer in rows.loc[rows["site"] != LOGITS, "layer"].unique())
+    names = {layer: f"{layer}" for layer in layers} | ({last + 1: "logits"} if of_logits else {})
     kept = roomy(list(names), list(names.values()), list(names))
     figure.update_xaxes(tickvals=kept, ticktext=[names[layer] for layer in kept], tickangle=0)
     figure.update_xaxes(title="layer", row=len(shown), col=1)

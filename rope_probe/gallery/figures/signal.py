@@ -81,7 +81,9 @@ def signal_of_distillation(frame: pd.DataFrame, label: str = "") -> go.Figure:
 
 def _by_matrix(table: pd.DataFrame) -> pd.DataFrame:
     """Rows by site in the order of layers, then Q, K, V, under short names."""
-    ordered = sorted(table.index, key=lambda site: (site.split(".")[1].zfill(4), "QKV".index(site[-1])))
+    ordered = sorted(
+        table.index, key=lambda site: ([part.zfill(4) for part in site.split(".")[1:2]], "QKV".find(site[-1:]))
+    )
     names = {site: site.removeprefix("blocks.").replace(".attn.", ", ") for site in ordered}
     return table.loc[ordered].rename(index=names)
 
