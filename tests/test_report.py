@@ -338,7 +338,8 @@ def test_the_landmarks_in_a_figure_are_those_of_its_run_and_model(tmp_path):
         record(run, "one", 3.0)
     figures = [(label, figure) for name, label, figure in drawn_from([tmp_path / "0", tmp_path / "1"])
                if name == "span_heatmap"]  # fmt: skip
-    assert {label: {shape.x0 for shape in figure.layout.shapes if shape.x0 == shape.x1} for label, figure in figures} == {
+    upright = {label: {shape.x0 for shape in figure.layout.shapes if shape.x0 == shape.x1} for label, figure in figures}
+    assert upright == {
         "one (before=a)": {0.5}, "other": {1.5}, "one (before=b)": {2.5},
     }  # fmt: skip
 

@@ -70,7 +70,10 @@ def window_by_distance(frame: pd.DataFrame, label: str = "") -> go.Figure:
         figure.update_yaxes(type="category", title=title, **PLAIN, **at)
     missing_is_grey(figure)
     figure.update_layout(coloraxis={"colorscale": SCALE, "cmin": 0, "cmax": 1, "colorbar": bar_of("share found")})
-    note = "each cell: answers found of those asked for, in windows of one text read once; grey: nothing is so far away; distances in thousands of tokens"
+    note = (
+        "each cell: answers found of those asked for, in windows of one text read once; distances in thousands of tokens; "
+        "grey: nothing is so far away"
+    )
     if tasks := listed(rows["task"]):
         note += f"; task {tasks}"
     if seeds := listed(rows["seed"]):
