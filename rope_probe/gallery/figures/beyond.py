@@ -71,8 +71,8 @@ def window_by_distance(frame: pd.DataFrame, label: str = "") -> go.Figure:
     missing_is_grey(figure)
     figure.update_layout(coloraxis={"colorscale": SCALE, "cmin": 0, "cmax": 1, "colorbar": bar_of("share found")})
     note = (
-        "each cell: answers found of those asked for, in windows of one text read once; distances in thousands of tokens; "
-        "grey: nothing is so far away"
+        "each cell: answers found of those asked for, in windows of one text read once; "
+        "distances in thousands of tokens; grey: nothing is so far away"
     )
     if tasks := listed(rows["task"]):
         note += f"; task {tasks}"
