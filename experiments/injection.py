@@ -164,7 +164,7 @@ def placed(seed: int, purpose: str, count: int) -> PlacedContents:
     return PlacedContents(documents, fillers, tuple(range(0, LONG, SHORT)))
 
 
-def part_by_position(teacher: HookedCausalLM, seed: int, count: int = PART_CONTENTS) -> Float[Tensor, "T M"]:
+def part_by_position(teacher: HookedCausalLM, seed: int, count: int) -> Float[Tensor, "T M"]:
     """The positional part of the full teacher's final hidden states at every position of a packed window."""
     part = positional_part(teacher, placed(seed, "part", count), [FINAL_NORM])[FINAL_NORM]
     return part.flatten(0, 1)
@@ -196,7 +196,7 @@ def teacher_of(name: str, seed: int, checkpoints_in: Path) -> tuple[HookedCausal
         return plain, teaches
     if not arm.amplitude:
         return plain, plain
-    part = part_by_position(plain, seed)
+    part = part_by_position(plain, seed, PART_CONTENTS)
     if arm.shuffled:
         part = shuffled(part, derive(seed, "order of places"))
     teaches = load_model(folder)

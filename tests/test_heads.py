@@ -447,7 +447,7 @@ def test_the_head_map_shows_the_numbers_of_the_frame():
     figure = head_map(frame)
     titles = [note.text for note in figure.layout.annotations]
     for panel, metric in enumerate(metric for metric in PANELS if metric in set(frame["metric"])):
-        assert titles[panel] == PANELS[metric]
+        assert titles[panel].replace("<br>", " ") == PANELS[metric]
         table = frame[frame["metric"] == metric].pivot(index="layer", columns="head", values="value")
         np.testing.assert_allclose(np.asarray(figure.data[panel].z, dtype=float), table)
     with pytest.raises(InputError, match="no scores of heads"):

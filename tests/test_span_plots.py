@@ -73,12 +73,12 @@ def test_the_heatmap_of_pairs_shows_the_mean_over_heads_and_where_windows_end(ru
     assert queries.z.shape == (2, 4)
     assert (np.asarray(keys.z) == 0).all()
     turning = frame[frame["metric"] == "turning_pairs"].groupby("phase")["value"].first()
-    lines = sorted({shape.x0 for shape in figure.layout.shapes})
+    lines = sorted({shape.x0 for shape in figure.layout.shapes if shape.x0 == shape.x1})
     assert lines == sorted(turning - 0.5)
-    assert figure.layout.xaxis.ticktext[0] == "6.28<br>6.28"
+    assert figure.layout.xaxis.ticktext[0] == "0<br>6.28"  # the pair, and its wavelength
     texts = [note.text for note in figure.layout.annotations]
-    assert "16" in texts
-    assert "128" in texts
+    assert any(text.endswith("window before: 16") for text in texts)
+    assert any(text.endswith("window after: 128") for text in texts)
     assert "mean over heads; seeds 0, 1" in texts[-1].replace("<br>", " ")
 
 
