@@ -285,7 +285,7 @@ DRAWINGS = [
         lambda rows: [_masked(rows)],
         per_model=True,
         how_to_read=(
-            "Each bar moves positions in one layer alone and measures the output. A tall bar is a layer that the "
+            "Each point moves positions in one layer alone and measures the output. A high point is a layer that the "
             "output hears position through."
         ),
         finding=Extremes(("inject_layer", "side"), ("kl_nats",), largest_dose=True, share=True),
