@@ -53,7 +53,7 @@ from rope_probe import (
     retrieval_accuracy,
 )
 from rope_probe.distillation import Phase, train_phase
-from rope_probe.distillation.log import LOSSES
+from rope_probe.distillation.log import LOSSES, history_rows
 from rope_probe.errors import InputError
 from rope_probe.models import checkpoints
 from rope_probe.runs.intervals import share_difference_interval, student_interval
@@ -242,9 +242,9 @@ def run(
                     teacher=teaches,
                     on_step=lambda n: advance(phase.batch_tokens, f"loss {n['loss']:.2f}"),
                 )
-            told = [n for n in history if "kd_nats" in n]
-            losses = [{"tokens": n["tokens"], "metric": "kd_nats", "value": n["kd_nats"]} for n in told]
-            made.record(LOSSES, losses, model=name, seed=seed, phase="extension", seq_len=LONG)
+            made.record(
+                LOSSES, history_rows(history, "kd_nats"), model=name, seed=seed, phase="extension", seq_len=LONG
+            )
             first = phase.batch(derive(seed, "extension"), 0)
             made.provenance.add_tokens("extension", first, teacher_masked=phase.teacher_masked)
         measured = measure(student, seed)

@@ -47,7 +47,7 @@ from rope_probe import (
     retrieval_accuracy,
 )
 from rope_probe.distillation import CrossEntropy, Divergence, Gate, HiddenStates, Phase, Term, train_phase
-from rope_probe.distillation.log import LOSSES
+from rope_probe.distillation.log import LOSSES, history_rows
 from rope_probe.distillation.loop import ORIGINAL
 from rope_probe.distillation.sites import last_site, sites_of_layers
 from rope_probe.distillation.streams import Stream
@@ -259,8 +259,14 @@ def _train_base(seed: int, out: Path) -> None:
         for phase in base_phases():
             seed_of_data = derive(seed, "longred_base", phase.name)
             history, gate, missed = train_to_gate(model, phase, seed_of_data, f"longred base {seed}, {phase.name}")
-            losses = [{"tokens": n["tokens"], "metric": "ce_nats", "value": n["ce_nats"]} for n in history]
-            made.record(LOSSES, losses, model="longred_base", seed=seed, phase=phase.name, seq_len=phase.window)
+            made.record(
+                LOSSES,
+                history_rows(history, "ce_nats"),
+                model="longred_base",
+                seed=seed,
+                phase=phase.name,
+                seq_len=phase.window,
+            )
             gate = gate.assign(metric="gate_accuracy", phase=phase.name)
             made.record(RETRIEVAL, gate, model="longred_base", seed=seed)
             made.provenance.add_tokens(phase.name, phase.batch(seed_of_data, 0))
@@ -320,13 +326,7 @@ def _extend(name: str, seed: int, out: Path, checkpoints_in: Path) -> None:
                     teachers=teachers,
                     on_step=lambda n: advance(phase.step_tokens, f"loss {n['loss']:.2f}"),
                 )
-            losses = [
-                {"tokens": record["tokens"], "metric": metric, "value": value}
-                for record in history
-                for metric, value in record.items()
-                if metric not in ("step", "tokens")
-            ]
-            made.record(LOSSES, losses, model=name, seed=seed, phase="extension", seq_len=LONG)
+            made.record(LOSSES, history_rows(history), model=name, seed=seed, phase="extension", seq_len=LONG)
             for stream, batch in zip(phase.mix, phase.batches(seed_of_data, 0), strict=True):
                 made.provenance.add_tokens(f"extension, {stream.name}", batch)
         measured = measure(student, seed)

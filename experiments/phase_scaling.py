@@ -34,7 +34,7 @@ from experiments.toy_checkpoints import (
 )
 from rope_probe import HookedCausalLM, KeyValueStream, KeyValueTask, load_model, retrieval_accuracy, rope
 from rope_probe.distillation import Divergence, Phase, Term, train_phase
-from rope_probe.distillation.log import LOSSES
+from rope_probe.distillation.log import LOSSES, history_rows
 from rope_probe.errors import InputError
 from rope_probe.models import checkpoints
 from rope_probe.retrieval.probe import RETRIEVAL
@@ -157,12 +157,7 @@ def extend(
                     teacher=teacher,
                     on_step=lambda n: advance(phase.batch_tokens, f"loss {n['loss']:.2f}"),
                 )
-            losses = [
-                {"tokens": n["tokens"], "metric": metric, "value": n[metric]}
-                for n in history
-                for metric in ("loss", "ce_nats", "kd_nats")
-                if metric in n
-            ]
+            losses = history_rows(history, "loss", "ce_nats", "kd_nats")
             run.record(LOSSES, losses, model=name, seed=seed, phase="extension", seq_len=arm.window)
             first = phase.batch(derive(seed, "extension"), 0)
             run.provenance.add_tokens("extension", first, teacher_masked=phase.teacher_masked if taught else None)

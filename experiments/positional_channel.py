@@ -37,7 +37,7 @@ from experiments.stages import Options, Stage
 from experiments.toy_checkpoints import LARGE_THETA, LONG, SHORT, CheckpointsIn, by_distance
 from rope_probe import HookedCausalLM, PairFreeze, copy_deltas, load_model, repeated_window, rope
 from rope_probe.distillation import train_phase
-from rope_probe.distillation.log import LOSSES
+from rope_probe.distillation.log import LOSSES, history_rows
 from rope_probe.errors import InputError
 from rope_probe.models import checkpoints
 from rope_probe.names import MISSED_GATE
@@ -169,7 +169,7 @@ def _train_teacher(seed: int, out: Path) -> None:
             history, gate, missed = toy_checkpoints.train_to_gate(
                 model, phase, derive(seed, "nope_teacher", phase.name), f"nope teacher {seed}, {phase.name}"
             )
-            losses = [{"tokens": n["tokens"], "metric": "ce_nats", "value": n["ce_nats"]} for n in history]
+            losses = history_rows(history, "ce_nats")
             made.record(LOSSES, losses, model="nope_teacher", seed=seed, phase=phase.name, seq_len=phase.window)
             gate = gate.assign(metric="gate_accuracy", phase=phase.name)
             made.record(RETRIEVAL, gate, model="nope_teacher", seed=seed)

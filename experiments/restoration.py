@@ -32,7 +32,7 @@ from experiments.restoration_verdicts import ORIGINAL_THETA, RESTORATION, TRAINE
 from experiments.stages import Options, Stage
 from rope_probe import AttentionTemperature, HookedCausalLM, TextTask, Window, load_model, pack
 from rope_probe.distillation import CrossEntropy, HiddenStates, Phase, Stream, train_phase
-from rope_probe.distillation.log import LOSSES
+from rope_probe.distillation.log import LOSSES, history_rows
 from rope_probe.distillation.sites import sites_by_drift
 from rope_probe.errors import InputError
 from rope_probe.models import checkpoints
@@ -265,13 +265,7 @@ def train(run: Any, original: HookedCausalLM, arm: str, phase: Phase) -> None:
             teachers=teachers,
             on_step=lambda record: advance(phase.step_tokens, f"loss {record['loss']:.3f}"),
         )
-    rows = [
-        {"tokens": record["tokens"], "metric": metric, "value": value}
-        for record in history
-        for metric, value in record.items()
-        if metric not in ("step", "tokens")
-    ]
-    run.record(LOSSES, rows, model=arm, phase=phase.name, seq_len=TRAIN_WINDOW)
+    run.record(LOSSES, history_rows(history), model=arm, phase=phase.name, seq_len=TRAIN_WINDOW)
     for name, batch in zip((stream.name for stream in phase.mix), phase.batches(0, 0), strict=True):
         run.provenance.add_tokens(str(name), batch)
     checkpoints.save(student.release(), run.folder / "checkpoint")

@@ -56,7 +56,7 @@ from rope_probe import (
     retrieval_accuracy,
 )
 from rope_probe.distillation import Divergence, Phase, Term, train_phase
-from rope_probe.distillation.log import LOSSES
+from rope_probe.distillation.log import LOSSES, history_rows
 from rope_probe.errors import InputError
 from rope_probe.models import checkpoints
 from rope_probe.names import MISSED_GATE
@@ -301,8 +301,7 @@ def _extend(name: str, seed: int, out: Path, checkpoints_in: Path) -> None:
                 teacher=teacher,
                 on_step=lambda n: advance(phase.batch_tokens, f"loss {n['loss']:.2f}"),
             )
-        losses = [{"tokens": n["tokens"], "metric": "loss", "value": n["loss"]} for n in history]
-        made.record(LOSSES, losses, model=name, seed=seed, phase="extension", seq_len=LONG)
+        made.record(LOSSES, history_rows(history, "loss"), model=name, seed=seed, phase="extension", seq_len=LONG)
         made.provenance.add_tokens("extension", phase.batch(derive(seed, "extension"), 0))
         frame = tempered(student, seed, THOROUGH)
         made.record(TEMPERED, frame, model=name, seed=seed, control=arm.control)

@@ -23,7 +23,7 @@ from transformers import LlamaConfig, PreTrainedModel
 from experiments.stages import Options, Stage
 from rope_probe import HookedCausalLM, KeyValueStream, load_model
 from rope_probe.distillation import CrossEntropy, Gate, GateError, Phase, train_phase
-from rope_probe.distillation.log import LOSSES
+from rope_probe.distillation.log import LOSSES, history_rows
 from rope_probe.distillation.loop import Record
 from rope_probe.models import checkpoints
 from rope_probe.names import MISSED_GATE
@@ -199,8 +199,7 @@ def _train(run: Run, model: PreTrainedModel, phase: Phase, role: Role, seed: int
     hooked = load_model(model)
     history, gate, missed = train_to_gate(hooked, phase, derive(seed, role, phase.name), f"{phase.name} phase")
     hooked.release()
-    losses = [{"tokens": n["tokens"], "metric": "ce_nats", "value": n["ce_nats"]} for n in history]
-    run.record(LOSSES, losses, model=role, seed=seed, phase=phase.name, seq_len=phase.window)
+    run.record(LOSSES, history_rows(history, "ce_nats"), model=role, seed=seed, phase=phase.name, seq_len=phase.window)
     run.record(RETRIEVAL, gate.assign(metric="gate_accuracy"), model=role, seed=seed, phase=phase.name)
     run.provenance.add_tokens(phase.name, phase.batch(derive(seed, role, phase.name), 0))
     print(gate[["distance", "value", "low", "high"]].to_string(index=False), file=sys.stderr)

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,19 @@ LOSSES = declare(
     "end of a bin of tokens since the token last occurred",
 )
 _GATE = {"distance", "value", "low", "high"}
+
+
+def history_rows(history: Iterable[Mapping[str, Any]], *metrics: str) -> list[dict[str, Any]]:
+    """Rows of `losses` made of the measured steps that `train_phase` returns: a row a step and metric.
+
+    `metrics` are those wanted, as far as a step has them; by default all that it has.
+    """
+    return [
+        {"tokens": step["tokens"], "metric": metric, "value": step[metric]}
+        for step in history
+        for metric in metrics or [name for name in step if name not in ("step", "tokens")]
+        if metric in step
+    ]
 
 
 def _is_line(line: Line) -> bool:
