@@ -27,17 +27,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
-import torch
 import typer
-from jaxtyping import Float, Int
-from torch import Tensor
 
 from experiments.beyond import MODEL, ROTATIONS, TRAINED, readings, rotated
 from experiments.beyond_verdicts import BEYOND
 from rope_probe import HookedCausalLM, load_model
-from rope_probe.distillation import DistillConfig, LogitTerm, distill, read_config
+from rope_probe.distillation import DistillConfig, distill, read_config
 from rope_probe.distillation.log import LOSSES
 from rope_probe.errors import InputError
 from rope_probe.retrieval.haystacks import haystack
@@ -51,32 +48,9 @@ DOCUMENT = 512
 PASSKEY_SEEDS = 3
 
 
-@dataclass(frozen=True)
-class TeacherArgmax(LogitTerm):
-    """Cross-entropy with the teacher's most likely token, in nats, averaged over all positions.
-
-    Of the teacher's logits only which is largest is left. Vocabularies of different padded size are cut to the shared
-    part.
-    """
-
-    teacher: str = "teacher"
-    kind: Literal["teacher_argmax"] = "teacher_argmax"
-
-    metric: ClassVar[str] = "teacher_argmax_nats"
-
-    def values(
-        self, logits: Float[Tensor, "n V"], targets: Int[Tensor, " n"], taught: Float[Tensor, "n W"] | None
-    ) -> Float[Tensor, " n"]:
-        """Nats at each position."""
-        assert taught is not None
-        shared = min(logits.shape[-1], taught.shape[-1])
-        precise = logits[:, :shared].to(torch.promote_types(logits.dtype, torch.float32))
-        return torch.nn.functional.cross_entropy(precise, taught[:, :shared].argmax(-1), reduction="none")
-
-
 TERMS: dict[str, dict[str, Any]] = {
     "kd": {"kind": "kd"},
-    "hard": {"kind": "teacher_argmax"},
+    "hard": {"kind": "hard_labels"},
     "ce": {"kind": "cross_entropy"},
 }
 

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from experiments.toy_checkpoints import LONG, SHORT_DOCUMENTS
 from rope_probe import (
@@ -30,35 +30,6 @@ from rope_probe.windows.packing import Batch
 SHIFT = 16.0
 """Tokens by which the teacher's queries are shifted, as in `propagation`."""
 CALIBRATION_WINDOWS, HALVINGS = 4, 14
-
-
-@dataclass(frozen=True)
-class HardLabels(LogitTerm):
-    """Cross-entropy with a token of the teacher's: its most likely one, or one `drawn` from its distribution.
-
-    The draw is seeded by the logits themselves, so that a lesson is the same whatever was taught before it.
-    """
-
-    teacher: str = "teacher"
-    drawn: bool = False
-    kind: Literal["hard_labels"] = "hard_labels"
-
-    metric: ClassVar[str] = "hard_label_nats"
-
-    def values(
-        self, logits: Float[Tensor, "n V"], targets: Int[Tensor, " n"], taught: Float[Tensor, "n W"] | None
-    ) -> Float[Tensor, " n"]:
-        """Nats at each position."""
-        assert taught is not None
-        return nn.functional.cross_entropy(logits, self.labels(taught), reduction="none")
-
-    def labels(self, taught: Float[Tensor, "n W"]) -> Int[Tensor, " n"]:
-        """The teacher's tokens."""
-        if not self.drawn:
-            return taught.argmax(-1)
-        bits = taught.detach().float().contiguous().view(torch.int32)
-        generator = torch.Generator().manual_seed(int(bits.long().sum()))
-        return torch.multinomial(taught.float().softmax(-1), 1, generator=generator).squeeze(1)
 
 
 @dataclass(frozen=True)

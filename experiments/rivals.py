@@ -41,7 +41,6 @@ from experiments.rival_lessons import (
     SHIFT,
     AgreeingStream,
     Disturbance,
-    HardLabels,
     PartialDivergence,
     disturb,
 )
@@ -55,7 +54,7 @@ from rope_probe import (
     load_model,
     retrieval_accuracy,
 )
-from rope_probe.distillation import Divergence, Phase, Term, train_phase
+from rope_probe.distillation import Divergence, HardLabels, Phase, Term, train_phase
 from rope_probe.distillation.log import LOSSES, history_rows
 from rope_probe.errors import InputError
 from rope_probe.models import checkpoints
@@ -143,7 +142,7 @@ class Arm:
 
 ARMS = {
     "argmax_labels": Arm("labels", (HardLabels(),)),
-    "sampled_labels": Arm("labels", (HardLabels(drawn=True),)),
+    "sampled_labels": Arm("labels", (HardLabels(sampled=True),)),
     "student_masked": Arm("masks", masked=True),
     "both_masked": Arm("masks", masked=True, teacher_masked=True),
     "shifted_teacher": Arm("disturbance", disturbance="shift"),

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from rope_probe import InputError
-from rope_probe.distillation import CrossEntropy, Divergence, Head, HiddenStates, LogitTerm
+from rope_probe.distillation import CrossEntropy, Divergence, HardLabels, Head, HiddenStates, LogitTerm
 from rope_probe.distillation.terms import Counts, labels, loss_in_chunks
 from rope_probe.distillation.terms.base import IGNORED
 
@@ -299,3 +299,30 @@ def define(kind, metric=None):
 def test_what_makes_no_sense_is_refused(make, named):
     with pytest.raises(InputError, match=named):
         make()
+
+
+# Labels of the teacher's ----------------------------------------------------------------------------------------------
+
+
+def test_hard_labels_are_cross_entropy_with_the_teachers_most_likely_token_alone():
+    torch.manual_seed(0)
+    logits, taught = torch.randn(7, 11, requires_grad=True), torch.randn(7, 13, requires_grad=True)
+    targets = torch.zeros(7, dtype=torch.long)
+    values = HardLabels().values(logits, targets, taught)
+    best = taught[:, :11].argmax(-1)  # vocabularies of different padded size: the shared part
+    expected = torch.stack([logits[i].exp().sum().log() - logits[i, best[i]] for i in range(7)])
+    assert torch.allclose(values, expected)
+    values.sum().backward()
+    assert taught.grad is None
+    assert torch.equal(values, HardLabels().values(logits, targets, 5 * taught))  # scaled logits teach the same
+
+
+def test_sampled_labels_have_the_teachers_frequencies_and_are_the_same_again():
+    shares = torch.tensor([0.5, 0.3, 0.2])
+    taught = shares.log().expand(20_000, 3)
+    term = HardLabels(sampled=True)
+    found = term.labels(taught)
+    counted = torch.bincount(found, minlength=3) / len(found)
+    assert torch.allclose(counted, shares, atol=4 * math.sqrt(0.25 / 20_000))
+    assert torch.equal(found, term.labels(taught))
+    assert not torch.equal(found, term.labels(taught - 1))  # the same distribution, other logits

@@ -7,7 +7,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from torch import nn
 
 from experiments import phase_scaling, rival_lessons, rival_verdicts, rivals
 from experiments.toy_checkpoints import LONG, SHORT, SHORT_DOCUMENTS, architecture
@@ -50,23 +49,6 @@ def test_every_arm_differs_from_its_plain_one_in_what_its_control_says_alone():
     masks = {(rivals.ARMS[name].masked, rivals.ARMS[name].teacher_masked) for name in ("student_masked", "both_masked")}
     assert masks == {(True, False), (True, True)}
     assert phase_scaling.ARMS["kd_teacher_masked"].teacher_masked
-
-
-def test_hard_labels_are_the_teachers_most_likely_tokens():
-    logits, taught = torch.randn(5, 7, generator=torch.Generator().manual_seed(0)), torch.eye(7)[:5] * 9
-    nats = rival_lessons.HardLabels().values(logits, torch.zeros(5), taught)
-    assert torch.equal(nats, nn.functional.cross_entropy(logits, torch.arange(5), reduction="none"))
-
-
-def test_drawn_labels_have_the_teachers_frequencies_and_are_the_same_again():
-    shares = torch.tensor([0.5, 0.3, 0.2])
-    taught = shares.log().expand(20_000, 3)
-    term = rival_lessons.HardLabels(drawn=True)
-    labels = term.labels(taught)
-    counted = torch.bincount(labels, minlength=3) / len(labels)
-    assert torch.allclose(counted, shares, atol=4 * math.sqrt(0.25 / 20_000))
-    assert torch.equal(labels, term.labels(taught))
-    assert not torch.equal(labels, term.labels(taught - 1))  # the same distribution, other logits
 
 
 def test_the_two_parts_of_the_divergence_add_up_to_it_and_part_by_the_next_token():

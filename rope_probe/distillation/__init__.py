@@ -6,7 +6,16 @@ from rope_probe.distillation.loop import Training, train_phase
 from rope_probe.distillation.phase import Gate, GateError, Phase
 from rope_probe.distillation.signal import distillation_signal
 from rope_probe.distillation.streams import Stream
-from rope_probe.distillation.terms import CrossEntropy, Divergence, Head, HiddenStates, LogitTerm, StateTerm, Term
+from rope_probe.distillation.terms import (
+    CrossEntropy,
+    Divergence,
+    HardLabels,
+    Head,
+    HiddenStates,
+    LogitTerm,
+    StateTerm,
+    Term,
+)
 
 __all__ = [
     "CrossEntropy",
@@ -14,6 +23,7 @@ __all__ = [
     "Divergence",
     "Gate",
     "GateError",
+    "HardLabels",
     "Head",
     "HiddenStates",
     "LogitTerm",

@@ -8,6 +8,7 @@ from rope_probe.distillation.terms.base import AnyKind, Counts, LogitTerm, State
 from rope_probe.distillation.terms.chunks import Head, loss_in_chunks
 from rope_probe.distillation.terms.cross_entropy import CrossEntropy
 from rope_probe.distillation.terms.divergence import Divergence
+from rope_probe.distillation.terms.hard_labels import HardLabels
 from rope_probe.distillation.terms.hidden_states import HiddenStates
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "Counts",
     "CrossEntropy",
     "Divergence",
+    "HardLabels",
     "Head",
     "HiddenStates",
     "LogitTerm",
