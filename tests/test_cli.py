@@ -238,6 +238,30 @@ def test_transcripts_of_retrieval_are_in_the_run(reader, tmp_path, capsys):
     assert not list(tmp_path.glob("*.jsonl"))
 
 
+def test_retrieval_is_exported_for_ruler_and_lm_eval(reader, tmp_path, capsys):
+    options = "--task passkey --task fwe --window 400 --distance 128 --trials 2 --temperature 1.5 --ruler --lm-eval"
+    assert rope_probe(capsys, "retrieval", reader, "--out", tmp_path / "run", *options.split())[0] == 0
+    lines = {
+        task: [json.loads(line) for line in (tmp_path / "run" / "ruler" / task / "validation.jsonl").open()]
+        for task in ("passkey", "fwe")
+    }
+    assert [len(found) for found in lines.values()] == [2, 2]
+    kept = [json.loads(line) for line in (tmp_path / "run" / "trials.jsonl").open()]
+    assert [line["pred"] for found in lines.values() for line in found] == [row["written"] for row in kept]
+    shape = json.loads((tmp_path / "run" / "lm_eval.json").read_text())
+    assert set(shape["results"]) == {"passkey_400_128", "fwe_400"}
+    measured = read_run(tmp_path / "run")[0]["retrieval"].query("metric == 'accuracy' and task == 'passkey'")
+    assert shape["results"]["passkey_400_128"]["accuracy,none"] == measured["value"].item()
+    assert "1.5" in shape["config"]["perturbation"]
+    assert shape["config"]["dtype"] == "torch.float32"
+    code, _, stderr = rope_probe(
+        capsys, "retrieval", reader, "--out", tmp_path / "ids", "--task", "key_value", "--window", 16, "--ruler"
+    )
+    assert code == 2
+    assert "--ruler writes text, and key_value has none" in stderr
+    assert not (tmp_path / "ids").exists()
+
+
 def test_a_retrieval_that_is_refused_leaves_no_trials_but_those_that_were_there(checkpoint, tmp_path, capsys):
     asked = (broken(checkpoint, tmp_path, "nan"), *QUICK_TRIALS, "--out", tmp_path / "run")
     assert rope_probe(capsys, "retrieval", *asked)[0] == 2

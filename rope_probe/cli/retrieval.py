@@ -1,5 +1,6 @@
 """`rope-probe retrieval`: what a model finds again, by distance."""
 
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from rope_probe.cli.models import describe, how_to_load, recorded, tell_origin
 from rope_probe.cli.options import (
     DONE,
     INPUT,
+    OUTPUT,
     SDPA,
     AcceptTerms,
     Adapter,
@@ -41,6 +43,7 @@ EXAMPLES = (
     "rope-probe retrieval smollm2-135m --out runs/retrieval",
     "rope-probe retrieval MODEL --out runs/vt --task vt --window 4096 --trials 32",
     "rope-probe retrieval MODEL --out runs/map --map --window 1024 --window 4096",
+    "rope-probe retrieval MODEL --out runs/export --task niah_single_1 --ruler --lm-eval",
 )
 _WINDOW = 1024
 """Tokens of a trial, by default."""
@@ -114,6 +117,22 @@ def command(
     values: Annotated[
         int, typer.Option(min=1, help="Value tokens of key_value, after the keys.", rich_help_panel=INPUT)
     ] = 256,
+    ruler: Annotated[
+        bool,
+        typer.Option(
+            "--ruler",
+            help="Also write OUT/ruler/TASK/validation.jsonl: trials and answers, as RULER has them.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = False,
+    lm_eval: Annotated[
+        bool,
+        typer.Option(
+            "--lm-eval",
+            help="Also write OUT/lm_eval.json: results in the shape of lm-eval's.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = False,
     seed: Seed = 0,
     device: Device = "cpu",
     dtype: DtypeOption = None,
@@ -134,8 +153,9 @@ def command(
     import pandas as pd
 
     from rope_probe.models.hooked import load_model
+    from rope_probe.retrieval.export import lm_eval_results, ruler_lines, write_ruler
     from rope_probe.retrieval.maps import map_cells
-    from rope_probe.retrieval.probe import RETRIEVAL, retrieval_accuracy, trials_hash
+    from rope_probe.retrieval.probe import RETRIEVAL, retrieval_accuracy, retrieval_trials, trials_hash
     from rope_probe.runs.progress import progress
     from rope_probe.runs.provenance import Read
     from rope_probe.runs.results import new_run
@@ -149,6 +169,8 @@ def command(
         hooked = load_model(model, **how_to_load(attn, dtype, device, device_map, adapter))
         tell_origin(model)
         tasks = tasks_of(model, task, windows[-1], keys, values)
+        if ruler and any(one.name == KEY_VALUE for one in tasks):
+            raise InputError(f"--ruler writes text, and {KEY_VALUE} has none; take one of {', '.join(TEXT_TASKS)}")
         if as_map and not task:  # the default, less what has no distances
             tasks = [one for one in tasks if one.distances() != [None]]
         sweeps = [one.default_distances() for one in tasks]
@@ -183,6 +205,23 @@ def command(
                     trials_file=kept,
                 )
                 frames.append(run.record(RETRIEVAL, frame, model=model))
+        if ruler or lm_eval:
+            rows = [
+                retrieval_trials(  # all of them are in the file by now, so nothing is measured again
+                    hooked, one, sweep, trials=count, seed=seed, perturbation=perturbation, trials_file=kept
+                )
+                for one, sweep, count in plan
+            ]
+            if ruler:
+                lines = [
+                    line
+                    for (one, sweep, count), results in zip(plan, rows, strict=True)
+                    for line in ruler_lines(one, sweep, trials=count, seed=seed, results=results)
+                ]
+                write_ruler(lines, run.folder / "ruler")
+            if lm_eval:
+                shape = lm_eval_results(pd.concat(rows), model=model, settings={"dtype": str(hooked.dtype)})
+                (run.folder / "lm_eval.json").write_text(json.dumps(shape, indent=2) + "\n", encoding="utf-8")
         describe(run, hooked, model, adapter)
         for name, digest in hashes:
             run.provenance.add_read(name, Read(digest))
