@@ -41,6 +41,7 @@ from experiments import phase_scaling, positional_channel
 from experiments.positional_channel import Hook
 from experiments.stages import Options, Stage
 from experiments.toy_checkpoints import LARGE_THETA, LONG, SHORT, SHORT_DOCUMENTS, CheckpointsIn, by_distance
+from experiments.training import trained
 from rope_probe import (
     AttentionTemperature,
     HookedCausalLM,
@@ -52,12 +53,11 @@ from rope_probe import (
     positional_parts,
     retrieval_accuracy,
 )
-from rope_probe.distillation import Phase, train_phase
+from rope_probe.distillation import Phase
 from rope_probe.distillation.log import LOSSES, history_rows
 from rope_probe.errors import InputError
 from rope_probe.models import checkpoints
 from rope_probe.runs.intervals import share_difference_interval, student_interval
-from rope_probe.runs.progress import progress
 from rope_probe.runs.results import new_run, read_manifest
 from rope_probe.runs.tables import Column, Metric, Tables, declare
 from rope_probe.runs.verdicts import Section, beside, verdict, verdicts
@@ -234,14 +234,7 @@ def run(
             base = checkpoints.load(checkpoints_in / f"base-{seed}" / "checkpoint")
             student = load_model(checkpoints.with_rope(base, LARGE_THETA))
             phase = phase_of(name)
-            with progress(f"{name} {seed}, tokens", phase.steps * phase.batch_tokens) as advance:
-                history, _ = train_phase(
-                    student,
-                    phase,
-                    seed=derive(seed, "extension"),
-                    teacher=teaches,
-                    on_step=lambda n: advance(phase.batch_tokens, f"loss {n['loss']:.2f}"),
-                )
+            history = trained(f"{name} {seed}", student, phase, seed=derive(seed, "extension"), teacher=teaches)
             made.record(
                 LOSSES, history_rows(history, "kd_nats"), model=name, seed=seed, phase="extension", seq_len=LONG
             )

@@ -38,6 +38,7 @@ from experiments.toy_checkpoints import (
     short_phase,
     train_to_gate,
 )
+from experiments.training import trained
 from rope_probe import (
     AttentionTemperature,
     HookedCausalLM,
@@ -46,7 +47,7 @@ from rope_probe import (
     load_model,
     retrieval_accuracy,
 )
-from rope_probe.distillation import CrossEntropy, Divergence, Gate, HiddenStates, Phase, Term, train_phase
+from rope_probe.distillation import CrossEntropy, Divergence, Gate, HiddenStates, Phase, Term
 from rope_probe.distillation.log import LOSSES, history_rows
 from rope_probe.distillation.loop import ORIGINAL
 from rope_probe.distillation.sites import last_site, sites_of_layers
@@ -57,7 +58,6 @@ from rope_probe.models import checkpoints
 from rope_probe.names import MISSED_GATE
 from rope_probe.retrieval.probe import RETRIEVAL
 from rope_probe.runs.intervals import share_interval, student_interval
-from rope_probe.runs.progress import progress
 from rope_probe.runs.results import new_run, read_manifest
 from rope_probe.runs.tables import Column, Metric, Tables, declare
 from rope_probe.runs.verdicts import Section, verdict, verdicts
@@ -318,14 +318,7 @@ def _extend(name: str, seed: int, out: Path, checkpoints_in: Path) -> None:
                 teachers["teacher"] = load_model(checkpoints_in / f"teacher-{seed}" / "checkpoint")
             phase = phase_of(arm)
             seed_of_data = derive(seed, "extension")
-            with progress(f"{name} {seed}, tokens", phase.steps * phase.step_tokens) as advance:
-                history, _ = train_phase(
-                    student,
-                    phase,
-                    seed=seed_of_data,
-                    teachers=teachers,
-                    on_step=lambda n: advance(phase.step_tokens, f"loss {n['loss']:.2f}"),
-                )
+            history = trained(f"{name} {seed}", student, phase, seed=seed_of_data, teachers=teachers)
             made.record(LOSSES, history_rows(history), model=name, seed=seed, phase="extension", seq_len=LONG)
             for stream, batch in zip(phase.mix, phase.batches(seed_of_data, 0), strict=True):
                 made.provenance.add_tokens(f"extension, {stream.name}", batch)

@@ -32,14 +32,14 @@ from experiments.toy_checkpoints import (
     CheckpointsIn,
     by_distance,
 )
+from experiments.training import trained
 from rope_probe import HookedCausalLM, KeyValueStream, KeyValueTask, load_model, retrieval_accuracy, rope
-from rope_probe.distillation import Divergence, Phase, Term, train_phase
+from rope_probe.distillation import Divergence, Phase, Term
 from rope_probe.distillation.log import LOSSES, history_rows
 from rope_probe.errors import InputError
 from rope_probe.models import checkpoints
 from rope_probe.retrieval.probe import RETRIEVAL
 from rope_probe.runs.intervals import share_difference_interval, share_interval
-from rope_probe.runs.progress import progress
 from rope_probe.runs.results import new_run, read_manifest
 from rope_probe.runs.tables import Metric, Tables, declare
 from rope_probe.runs.verdicts import Section, decided, verdict, verdicts
@@ -149,14 +149,7 @@ def extend(
             taught = "teacher" in needs(name)
             teacher = load_model(checkpoints_in / f"teacher-{seed}" / "checkpoint") if taught else None
             phase = phase_of(arm)
-            with progress(f"{name} {seed}, tokens", phase.steps * phase.batch_tokens) as advance:
-                history, _ = train_phase(
-                    student,
-                    phase,
-                    seed=derive(seed, "extension"),
-                    teacher=teacher,
-                    on_step=lambda n: advance(phase.batch_tokens, f"loss {n['loss']:.2f}"),
-                )
+            history = trained(f"{name} {seed}", student, phase, seed=derive(seed, "extension"), teacher=teacher)
             losses = history_rows(history, "loss", "ce_nats", "kd_nats")
             run.record(LOSSES, losses, model=name, seed=seed, phase="extension", seq_len=arm.window)
             first = phase.batch(derive(seed, "extension"), 0)

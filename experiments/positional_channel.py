@@ -35,14 +35,13 @@ from transformers import SmolLM3Config
 from experiments import phase_scaling, toy_checkpoints
 from experiments.stages import Options, Stage
 from experiments.toy_checkpoints import LARGE_THETA, LONG, SHORT, CheckpointsIn, by_distance
+from experiments.training import trained
 from rope_probe import HookedCausalLM, PairFreeze, copy_deltas, load_model, repeated_window, rope
-from rope_probe.distillation import train_phase
 from rope_probe.distillation.log import LOSSES, history_rows
 from rope_probe.errors import InputError
 from rope_probe.models import checkpoints
 from rope_probe.names import MISSED_GATE
 from rope_probe.retrieval.probe import RETRIEVAL
-from rope_probe.runs.progress import progress
 from rope_probe.runs.results import new_run, read_manifest
 from rope_probe.runs.tables import Tables
 from rope_probe.runs.verdicts import Section, beside, decided, verdict, verdicts
@@ -213,14 +212,7 @@ def _distil(channel: str, seed: int, out: Path, checkpoints_in: Path) -> None:
         base = checkpoints.load(checkpoints_in / f"base-{seed}" / "checkpoint")
         student = load_model(checkpoints.with_rope(base, LARGE_THETA))
         phase = phase_of(channel)
-        with progress(f"{channel} {seed}, tokens", phase.steps * phase.batch_tokens) as advance:
-            train_phase(
-                student,
-                phase,
-                seed=derive(seed, "extension"),
-                teacher=teacher,
-                on_step=lambda n: advance(phase.batch_tokens, f"loss {n['loss']:.2f}"),
-            )
+        trained(f"{channel} {seed}", student, phase, seed=derive(seed, "extension"), teacher=teacher)
         measured = phase_scaling.measure(student, seed)
         made.record(RETRIEVAL, measured, model=channel, role="student", seed=seed, phase="extension")
         made.provenance.add_model(channel, student)

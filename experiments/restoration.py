@@ -30,8 +30,9 @@ import typer
 from experiments.cloze import answered, questions
 from experiments.restoration_verdicts import ORIGINAL_THETA, RESTORATION, TRAINED_THETA, judged, tables_of
 from experiments.stages import Options, Stage
+from experiments.training import trained
 from rope_probe import AttentionTemperature, HookedCausalLM, TextTask, Window, load_model, pack
-from rope_probe.distillation import CrossEntropy, HiddenStates, Phase, Stream, train_phase
+from rope_probe.distillation import CrossEntropy, HiddenStates, Phase, Stream
 from rope_probe.distillation.log import LOSSES, history_rows
 from rope_probe.distillation.sites import sites_by_drift
 from rope_probe.errors import InputError
@@ -39,7 +40,6 @@ from rope_probe.models import checkpoints
 from rope_probe.models.pretrained import is_available
 from rope_probe.models.tokens import bos_of, plain_ids
 from rope_probe.retrieval.probe import forced_answers
-from rope_probe.runs.progress import progress
 from rope_probe.runs.results import new_run, read_tables
 from rope_probe.runs.tables import Tables
 from rope_probe.runs.verdicts import Section
@@ -257,14 +257,7 @@ def train(run: Any, original: HookedCausalLM, arm: str, phase: Phase) -> None:
     student = swapped(original, TRAINED_THETA)
     teachers = {"original": original} if arm == "longred_u" else {}
     original.original_model.requires_grad_(False)
-    with progress(f"{arm}, tokens", phase.steps * phase.step_tokens) as advance:
-        history, _ = train_phase(
-            student,
-            phase,
-            seed=derive(0, "restoration"),
-            teachers=teachers,
-            on_step=lambda record: advance(phase.step_tokens, f"loss {record['loss']:.3f}"),
-        )
+    history = trained(arm, student, phase, seed=derive(0, "restoration"), teachers=teachers)
     run.record(LOSSES, history_rows(history), model=arm, phase=phase.name, seq_len=TRAIN_WINDOW)
     for name, batch in zip((stream.name for stream in phase.mix), phase.batches(0, 0), strict=True):
         run.provenance.add_tokens(str(name), batch)

@@ -46,6 +46,7 @@ from experiments.rival_lessons import (
 )
 from experiments.stages import Options, Stage
 from experiments.toy_checkpoints import CE, LARGE_THETA, LONG, SHORT, SHORT_DOCUMENTS, CheckpointsIn
+from experiments.training import trained
 from rope_probe import (
     AttentionTemperature,
     HookedCausalLM,
@@ -54,13 +55,12 @@ from rope_probe import (
     load_model,
     retrieval_accuracy,
 )
-from rope_probe.distillation import Divergence, HardLabels, Phase, Term, train_phase
+from rope_probe.distillation import Divergence, HardLabels, Phase, Term
 from rope_probe.distillation.log import LOSSES, history_rows
 from rope_probe.errors import InputError
 from rope_probe.models import checkpoints
 from rope_probe.names import MISSED_GATE
 from rope_probe.retrieval.probe import RETRIEVAL
-from rope_probe.runs.progress import progress
 from rope_probe.runs.results import new_run, read_manifest
 from rope_probe.runs.tables import Column, Tables, declare
 from rope_probe.runs.verdicts import Section
@@ -292,14 +292,7 @@ def _extend(name: str, seed: int, out: Path, checkpoints_in: Path) -> None:
             if arm.disturbance is not None:
                 cost = disturb(teacher, arm.disturbance, seed, DISTANCES, trials=THOROUGH.judging)
                 made.record(DISTURBED, cost, model=name, seed=seed, disturbance=arm.disturbance)
-        with progress(f"{name} {seed}, tokens", phase.steps * phase.batch_tokens) as advance:
-            history, _ = train_phase(
-                student,
-                phase,
-                seed=derive(seed, "extension"),
-                teacher=teacher,
-                on_step=lambda n: advance(phase.batch_tokens, f"loss {n['loss']:.2f}"),
-            )
+        history = trained(f"{name} {seed}", student, phase, seed=derive(seed, "extension"), teacher=teacher)
         made.record(LOSSES, history_rows(history, "loss"), model=name, seed=seed, phase="extension", seq_len=LONG)
         made.provenance.add_tokens("extension", phase.batch(derive(seed, "extension"), 0))
         frame = tempered(student, seed, THOROUGH)

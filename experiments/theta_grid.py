@@ -27,13 +27,13 @@ from scipy import stats
 from experiments import phase_scaling, toy_checkpoints
 from experiments.stages import Options, Stage
 from experiments.toy_checkpoints import LONG, SHORT, SHORT_DOCUMENTS, CheckpointsIn
+from experiments.training import trained
 from rope_probe import KeyValueTask, load_model, retrieval_accuracy, rope
-from rope_probe.distillation import Phase, train_phase
+from rope_probe.distillation import Phase
 from rope_probe.errors import InputError
 from rope_probe.gallery.figures.grid import read_cells
 from rope_probe.models import checkpoints
 from rope_probe.retrieval.probe import RETRIEVAL
-from rope_probe.runs.progress import progress
 from rope_probe.runs.results import new_run, read_manifest
 from rope_probe.runs.tables import Column, Tables, declare
 from rope_probe.runs.verdicts import Section, beside, verdict, verdicts
@@ -116,14 +116,8 @@ def make_row(
             for long_theta in LONG_THETAS:
                 student = load_model(checkpoints.with_rope(plain, long_theta))
                 phase = extension(long_theta, steps)
-                with progress(f"{out.name} to {long_theta:g}, tokens", phase.steps * phase.batch_tokens) as advance:
-                    train_phase(
-                        student,
-                        phase,
-                        seed=derive(seed, "extension"),
-                        teacher=teacher,
-                        on_step=lambda n: advance(phase.batch_tokens, f"loss {n['loss']:.2f}"),  # noqa: B023
-                    )
+                what = f"{out.name} to {long_theta:g}"
+                trained(what, student, phase, seed=derive(seed, "extension"), teacher=teacher)
                 task = KeyValueTask(SHORT_DOCUMENTS, LONG)
                 probe = derive(seed, "probe")
                 measured = retrieval_accuracy(student, task, DISTANCES, trials=phase_scaling.TRIALS, seed=probe)

@@ -156,6 +156,7 @@ def command(
     from rope_probe.retrieval.export import lm_eval_results, ruler_lines, write_ruler
     from rope_probe.retrieval.maps import map_cells
     from rope_probe.retrieval.probe import RETRIEVAL, retrieval_accuracy, retrieval_trials, trials_hash
+    from rope_probe.retrieval.tasks import TextTask
     from rope_probe.runs.progress import progress
     from rope_probe.runs.provenance import Read
     from rope_probe.runs.results import new_run
@@ -216,6 +217,7 @@ def command(
                 lines = [
                     line
                     for (one, sweep, count), results in zip(plan, rows, strict=True)
+                    if isinstance(one, TextTask)
                     for line in ruler_lines(one, sweep, trials=count, seed=seed, results=results)
                 ]
                 write_ruler(lines, run.folder / "ruler")
