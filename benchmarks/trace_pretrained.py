@@ -26,7 +26,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from transformers import PreTrainedModel
@@ -42,7 +42,7 @@ from rope_probe.tracing.sweeps import sweep
 from rope_probe.windows.natural import text_window
 
 MODELS = ("smollm2-135m", "gemma3-270m")
-VARIANTS = ("two forwards", "one", "sweep")
+FLOOR, JOBS = "two forwards", ("one", "sweep")
 DEFAULT_SWEEPS = ("dose", "layer")
 DOCUMENT = 64
 """Tokens of a document, and of the window that warms up."""
@@ -89,7 +89,7 @@ def allowance(job: str, model: HookedCausalLM, window: Window) -> float:
 
 def prepare(variant: str, name: str) -> tuple[Work, HookedCausalLM | None]:
     """What a variant does with a window, and its hooked model, if it has one."""
-    if variant == "two forwards":
+    if variant == FLOOR:
         model = checkpoints.load(name, dtype=torch.float32).eval()
         assert model.config._attn_implementation == "sdpa"
         return lambda window: sum(model(window.tokens, use_cache=False).logits[0, 0, 0].item() for _ in range(2)), None
@@ -127,11 +127,11 @@ def measure(variant: str, name: str, positions: int) -> dict[str, float]:
     }
 
 
-def compare(name: str, positions: int, rounds: int) -> None:
+def compare(name: str, positions: int, rounds: int, jobs: Sequence[str]) -> None:
     """Measure a model at a size, round by round, and print the ratios."""
-    measured: dict[str, list[dict[str, float]]] = {variant: [] for variant in VARIANTS}
+    measured: dict[str, list[dict[str, float]]] = {variant: [] for variant in (FLOOR, *jobs)}
     for _ in range(rounds):
-        for variant in VARIANTS:
+        for variant in measured:
             command = [sys.executable, __file__, "--variant", variant, "--models", name, "--positions", str(positions)]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
@@ -145,12 +145,12 @@ def compare(name: str, positions: int, rounds: int) -> None:
             )
 
     def ratio(variant: str, what: str) -> float:
-        both = zip(measured[variant], measured["two forwards"], strict=True)
+        both = zip(measured[variant], measured[FLOOR], strict=True)
         return statistics.median(
             ours[what] / max(floor[what], 1.0 if what == "above" else 1e-9) for ours, floor in both
         )
 
-    for variant in VARIANTS[1:]:
+    for variant in jobs:
         times, allowed = ratio(variant, "seconds"), measured[variant][0]["allowance"]
         print(
             f"{name}, T={positions}, {variant} ({measured[variant][0]['perturbations']:.0f} perturbations): time "
@@ -167,6 +167,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=MODELS)
     parser.add_argument("--positions", nargs="+", type=int, default=[1024, 4096], help="tokens, multiples of 64")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--jobs", nargs="+", default=JOBS, choices=JOBS, help="a sweep at 4,096 takes half an hour")
     parser.add_argument("--variant", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.variant:
@@ -180,7 +181,7 @@ def main() -> None:
             print(f"{name} is left out: {error}")
             continue
         for positions in options.positions:
-            compare(name, positions, options.rounds)
+            compare(name, positions, options.rounds, options.jobs)
 
 
 if __name__ == "__main__":
