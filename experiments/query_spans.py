@@ -298,7 +298,7 @@ def _causes(
         for (by, draw), order in drawn(orders_together).items():
             sets = [[one for span in order[:n] for one in _with_key(span)] for n in budget.sizes]
             frames.append(measured(start, end, sets, into=START, span_set=TOGETHER, order=by, draw=draw))
-    measured_all = pd.concat(frames, ignore_index=True).drop(columns=["phase", "role", "tokens"])
+    measured_all = pd.concat(frames, ignore_index=True).drop(columns=["phase", "role", "tokens", "perturbation"])
     return SPAN_EFFECTS.frame(measured_all), SPAN_PREDICTORS.frame(foreseen)
 
 

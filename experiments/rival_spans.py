@@ -120,7 +120,7 @@ def rivals_of(start: HookedCausalLM, end: HookedCausalLM, seed: int) -> pd.DataF
     def tell(state: str, model: HookedCausalLM, **columns: Any) -> None:
         scores = head_scores(model, window, layers=head[0])
         scores = scores[scores["metric"].isin(SCORES) & (scores["head"] == head[1])]
-        found = judge(model).drop(columns=["seed", "phase", "role", "tokens"], errors="ignore")
+        found = judge(model).drop(columns=["seed", "phase", "role", "tokens", "perturbation"], errors="ignore")
         looks = scores[["layer", "head", "metric", "value"]]
         frames.append(pd.concat([found, looks]).assign(state=state, **columns))
 

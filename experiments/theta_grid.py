@@ -86,6 +86,8 @@ CUTOFF = 20_000.0
 """The rival of the base bound: one long theta for both head dims, which asks for no formula."""
 BUDGETS = (60, 120)
 DISTANCES = (128, 512)
+UNUSED = ["role", "perturbation"]
+"""Columns of retrieval that say nothing here."""
 FAR = 8 * SHORT
 
 
@@ -109,7 +111,8 @@ def make_row(
         )
         plain = base.release()
         columns = {"seed": seed, "head_dim": head_dim, "short_theta": short_theta}
-        run.record(THETA_GRID, gate.assign(metric="gate_accuracy"), **columns, model="base", phase="short")
+        gate = gate.drop(columns=UNUSED).assign(metric="gate_accuracy")
+        run.record(THETA_GRID, gate, **columns, model="base", phase="short")
         run.manifest |= {"base_missed_gate": missed, "base_tokens": history[-1]["tokens"]}
         run.provenance.add_model("base", plain)
         for steps in BUDGETS:
@@ -122,6 +125,7 @@ def make_row(
                 probe = derive(seed, "probe")
                 measured = retrieval_accuracy(student, task, DISTANCES, trials=phase_scaling.TRIALS, seed=probe)
                 cell = {**columns, "long_theta": long_theta, "steps": steps}
+                measured = measured.drop(columns=UNUSED)
                 run.record(THETA_GRID, measured, **cell, model="student", phase="extension")
         run.provenance.add_tokens("extension", phase.batch(derive(seed, "extension"), 0))
 

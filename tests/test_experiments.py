@@ -1,22 +1,34 @@
+import dataclasses
 import itertools
 import sys
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from experiments import phase_scaling, propagation, query_span_verdicts, query_spans, stages, toy_checkpoints
-from rope_probe import InputError, KeyValueStream, KeyValueTask, Span, load_model, retrieval_accuracy, span_effects
+from experiments import (
+    phase_scaling,
+    propagation,
+    query_span_verdicts,
+    query_spans,
+    rival_spans,
+    stages,
+    theta_grid,
+    toy_checkpoints,
+)
+from experiments.toy_checkpoints import SHORT
+from rope_probe import InputError, KeyValueTask, Span, load_model
+from rope_probe.distillation import Gate
 from rope_probe.distillation.signal import SIGNAL
 from rope_probe.models import checkpoints
 from rope_probe.retrieval.probe import RETRIEVAL
 from rope_probe.runs.intervals import share_interval
-from rope_probe.runs.results import is_complete, new_run, source_hash
+from rope_probe.runs.results import is_complete, new_run, read_run, source_hash
 from rope_probe.runs.tables import Tables
 from rope_probe.seeds import derive
 from rope_probe.spans.causal import SPAN_EFFECTS
+from rope_probe.spans.causal import query_spans as spans_of
 from rope_probe.spans.weights import SPANS
 from tests import zoo
 
@@ -28,7 +40,7 @@ def test_every_stage_needs_stages_that_are_planned_and_has_a_place_of_its_own(fu
     assert all(need in planned for stage in planned.values() for need in stage.needs)
     scripts = {stage.script for stage in planned.values()}
     experiments = {module.__name__.removeprefix("experiments.") for module in stages.discover()}
-    only_in_full = {"theta_grid", "longred", "positional_channel", "restoration", "rival_spans"}
+    only_in_full = {"theta_grid", "longred", "positional_channel", "predecessor", "restoration", "rival_spans"}
     assert scripts == experiments - (set() if full else only_in_full)
     assert all(stage.file.is_file() for stage in planned.values())
 
@@ -241,14 +253,55 @@ def test_query_spans_are_told_of_where_no_transplants_came_out():
     assert query_span_verdicts.judged(results).empty
 
 
-def test_effects_of_spans_fit_their_table():
-    model = load_model(zoo.llama())
-    task = KeyValueTask(KeyValueStream(8, distinct=(1, 4), keys=20, values=20), 16)
-    groups = {"nothing": [], "W_Q": [Span(part="W_Q")]}
-    measured = span_effects(model, zoo.llama(), groups, partial(retrieval_accuracy, task=task, distances=[4], trials=2))
-    left_out = [column for column in measured.columns if column not in SPAN_EFFECTS.columns]
-    assert sorted(left_out) == ["perturbation", "phase", "role", "tokens"]
-    assert len(SPAN_EFFECTS.frame(measured.drop(columns=left_out))) == 4
+@pytest.fixture
+def extended(tmp_path):
+    """Untrained checkpoints under the names of a teacher, a base and what it was extended to."""
+    thetas = {"teacher-0": 10_000.0, "base-0": 300.0, "phase_scaling/kd_phase_wise-0": 20_000.0}
+    for number, (name, theta) in enumerate(thetas.items()):
+        rope = {"rope_type": "default", "rope_theta": theta}
+        with new_run(tmp_path / name, "toy_checkpoints", {}) as made:
+            model = checkpoints.build(toy_checkpoints.architecture(rope), seed=number)
+            checkpoints.save(model, made.folder / "checkpoint")
+            made.provenance.add_model(name.removesuffix("-0"), model)
+    return tmp_path
+
+
+def test_transplants_are_measured_and_recorded(extended, monkeypatch):
+    few = query_spans.Budget(trials=1, ranking_trials=1, orders=1, sizes=(0, 2), greedy=1, greedy_trials=1, path=1)
+    monkeypatch.setattr(query_spans, "THOROUGH", few)
+    monkeypatch.setattr(query_spans, "DISTANCES", (128, 256))
+    monkeypatch.setattr(query_spans, "query_spans", lambda model: spans_of(model)[:3])
+    query_spans.measure("kd_phase_wise", 0, extended / "out", extended)
+    tables, manifest = read_run(extended / "out")
+    assert manifest["status"] == "complete"
+    effects = tables["span_effects"]
+    assert set(effects["arm"]) == {query_spans.GROUPS, query_spans.SELECTION, query_spans.ALONE,
+                                   query_spans.TOGETHER_ALONE, query_spans.CURVE}  # fmt: skip
+    assert effects["value"].notna().all()
+    assert set(tables["span_predictors"]["metric"]) >= {"greedy_rank", "greedy_rank_together"}
+
+
+def test_rivals_of_spans_are_measured_and_recorded(extended, monkeypatch):
+    few = {"TRIALS": 1, "SELECTION_TRIALS": 1, "CHOSEN": 2, "DRAWS": 1, "PATH_TRIALS": 1, "PATH_POINTS": 1}
+    for name, value in {**few, "FACTORS": (1.0, 3.0), "DISTANCES": (128,)}.items():
+        monkeypatch.setattr(rival_spans, name, value)
+    rival_spans.measure("kd_phase_wise", 0, extended / "out", extended)
+    rows = read_run(extended / "out")[0]["rival_spans"]
+    assert {"accuracy", "previous_token"} <= set(rows["metric"])
+    assert rows.loc[rows["metric"] == "accuracy", "state"].nunique() == 8
+
+
+def test_a_row_of_the_theta_grid_is_trained_and_recorded(extended, monkeypatch):
+    gate = Gate(SHORT, (8,), accuracy=0.0, every=1, trials=2)
+    short = dataclasses.replace(toy_checkpoints.short_phase(300.0), steps=1, gate=gate)
+    monkeypatch.setattr(toy_checkpoints, "short_phase", lambda theta: short)
+    monkeypatch.setattr(phase_scaling, "TRIALS", 2)
+    for name, value in {"BUDGETS": (5,), "LONG_THETAS": (2e4, 1e5), "DISTANCES": (128,)}.items():
+        monkeypatch.setattr(theta_grid, name, value)
+    theta_grid.make_row(32, 300.0, 0, extended / "out", extended)
+    rows = read_run(extended / "out")[0]["theta_grid"]
+    assert set(rows["metric"]) == {"gate_accuracy", "accuracy", "answer_logprob_nats"}
+    assert set(rows["long_theta"].dropna()) == {2e4, 1e5}
 
 
 def test_trials_that_select_share_none_with_those_that_judge():
