@@ -13,7 +13,7 @@ MOST_ROWS = 200
 _AVERAGED = ("run_id", "experiment", "seed", "document", "position", "value", "value_float64", "low", "high", "trials")
 """Columns over which, or of which, the page tells means."""
 _LONGEST_CELL = 80
-_MOST_PLAIN_ROWS = 5_000
+_MOST_PLAIN_ROWS = 1_000
 """Rows of a CSV file that is not compressed, so that a gallery stays small."""
 
 
@@ -72,7 +72,7 @@ def write_numbers(frame: pd.DataFrame, stem: Path) -> tuple[Path, Path]:
     text = kept.to_csv(index=False, float_format="%.6g").encode("utf-8", "replace")
     csv.write_bytes(gzip.compress(text, mtime=0) if is_large else text)
     with parquet.open("wb") as file:
-        kept.to_parquet(file, index=False)
+        kept.to_parquet(file, index=False, compression="zstd")
     return csv, parquet
 
 
