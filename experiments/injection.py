@@ -60,7 +60,7 @@ from rope_probe.models import checkpoints
 from rope_probe.runs.intervals import share_difference_interval, student_interval
 from rope_probe.runs.results import new_run, read_manifest
 from rope_probe.runs.tables import Column, Metric, Tables, declare
-from rope_probe.runs.verdicts import Section, beside, verdict, verdicts
+from rope_probe.runs.verdicts import Section, beside, decided, verdict, verdicts
 from rope_probe.seeds import derive
 from rope_probe.spans.drift import FINAL_NORM
 from rope_probe.tracing.cone import LOGITS
@@ -418,13 +418,6 @@ def judged(found: pd.DataFrame, parts: pd.DataFrame, aligned: pd.DataFrame) -> p
                 mean, low, high = phase_scaling.mean_and_interval(part)
                 rows.append(beside(f"accuracy of {name}, queries x {factor:g}", mean, n=len(part), low=low, high=high))
     return verdicts(rows)
-
-
-def decided(low: float, high: float, least: float, most: float) -> bool | None:
-    """Whether an interval lies inside [least, most]; None where it is partly inside."""
-    if low >= least and high <= most:
-        return True
-    return False if high < least or low > most else None
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ import typer
 from transformers import SmolLM3Config
 
 from experiments import injection, phase_scaling, positional_channel, toy_checkpoints
-from experiments.injection import INJECTION, decided, placed
+from experiments.injection import INJECTION, placed
 from experiments.stages import Options, Stage
 from experiments.toy_checkpoints import LARGE_THETA, LONG, SHORT, CheckpointsIn, by_distance
 from experiments.training import trained
@@ -44,7 +44,7 @@ from rope_probe.retrieval.probe import RETRIEVAL
 from rope_probe.runs.intervals import share_difference_interval, student_interval
 from rope_probe.runs.results import new_run, read_manifest
 from rope_probe.runs.tables import Tables
-from rope_probe.runs.verdicts import Section, beside, verdict, verdicts
+from rope_probe.runs.verdicts import Section, beside, decided, verdict, verdicts
 from rope_probe.seeds import derive
 from rope_probe.tracing.cone import LOGITS
 from rope_probe.tracing.positional import POSITIONAL_PARTS
@@ -277,7 +277,8 @@ def judged(found: pd.DataFrame, parts: pd.DataFrame) -> pd.DataFrame:
     own = parts[(parts["role"] == "student") & (parts["arm"] == "masked") & (parts["metric"] == "position_share")]
     if len(own):
         claim = "masked: largest positional share of a student's logits below 1e-6, an identity"
-        rows.append(verdict(6, claim, own["value"].max(), own["value"].max() < 1e-6, n=len(own)))
+        largest = own["value"].max()
+        rows.append(verdict(6, claim, largest, largest < 1e-6, n=len(own), kind="identity"))
     for (name, factor), part in of_arm.items():
         if (name, factor) not in (("kd", 1.0), ("kd_masked", 1.0), ("ce", 1.0)):
             mean, low, high = phase_scaling.mean_and_interval(part)

@@ -117,7 +117,7 @@ def test_one_seed_decides_no_difference():
 
 def test_the_order_of_weights_is_judged_by_its_largest_step():
     levels = {"weight_0": 0.4, "weight_2": 0.3, "longred_u": 0.2, "weight_10": 0.1}
-    for last, held in ((0.1, "held"), (0.25, "not held")):
+    for last, held in ((0.1, "as predicted"), (0.25, "not as predicted")):
         values = {(name, longred.LAST_STATE): level for name, level in (levels | {"weight_10": last}).items()}
         (row,) = longred.judged(skilled(values), NOTHING_SCALED).itertuples()
         assert (row.prediction, row.held) == (11, held)

@@ -33,7 +33,7 @@ from rope_probe.runs.verdicts import Section
 INDEX, ASSETS, TABLES, MANIFESTS = "index", "assets", "tables", "manifests"
 RELOAD_S = 20
 """Seconds after which a page of a job that runs is loaded anew."""
-HELD = ("held", "not held", "undecided")
+HELD = ("held", "not held", "undecided", "as predicted", "not as predicted")
 IDENTITY = "identity"
 _LONGEST_SLUG = 60
 _SHOWN_AT_ONCE = 4
@@ -115,7 +115,7 @@ class Claim:
 
     text: str
     held: str
-    """"held", "not held" or "undecided"; "" for what is told beside the claims."""
+    """One of `HELD`; "" for what is told beside the claims."""
     kind: str
     measured: str
     interval: str
@@ -388,7 +388,7 @@ def _strongest(pages: Sequence[Page]) -> list[tuple[Page, Prediction, Claim]]:
             (page, prediction, claim)
             for prediction in page.predictions
             for claim in prediction.claims
-            if claim.chip in ("held", "not held")
+            if claim.chip not in ("undecided", IDENTITY, "")
         ]
         ordered = sorted(decided, key=lambda one: one[2].strength, reverse=True)
         different = {id(prediction): (where, prediction, claim) for where, prediction, claim in reversed(ordered)}

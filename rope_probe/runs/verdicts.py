@@ -20,9 +20,11 @@ COLUMNS = {
 }
 """`prediction` is the number of the prediction that the claim belongs to. A prediction was written before the run and
 could have come out otherwise; an identity holds for any weights. `measured` is what was found, from `low` to `high`
-where there is an interval, over `n` seeds. `held` is "held", "not held" or "undecided". `kind` and `held` are null
-for what is told beside the claims."""
+where there is an interval, over `n` seeds. `held` is "held", "not held" or "undecided": what the interval says. A
+prediction without an interval came out "as predicted" or "not as predicted", which says nothing of other seeds. `kind`
+and `held` are null for what is told beside the claims."""
 _HELD = {True: "held", False: "not held", None: "undecided"}
+_WITHOUT_INTERVAL = {True: "as predicted", False: "not as predicted", None: "undecided"}
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ def verdict(
     kind: Kind = "prediction",
 ) -> dict[str, Any]:
     """A verdict as a row of `verdicts`; `held` is None where the interval says neither."""
+    words = _WITHOUT_INTERVAL if kind == "prediction" and math.isnan(low) and math.isnan(high) else _HELD
     return {
         "prediction": prediction,
         "claim": claim,
@@ -67,7 +70,7 @@ def verdict(
         "low": low,
         "high": high,
         "n": n,
-        "held": _HELD[None if held is None else bool(held)],
+        "held": words[None if held is None else bool(held)],
     }
 
 
