@@ -39,6 +39,8 @@ from rope_probe.runs.progress import in_time
 from rope_probe.runs.results import is_complete, read_manifest, source_hash
 
 WORKERS = 2
+_REUSED_S = 1.0
+"""A stage that took less was reused, and says nothing of the machine's pace."""
 
 
 @dataclass(frozen=True)
@@ -224,25 +226,37 @@ class _Progress:
         """Stage, state, elapsed and remaining seconds, and those of all."""
         table = Table("stage", "state", "elapsed, s", "remaining, s", title=f"about {in_time(self._remaining())} to go")
         now = time.monotonic()
-        for name, stage in self.stages.items():
+        for name in self.stages:
             if name in self.took:
                 table.add_row(name, "failed" if name in self.failed else "done", f"{self.took[name]:,.0f}", "")
             elif name in self.began:
                 elapsed = now - self.began[name]
-                table.add_row(name, "running", f"{elapsed:,.0f}", f"{max(0.0, stage.seconds - elapsed):,.0f}")
+                table.add_row(name, "running", f"{elapsed:,.0f}", f"{self._left(name):,.0f}")
             else:
-                table.add_row(name, "waiting", "", f"{stage.seconds:,.0f}")
+                table.add_row(name, "waiting", "", f"{self._left(name):,.0f}")
         return table
 
     def _remaining(self) -> float:
-        """About how long all of it takes still, by the stages' own estimates."""
-        now = time.monotonic()
-        left = [
-            max(0.0, stage.seconds - (now - self.began[name] if name in self.began else 0.0))
-            for name, stage in self.stages.items()
-            if name not in self.took
-        ]
+        """About how long all of it takes still, by the stages' own estimates and the pace of this machine."""
+        left = [self._left(name) for name in self.stages if name not in self.took]
         return max(sum(left) / WORKERS, max(left, default=0.0))
+
+    def _left(self, name: str) -> float:
+        """About how many seconds a stage takes still."""
+        elapsed = time.monotonic() - self.began[name] if name in self.began else 0.0
+        return max(0.0, self._pace() * self.stages[name].seconds - elapsed)
+
+    def _pace(self) -> float:
+        """How many times its estimate a stage takes here, by those that ran, and those that run for longer than it."""
+        now = time.monotonic()
+        took = {name: self.took.get(name, now - began) for name, began in self.began.items()}
+        known = [
+            name
+            for name, seconds in took.items()
+            if seconds > (_REUSED_S if name in self.took else self.stages[name].seconds) and name not in self.failed
+        ]
+        planned = sum(self.stages[name].seconds for name in known)
+        return sum(took[name] for name in known) / planned if planned else 1.0
 
     def _say(self, line: str) -> None:
         if self.live is None:

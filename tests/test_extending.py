@@ -150,7 +150,8 @@ def test_an_experiment(tmp_path):
     front = gallery(runs["outside"], tmp_path / "gallery", reports).read_text()
     page = (tmp_path / "gallery" / "outside.html").read_text()
     assert "What is the answer?" in front
-    for told in ("What is the answer?", "Below .5.", "the answer is below one half", '<span class="chip as-predicted">'):
+    chip = '<span class="chip as-predicted">'
+    for told in ("What is the answer?", "Below .5.", "the answer is below one half", chip):
         assert told in page
     written = (tmp_path / "runs" / "outside" / "manifest.json").stat().st_mtime_ns
     assert stages.run_all(plan) == {}  # and a second time it is reused

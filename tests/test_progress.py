@@ -81,3 +81,20 @@ def test_urgent_stages_tell_the_time_to_the_end_of_all_that_is_planned(tmp_path,
     shown.started("figure")
     shown.ended("figure", "")
     assert "3 of 4 stages left, about 15 min" in capsys.readouterr().err
+
+
+def test_the_time_to_the_end_of_stages_follows_the_pace_of_the_machine(tmp_path, capsys, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("experiments.stages.time.monotonic", lambda: clock[0])
+    planned = {name: Stage((name,), tmp_path / name, dict, seconds=600.0) for name in ("reused", "slow", "a", "b")}
+    shown = _Progress(planned, Console(file=io.StringIO()))
+    shown.started("reused")
+    shown.ended("reused", "")
+    assert "3 of 4 stages left, about 15 min" in capsys.readouterr().err  # it says nothing of the pace
+    shown.started("slow")
+    clock[0] = 1800.0
+    shown.ended("slow", "")  # three times its estimate
+    assert "2 of 4 stages left, about 30 min" in capsys.readouterr().err
+    shown.started("a")
+    clock[0] += 3000.0  # five times already
+    assert shown._remaining() == 2400  # four times, on the mean: "b" alone is left
