@@ -259,7 +259,7 @@ DRAWINGS = [
         lambda rows: [rows["arm"], _masked(rows)],
         per_model=True,
         how_to_read=(
-            "Each cell compares a later copy of the document with the first, one panel for each place in the model, "
+            "Each cell compares a later copy of the document with the first. A panel is a place in the model, with "
             "deeper layers further down. Brighter differs more; grey differs by rounding alone."
         ),
         finding=Extremes(("site", "document"), ("rel_l2",)),
@@ -323,7 +323,7 @@ DRAWINGS = [
         per_model=True,
         how_to_read=(
             "Each line is a head, each column a rotary pair. Red pairs raise the score of what the head attends to, "
-            "blue ones lower it: a head that looks by position lives on fast pairs, one that looks by content on slow "
+            "blue ones lower it. A head that looks by position lives on fast pairs, one that looks by content on slow "
             "ones."
         ),
         finding=Extremes(("layer", "head", "pair"), (heads.PAIR_METRIC,)),
@@ -472,7 +472,7 @@ DRAWINGS = [
         signal.is_signal,
         signal_of_distillation,
         how_to_read=(
-            "The dotted line is what position contributes to the teacher's logits; a student learns from what its "
+            "The dotted line is what position contributes to the teacher's logits. A student learns from what its "
             "own loss has of it. The lower panels say what goes from the gradients with it."
         ),
         finding=Extremes(("model", "site"), ("loss_kl_nats", "signal_kl_nats")),

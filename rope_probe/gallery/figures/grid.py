@@ -37,9 +37,9 @@ def _is_base(frame: pd.DataFrame) -> pd.Series:
 def theta_grid(frame: pd.DataFrame, label: str = "") -> go.Figure:
     """Heatmaps of accuracy at 8 times the document length: short theta x long theta, for each head dim and budget.
 
-    The document length is the window of the bases' gates. A line between the cells is the base bound of the distance,
-    the ticks tell the spectrum use of each theta in its own window, constant theta is outlined, and an asterisk marks
-    cells whose base missed its gate. Raises InputError where the frame has no cells, no gates, or none at the distance.
+    The document length is the window of the bases' gates. A line between the cells is the base bound of the distance.
+    Ticks tell the spectrum use of each theta in its own window. Constant theta is outlined. An asterisk marks cells
+    whose base missed its gate. Raises InputError where the frame has no cells, no gates, or none at the distance.
     """
     cells, gates = read_cells(frame), frame[is_gate(frame)]
     if cells.empty or gates.empty:

@@ -35,7 +35,7 @@ def retrieval_by_distance(frame: pd.DataFrame, label: str = "") -> go.Figure:
     """Accuracy of retrieval against distance, a line for each model: the mean over seeds, and every seed as a point.
 
     Bars are 95% intervals that carry seeds and trials, of one seed trials alone. The legend goes from the best to the
-    worst at the farthest distance, and so do thick lines to thin ones, which leaves those seen that lie under others.
+    worst at the farthest distance, and so do thick lines to thin ones: lines under others stay visible.
     Where the frame has document lengths, the one that most models trained on and their window stand as vertical lines.
     Raises InputError where the frame has no accuracy by distance.
     """

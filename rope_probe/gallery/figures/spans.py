@@ -73,8 +73,8 @@ def is_transplant(frame: pd.DataFrame) -> pd.Series:
 def span_heatmap(frame: pd.DataFrame, label: str = "") -> go.Figure:
     """Change of W_Q and W_K, layer x rotary pair, relative and below it its norm: the mean over heads and seeds.
 
-    The axis has each pair's wavelength before and after; lines stand behind the last pair that completes a turn in the
-    window before, and after, where the frame has these. Raises InputError where the frame has no changes by pair.
+    The axis has each pair's wavelength before and after. Where the frame has windows, lines stand behind the last pair
+    that completes a turn in the window before, and after. Raises InputError where the frame has no changes by pair.
     """
     rows = _by_pair(frame)
     height = max(_LOWEST_PANEL, min(_HIGHEST_PANEL, _PIXELS_OF_LAYER * int(rows["layer"].nunique())))
