@@ -39,7 +39,7 @@ CALL_TOKENS = 2**13
 """Most tokens that perturbations share a call with."""
 LOGIT_ELEMENTS = {"cpu": 2**23, "cuda": 2**27}
 """Most logits that are held at a time, ..."""
-LOGIT_TOKENS = 256
+LOGIT_TOKENS = 512
 """... but no fewer than those of so many tokens, or the head's weights are read too often; ..."""
 LOGIT_ROWS = 8
 """... and of how many perturbations."""
