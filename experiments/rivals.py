@@ -91,6 +91,8 @@ PREDICTIONS = {
 """Written before the first run. Far: the mean over 128, 256, 512 and 1,000 tokens in a window of 1,024, queries as they
 are unless it says otherwise. Known before: for one seed the untrained base at queries times 3 found .97, .92 and .52 at
 128, 512 and 1,000 tokens, .00 unscaled; and all that docs/toy_findings.md tells of phase_scaling's arms."""
+FIGURES = dict.fromkeys(PREDICTIONS, ("retrieval_by_temperature",))
+"""The drawings that show what a prediction is about, by its number."""
 
 FAR = (128, 256, 512, 1000)
 DISTANCES = (64, *FAR)

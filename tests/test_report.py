@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from experiments import phase_scaling
 from experiments.beyond_verdicts import BEYOND
 from experiments.longred import SKILLS
+from experiments.rivals import TEMPERED
 from experiments.theta_grid import THETA_GRID, cells
 from rope_probe import InputError, PairTurn, PositionShift, copy_deltas, load_model, repeated_window, rope, trace
 from rope_probe.distillation import distillation_signal
@@ -448,6 +449,27 @@ def grid_rows(missed=()):
     return rows_of("theta_grid", rows=rows)
 
 
+def test_retrieval_by_temperature_has_a_panel_a_distance_and_its_factors_in_order():
+    rows = [
+        {"model": model, "seed": seed, "temperature": factor, "distance": distance, "metric": "accuracy",
+         "purpose": purpose, "trials": 64, "seq_len": 1024, "value": 0.5 * (purpose == "judging") + 0.1 * seed}
+        for model in ("base", "kd") for seed in (0, 1) for factor in ("log_n", "10", "1.5", "1")
+        for distance in (512, 64) for purpose in ("selection", "judging")
+    ]  # fmt: skip
+    figure = plots.retrieval_by_temperature(TEMPERED.frame(pd.DataFrame(rows).assign(low=0.0, high=1.0)))
+    assert figure.layout.meta["panels"] == ["distance 64 tokens", "distance 512 tokens"]
+    lines = [trace for trace in figure.data if trace.mode == "lines+markers"]
+    assert len(lines) == 4
+    for line in lines:
+        assert list(line.x) == ["1", "1.5", "10", "log n"]
+        np.testing.assert_allclose(line.y, 0.55)  # judging alone, the mean of two seeds
+    low, high = share_interval([0.5, 0.6], [64, 64])
+    np.testing.assert_allclose(lines[0].error_y.array, high - 0.55)
+    np.testing.assert_allclose(lines[0].error_y.arrayminus, 0.55 - low)
+    with pytest.raises(InputError, match="no accuracy by temperature"):
+        plots.retrieval_by_temperature(TEMPERED.frame([]))
+
+
 def test_the_theta_grid_shows_the_means_that_the_verdicts_speak_of():
     frame = grid_rows()
     figure = plots.theta_grid(frame)
@@ -812,6 +834,9 @@ def what_each_drawing_draws(name):
         "theta_grid": every(0, **{**base, **accuracies, "distance": [512]}, phase=[name], steps=[75],
                             long_theta=[300.0, 20_000.0])
         + every(1, **base, metric=["gate_accuracy"], phase=["short"], seq_len=[64]),
+        "retrieval_by_temperature": every(
+            0, **accuracies, temperature=["1", "1.5", "log_n"], purpose=["judging"], control=[name],
+        ),
         "window_by_distance": every(
             0, **runs, metric=["hit"], rotation=[name, "own"], temperature=["none", name], task=[name],
             seq_len=[4096, 8192], distance=[100, 3000], unit=[0],

@@ -80,6 +80,13 @@ def _asked(layers, heads, pairs):
     return [rows.assign(metric="hit", task="passkey", value=(rows["unit"] % 2).astype(float))]
 
 
+def _tempered(layers, heads, pairs):
+    factors = ["1", "1.5", "2", "3", "4", "log_n"]
+    rows = crossed(model=TRAINED, seed=[0, 1, 2], temperature=factors, distance=[64, 128, 256, 512, 1000])
+    columns = {"purpose": "judging", "trials": 64, "low": 0.1, "high": 0.9, "seq_len": 1024}
+    return [valued(rows, 0.05, 1).assign(metric="accuracy", **columns)]
+
+
 def _tasks(layers, heads, pairs):
     tasks = ["vt", "cwe", "fwe", "niah_multikey_3", "a_task_of_a_rather_long_name_that_somebody_made"]
     rows = crossed(model=TRAINED, seed=[0, 1], task=tasks)
@@ -257,6 +264,7 @@ _PARTS = {
     "retrieval_by_distance": _retrieval,
     "retrieval_by_task": _tasks,
     "retrieval_map": _windows,
+    "retrieval_by_temperature": _tempered,
     "window_by_distance": _asked,
     "trade_off": _skills,
     "theta_grid": _grid,

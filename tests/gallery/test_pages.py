@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from experiments import longred, phase_scaling, theta_grid  # noqa: F401 (they declare tables that drawings read)
+from experiments import longred, phase_scaling, rivals, theta_grid  # noqa: F401 (they declare tables that drawings read)
 from rope_probe.gallery import figures as plots
 from rope_probe.gallery.embedded import as_json, embedded
 from rope_probe.gallery.numbers import MOST_ROWS, numbers, write_numbers

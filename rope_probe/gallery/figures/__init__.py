@@ -23,6 +23,7 @@ from rope_probe.gallery.figures import (
     sensitivity,
     signal,
     spans,
+    temperature,
     trade,
     training,
 )
@@ -50,6 +51,7 @@ from rope_probe.gallery.figures.signal import signal_of_distillation
 from rope_probe.gallery.figures.spans import causal_curves, change_by_part, span_heads, span_heatmap, transplants
 from rope_probe.gallery.figures.static import save_figure, save_figures
 from rope_probe.gallery.figures.style import themed
+from rope_probe.gallery.figures.temperature import retrieval_by_temperature
 from rope_probe.gallery.figures.trade import trade_off
 from rope_probe.gallery.figures.training import loss_curves
 from rope_probe.names import KEY_VALUE
@@ -75,6 +77,7 @@ __all__ = [
     "register",
     "retrieval_by_distance",
     "retrieval_by_task",
+    "retrieval_by_temperature",
     "retrieval_map",
     "rotations_by_pair",
     "save_figure",
@@ -177,6 +180,18 @@ DRAWINGS = [
             "apart."
         ),
         finding=Extremes(("task", "model")),
+    ),
+    Drawing(
+        "retrieval_by_temperature",
+        ("tempered_retrieval",),
+        temperature.is_judged,
+        retrieval_by_temperature,
+        lambda rows: ["window " + rows["seq_len"].astype("string")],
+        how_to_read=(
+            "A line that rises to the right has a skill that flat attention hides. One that is high at 1 needs no "
+            "temperature. What a student gains is its height at 1 over the highest point of the untrained base."
+        ),
+        finding=Extremes(("model", "temperature", "distance")),
     ),
     Drawing(
         "window_by_distance",

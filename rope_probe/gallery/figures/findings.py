@@ -29,6 +29,7 @@ WHERE: Mapping[str, str] = {
     "site": "{}",
     "delta_tokens": "{} tokens",
     "radians": "{} radians",
+    "temperature": "queries times {}",
     "distance": "distance {} tokens",
     "document": "document {}",
     "seq_len": "window {} tokens",

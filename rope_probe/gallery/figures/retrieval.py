@@ -53,7 +53,7 @@ def retrieval_by_distance(frame: pd.DataFrame, label: str = "") -> go.Figure:
     for model, thickness in zip(order, np.linspace(1, 0.4, len(order)), strict=True):
         part = rows[rows["model"] == model]
         colour, dash, symbol = styles[model]
-        mean = _pooled(part, "distance")
+        mean = pooled(part, "distance")
         one = part["seed"].nunique() <= 1
         bars = {
             "array": mean["high"] - mean["value"],
@@ -114,7 +114,7 @@ def retrieval_by_task(frame: pd.DataFrame, label: str = "") -> go.Figure:
     figure = panels([""], 340)
     for i, (model, part) in enumerate(rows.groupby("model")):
         colour, _, symbol = line_style(i)
-        mean = _pooled(part, "task")
+        mean = pooled(part, "task")
         one = part["seed"].nunique() <= 1
         bars = {
             "array": mean["high"] - mean["value"],
@@ -153,7 +153,7 @@ def retrieval_by_task(frame: pd.DataFrame, label: str = "") -> go.Figure:
     return styled(figure, "Retrieval by task", label, note)
 
 
-def _pooled(rows: pd.DataFrame, by: str) -> pd.DataFrame:
+def pooled(rows: pd.DataFrame, by: str) -> pd.DataFrame:
     """`value`, `low` and `high` over seeds for each value of a column; of one seed they are its own.
 
     Several seeds have no interval where runs do not tell their trials, or hold what is no accuracy.
