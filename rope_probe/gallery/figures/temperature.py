@@ -28,11 +28,11 @@ def retrieval_by_temperature(frame: pd.DataFrame, label: str = "") -> go.Figure:
     some seeds of a model were measured at is left out. Raises InputError where the frame has no such accuracy.
     """
     rows = frame[is_judged(frame)]
-    if rows.empty:
-        raise InputError("these results hold no accuracy by temperature; run experiments.rivals")
     rows = rows.assign(model=rows["model"].fillna(""))
     seeds = rows.groupby(["model", "temperature"])["seed"].transform("nunique")
     rows = rows[seeds == rows.groupby("model")["seed"].transform("nunique")]
+    if rows.empty:
+        raise InputError("these results hold no accuracy by temperature; run experiments.rivals")
     factors = sorted(rows["temperature"].unique(), key=_order)
     names = {factor: factor.replace("_", " ") for factor in factors}
     distances = sorted(rows["distance"].unique().tolist())
