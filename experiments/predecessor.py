@@ -173,7 +173,8 @@ def _extend(name: str, seed: int, out: Path, checkpoints_in: Path) -> None:
             if "teacher" in needs(name):
                 teacher = teacher_of(checkpoints_in / f"predecessor_teacher-{seed}" / "checkpoint")
                 parts = positional_parts(teacher, contents, sites=[LOGITS], masked=arm.masked)
-                made.record(POSITIONAL_PARTS, parts, model=name, role="teacher", seed=seed)
+                place = {"model": name, "role": "teacher", "seed": seed}
+                made.record(POSITIONAL_PARTS, parts, **place, arm="masked" if arm.masked else None)
             history = trained(f"{name} {seed}", student, phase, seed=derive(seed, "extension"), teacher=teacher)
             losses = history_rows(history, "loss")
             made.record(LOSSES, losses, model=name, seed=seed, phase="extension", seq_len=LONG)
