@@ -60,7 +60,8 @@ def hostile_runs(folder):
             run.record(LOSSES, losses, model=HOSTILE[name], seed=0)
     made = [
         verdict(1, HOSTILE["claim"], 0.5, True, n=2, low=0.4, high=0.6),
-        verdict(1, "another claim", 0.25, False, n=1),
+        verdict(1, "another claim", 0.25, False, n=1, low=0.2, high=0.3),
+        verdict(1, "a claim without an interval", 0.25, True),
         verdict(2, "an undecided claim", 0.125, None, n=2, low=-1.0, high=1.0),
         verdict(2, "an identity", 1e-12, True, kind="identity"),
         beside(HOSTILE["told beside"], 2.0),

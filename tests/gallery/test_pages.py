@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from experiments import longred, phase_scaling, rivals, theta_grid  # noqa: F401 (they declare tables that drawings read)
+from experiments import beyond, longred, phase_scaling, rivals, theta_grid  # noqa: F401 (tables that drawings read)
 from rope_probe.gallery import figures as plots
 from rope_probe.gallery.embedded import as_json, embedded
 from rope_probe.gallery.numbers import MOST_ROWS, numbers, write_numbers
@@ -162,7 +162,7 @@ def test_claims_stand_with_their_prediction_figure_numbers_and_command(made):
 def test_the_front_page_has_the_question_the_counts_and_the_strongest_claims(made):
     page = Page(made / "index.html")
     assert HOSTILE["question"] in page.text
-    for count in ("held1", "not held1", "undecided1", "identity1"):
+    for count in ("held1", "not held1", "undecided1", "as predicted1", "identity1"):
         assert count in "".join(page.text.split("\n")).replace("  ", "") or count in page.text, count
     strongest = page.text[page.text.index("The strongest claims") : page.text.index("All experiments")]
     assert HOSTILE["claim"] in strongest
