@@ -64,6 +64,11 @@ PREDICTIONS = {
     "theta.",
 }
 """Written before the first run. That theta 20,000 loses no passkey in a window of 1,024 had been seen, and no more."""
+FIGURES = {
+    **dict.fromkeys((1, 2, 3, 4, 7, 8), ("loss_by_position",)),
+    **dict.fromkeys((5, 6, 10), ("window_by_distance",)),
+}
+"""The drawings that show what a prediction is about, by its number."""
 
 MODEL = "smollm2-135m"
 TRAINED = 8192

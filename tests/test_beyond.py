@@ -221,6 +221,19 @@ def test_the_map_says_how_many_were_found_at_each_window_and_distance():
     assert panel.customdata[0][0] == "[{:.2f}, {:.2f}]".format(*share_interval([0.75], 4))
 
 
+def test_the_loss_of_one_text_is_a_line_by_rotation_and_temperature():
+    losses = {("own", "none"): {INSIDE: 2.0, BEYOND: 5.0}, ("yarn_2", "yarn"): {INSIDE: 2.0, BEYOND: 2.5}}
+    rows = planted(losses).assign(model="tiny")
+    figure = plots.loss_by_position(pd.concat([rows, rows], ignore_index=True))
+    for line in figure.data:
+        rotation = line.name.split(",")[0]
+        mine = rows[rows["rotation"] == rotation]
+        expected = mine.groupby(mine["position"] // 1024 * 1024 + 512)["value"].mean()
+        np.testing.assert_allclose(line.y, expected)
+        np.testing.assert_array_equal(line.x, expected.index)
+    assert [line.name for line in figure.data] == ["own", "yarn_2, temperature yarn"]
+
+
 # Training -------------------------------------------------------------------------------------------------------------
 
 

@@ -837,6 +837,10 @@ def what_each_drawing_draws(name):
         "retrieval_by_temperature": every(
             0, **accuracies, temperature=["1", "1.5", "log_n"], purpose=["judging"], control=[name],
         ),
+        "loss_by_position": every(
+            0, **runs, metric=["loss_nats"], rotation=[name, "own"], temperature=["none", name], task=[name],
+            position=[0, 256, 1024],
+        ),
         "window_by_distance": every(
             0, **runs, metric=["hit"], rotation=[name, "own"], temperature=["none", name], task=[name],
             seq_len=[4096, 8192], distance=[100, 3000], unit=[0],

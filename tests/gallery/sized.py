@@ -80,6 +80,12 @@ def _asked(layers, heads, pairs):
     return [rows.assign(metric="hit", task="passkey", value=(rows["unit"] % 2).astype(float))]
 
 
+def _losses_by_position(layers, heads, pairs):
+    arms = ["own", f"theta {LONG_NAME}", "YaRN 2", "YaRN 4"][: 2 if layers == 2 else 4]
+    rows = crossed(rotation=arms, temperature=["none", "log_n"], seed=[0, 1], position=list(range(0, 16_384, 256)))
+    return [valued(rows, 2, 6).assign(metric="loss_nats", task="passkey")]
+
+
 def _tempered(layers, heads, pairs):
     factors = ["1", "1.5", "2", "3", "4", "log_n"]
     rows = crossed(model=TRAINED, seed=[0, 1, 2], temperature=factors, distance=[64, 128, 256, 512, 1000])
@@ -265,6 +271,7 @@ _PARTS = {
     "retrieval_by_task": _tasks,
     "retrieval_map": _windows,
     "retrieval_by_temperature": _tempered,
+    "loss_by_position": _losses_by_position,
     "window_by_distance": _asked,
     "trade_off": _skills,
     "theta_grid": _grid,

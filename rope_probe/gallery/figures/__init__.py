@@ -27,7 +27,7 @@ from rope_probe.gallery.figures import (
     trade,
     training,
 )
-from rope_probe.gallery.figures.beyond import window_by_distance
+from rope_probe.gallery.figures.beyond import loss_by_position, window_by_distance
 from rope_probe.gallery.figures.cost import trace_cost
 from rope_probe.gallery.figures.drift import drift_by_layer
 from rope_probe.gallery.figures.findings import Extremes, extremes, losses_in_the_end
@@ -71,6 +71,7 @@ __all__ = [
     "injected_by_read",
     "layer_effects",
     "lens_by_layer",
+    "loss_by_position",
     "loss_curves",
     "massive_map",
     "positional_shares",
@@ -192,6 +193,19 @@ DRAWINGS = [
             "temperature. What a student gains is its height at 1 over the highest point of the untrained base."
         ),
         finding=Extremes(("model", "temperature", "distance")),
+    ),
+    Drawing(
+        "loss_by_position",
+        ("beyond",),
+        beyond.is_loss,
+        loss_by_position,
+        lambda rows: [rows["task"].fillna("")],
+        per_model=True,
+        how_to_read=(
+            "Compare lines at one position: they read the same text. Where a line leaves the others upwards, that "
+            "rotation no longer reads the text."
+        ),
+        finding=Extremes(("rotation", "temperature")),
     ),
     Drawing(
         "window_by_distance",

@@ -1,4 +1,4 @@
-"""Retrieval by window x distance: is what is lost lost to distance, or to the length of the window?"""
+"""A model beyond its window: loss of text by position, and retrieval by window x distance."""
 
 from bisect import bisect_right
 
@@ -8,13 +8,16 @@ import plotly.graph_objects as go
 
 from rope_probe.errors import InputError
 from rope_probe.gallery.figures.layout import ROOM, missing_is_grey, panels
-from rope_probe.gallery.figures.style import PLAIN, SCALE, across, bar_of, drawing, listed, styled
+from rope_probe.gallery.figures.style import PLAIN, SCALE, across, bar_of, drawing, line_style, listed, styled
 from rope_probe.runs.intervals import share_interval
 
 _EDGES = (0, 2048, 4096, 8192, 12_288, 16_384)
 _COLUMNS = 2
 _LOWEST_PANEL, _PIXELS_OF_WINDOW = 120, 40
-_QUESTION = ["model", "rotation", "temperature", "task", "seed", "seq_len", "distance", "unit"]
+_TEXT = ["model", "rotation", "temperature", "task", "seed"]
+_QUESTION = [*_TEXT, "seq_len", "distance", "unit"]
+_BIN = 1024
+"""Positions that a point of a line is a mean over."""
 
 
 def is_asked(frame: pd.DataFrame) -> pd.Series:
@@ -40,7 +43,7 @@ def window_by_distance(frame: pd.DataFrame, label: str = "") -> go.Figure:
     windows = sorted(rows["seq_len"].unique().tolist())
     names = [_between(edges, i) for i in range(len(edges))]
     columns = min(_COLUMNS, len(arms))
-    titles = [rotation if sharp == "none" else f"{rotation}, temperature {sharp}" for rotation, sharp in arms]
+    titles = [_arm(rotation, sharp) for rotation, sharp in arms]
     height = max(_LOWEST_PANEL, _PIXELS_OF_WINDOW * len(windows))
     figure = panels(titles, height, columns)
     for panel, (rotation, sharp) in enumerate(arms):
@@ -79,6 +82,55 @@ def window_by_distance(frame: pd.DataFrame, label: str = "") -> go.Figure:
     if seeds := listed(rows["seed"]):
         note += f"; texts are seeds {seeds}"
     return styled(figure, "Retrieval by window and distance", label, note)
+
+
+def is_loss(frame: pd.DataFrame) -> pd.Series:
+    """Rows with the loss of a block of text, by a rotation and a temperature."""
+    placed = frame[["rotation", "temperature"]].notna().all(axis=1)
+    return placed & (frame["metric"] == "loss_nats") & (frame["position"] >= 0).fillna(False)
+
+
+@drawing
+def loss_by_position(frame: pd.DataFrame, label: str = "") -> go.Figure:
+    """Loss of natural text against position, a line for each rotation and temperature, means over 1,024 positions.
+
+    All lines are of the same text, so that they can be compared at a position; along a line the text changes too.
+    A point needs the positions that any line has there. Several readings of one text count once. Raises InputError
+    where the frame has no loss by position.
+    """
+    rows = frame[is_loss(frame)].drop_duplicates([*_TEXT, "position"])
+    if rows.empty:
+        raise InputError("these results hold no loss of text by position; run experiments.beyond")
+    figure = panels([""], 380)
+    rows = rows.assign(middle=rows["position"] // _BIN * _BIN + _BIN // 2)
+    arms = rows.groupby(["rotation", "temperature"], sort=False)
+    size = arms["middle"].transform(lambda middle: middle.map(middle.value_counts()))
+    rows = rows[size == size.groupby(rows["middle"]).transform("max")]
+    seeds = rows["seed"].fillna(0)
+    for i, ((rotation, sharp), part) in enumerate(rows.groupby(["rotation", "temperature"], sort=False)):
+        mean = part.groupby("middle")["value"].mean()
+        colour, dash, symbol = line_style(i)
+        figure.add_trace(
+            go.Scatter(
+                x=mean.index.to_numpy(),
+                y=mean,
+                name=_arm(rotation, sharp),
+                mode="lines+markers",
+                line={"color": colour, "dash": dash, "width": 2},
+                marker={"symbol": symbol, "size": 6},
+                hovertemplate="position %{x:,}: %{y:.3f} nats",
+                showlegend=True,
+            )
+        )
+    figure.update_xaxes(title="position, tokens", tickformat=",", tick0=0, dtick=4 * _BIN)
+    figure.update_yaxes(title="loss, nats a token")
+    note = f"means over {_BIN:,} positions of the same text, needles left out; texts are seeds {listed(seeds)}"
+    return styled(figure, "Loss of text by position", label, note)
+
+
+def _arm(rotation: str, sharp: str) -> str:
+    """What a rotation and a temperature are called together."""
+    return rotation if sharp == "none" else f"{rotation}, temperature {sharp}"
 
 
 def _between(edges: list[int], i: int) -> str:
