@@ -478,7 +478,7 @@ def change(table, path, value):
         (
             ("phases", 1, "terms"),
             [{"kind": "entropic"}],
-            "terms.0: kind 'entropic' is unknown; known are 'cross_entropy', 'kd', 'hid",
+            "terms.0: kind 'entropic' is unknown; known are 'cross_entropy', 'kd', 'hard_labels', 'hid",
         ),
         (("phases", 1, "terms"), [{"weight": 1.0}], r"phases.1.terms.0: it has no kind"),
         (("phases", 1, "terms"), [{"kind": "hidden", "sites": ["blocks.9.hook_resid_post"]}], "no site 'blocks.9"),

@@ -217,4 +217,4 @@ def test_a_student_is_held_beside_its_disturbed_teacher():
     tables = Tables({"tempered_retrieval": frame, "disturbed_teachers": costs})
     table = rival_verdicts.judged(tables)
     row = table[table["claim"].str.contains("disturbed teacher")].iloc[0]
-    assert (row["measured"], row["held"]) == (pytest.approx(0.4), "not held")
+    assert (row["measured"], row["held"]) == (pytest.approx(0.4), "not as predicted")

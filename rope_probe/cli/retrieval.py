@@ -43,7 +43,7 @@ EXAMPLES = (
     "rope-probe retrieval smollm2-135m --out runs/retrieval",
     "rope-probe retrieval MODEL --out runs/vt --task vt --window 4096 --trials 32",
     "rope-probe retrieval MODEL --out runs/map --map --window 1024 --window 4096",
-    "rope-probe retrieval MODEL --out runs/export --task niah_single_1 --ruler --lm-eval",
+    "rope-probe retrieval MODEL --out runs/export --task vt --ruler --lm-eval",
 )
 _WINDOW = 1024
 """Tokens of a trial, by default."""
