@@ -37,7 +37,6 @@ from experiments.stages import Options, Stage
 from experiments.toy_checkpoints import LARGE_THETA, LONG, SHORT, CheckpointsIn, by_distance
 from experiments.training import trained
 from rope_probe import HookedCausalLM, PairFreeze, copy_deltas, load_model, repeated_window, rope
-from rope_probe.distillation.log import LOSSES, history_rows
 from rope_probe.errors import InputError
 from rope_probe.models import checkpoints
 from rope_probe.names import MISSED_GATE
@@ -165,17 +164,7 @@ def _train_teacher(seed: int, out: Path) -> None:
         for name, hook in temperature_hooks(model):
             model.add_hook(name, hook)
         for phase in phases:
-            history, gate, missed = toy_checkpoints.train_to_gate(
-                model, phase, derive(seed, "nope_teacher", phase.name), f"nope teacher {seed}, {phase.name}"
-            )
-            losses = history_rows(history, "ce_nats")
-            made.record(LOSSES, losses, model="nope_teacher", seed=seed, phase=phase.name, seq_len=phase.window)
-            gate = gate.assign(metric="gate_accuracy", phase=phase.name)
-            made.record(RETRIEVAL, gate, model="nope_teacher", seed=seed)
-            made.provenance.add_tokens(phase.name, phase.batch(derive(seed, "nope_teacher", phase.name), 0))
-            print(gate[["distance", "value", "low", "high"]].to_string(index=False), file=sys.stderr)
-            if missed:
-                print(missed, file=sys.stderr)
+            if missed := toy_checkpoints.train_and_record(made, model, phase, "nope_teacher", seed):
                 break
         made.record(DELTAS, _place_in_logits(model, seed), model="nope_teacher", seed=seed)
         made.provenance.add_model("nope_teacher", model)

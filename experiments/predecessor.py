@@ -40,7 +40,6 @@ from rope_probe.distillation.log import LOSSES, history_rows
 from rope_probe.errors import InputError
 from rope_probe.models import checkpoints
 from rope_probe.names import MISSED_GATE
-from rope_probe.retrieval.probe import RETRIEVAL
 from rope_probe.runs.intervals import share_difference_interval, student_interval
 from rope_probe.runs.results import new_run, read_manifest
 from rope_probe.runs.tables import Tables
@@ -144,15 +143,7 @@ def _train(role: str, seed: int, out: Path) -> None:
         for name, hook in positional_channel.temperature_hooks(model):
             model.add_hook(name, hook)
         for phase in toy_checkpoints.PHASES[role]:
-            history, gate, missed = toy_checkpoints.train_to_gate(
-                model, phase, derive(seed, purpose, phase.name), f"{purpose} {seed}, {phase.name}"
-            )
-            columns = {"model": purpose, "seed": seed, "phase": phase.name}
-            made.record(LOSSES, history_rows(history, "ce_nats"), **columns, seq_len=phase.window)
-            made.record(RETRIEVAL, gate.assign(metric="gate_accuracy"), **columns)
-            made.provenance.add_tokens(phase.name, phase.batch(derive(seed, purpose, phase.name), 0))
-            if missed:
-                print(missed, file=sys.stderr)
+            if missed := toy_checkpoints.train_and_record(made, model, phase, purpose, seed):
                 break
         made.provenance.add_model(purpose, model)
         checkpoints.save(model.release(), made.folder / "checkpoint")

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 import pandas as pd
 import torch
 import typer
-from transformers import LlamaConfig, PreTrainedModel
+from transformers import LlamaConfig
 
 from experiments.stages import Options, Stage
 from rope_probe import HookedCausalLM, KeyValueStream, load_model
@@ -144,8 +144,10 @@ def make(role: Role, seed: int, out: Path) -> None:
                 checkpoints.build(architecture(rope), seed=derive(seed, role, "weights")) if model is None else model
             )
             model = checkpoints.with_rope(plain, rope)
-            if missed := _train(run, model, phase, role, seed):
-                print(missed, file=sys.stderr)
+            hooked = load_model(model)
+            missed = train_and_record(run, hooked, phase, role, seed)
+            hooked.release()
+            if missed:
                 break
         checkpoints.save(model, run.folder / "checkpoint")
         run.provenance.add_model(role, model, kernel="sdpa")
@@ -194,15 +196,17 @@ def train_to_gate(
     return history, gate, None
 
 
-def _train(run: Run, model: PreTrainedModel, phase: Phase, role: Role, seed: int) -> str | None:
-    """Train through one phase, record it, and say what its gate missed."""
-    hooked = load_model(model)
-    history, gate, missed = train_to_gate(hooked, phase, derive(seed, role, phase.name), f"{phase.name} phase")
-    hooked.release()
-    run.record(LOSSES, history_rows(history, "ce_nats"), model=role, seed=seed, phase=phase.name, seq_len=phase.window)
-    run.record(RETRIEVAL, gate.assign(metric="gate_accuracy"), model=role, seed=seed, phase=phase.name)
-    run.provenance.add_tokens(phase.name, phase.batch(derive(seed, role, phase.name), 0))
+def train_and_record(run: Run, model: HookedCausalLM, phase: Phase, role: str, seed: int) -> str | None:
+    """Train a model in place through one phase, record it under its role, and say what its gate missed."""
+    data_seed = derive(seed, role, phase.name)
+    history, gate, missed = train_to_gate(model, phase, data_seed, f"{role} {seed}, {phase.name} phase")
+    columns = {"model": role, "seed": seed, "phase": phase.name}
+    run.record(LOSSES, history_rows(history, "ce_nats"), **columns, seq_len=phase.window)
+    run.record(RETRIEVAL, gate.assign(metric="gate_accuracy"), **columns)
+    run.provenance.add_tokens(phase.name, phase.batch(data_seed, 0))
     print(gate[["distance", "value", "low", "high"]].to_string(index=False), file=sys.stderr)
+    if missed:
+        print(missed, file=sys.stderr)
     return missed
 
 

@@ -6,9 +6,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import typer
 
 from experiments import (
     phase_scaling,
+    positional_channel,
     propagation,
     query_span_verdicts,
     query_spans,
@@ -22,6 +24,7 @@ from rope_probe import InputError, KeyValueTask, Span, load_model
 from rope_probe.distillation import Gate
 from rope_probe.distillation.signal import SIGNAL
 from rope_probe.models import checkpoints
+from rope_probe.names import MISSED_GATE
 from rope_probe.retrieval.probe import RETRIEVAL
 from rope_probe.runs.intervals import share_interval
 from rope_probe.runs.results import is_complete, new_run, read_run, source_hash
@@ -264,6 +267,31 @@ def extended(tmp_path):
             checkpoints.save(model, made.folder / "checkpoint")
             made.provenance.add_model(name.removesuffix("-0"), model)
     return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("make", "role"),
+    [(toy_checkpoints.make, "teacher"), (positional_channel.run, "teacher")],
+    ids=["a toy checkpoint", "the NoPE teacher"],
+)
+@pytest.mark.parametrize("accuracy", [0.0, 1.0])
+def test_a_checkpoint_is_trained_through_its_phases_and_recorded(make, role, accuracy, tmp_path, monkeypatch):
+    gate = Gate(SHORT, (8,), accuracy=accuracy, every=1, trials=2)
+    phases = tuple(dataclasses.replace(phase, steps=1, gate=gate) for phase in toy_checkpoints.PHASES[role])
+    monkeypatch.setattr(toy_checkpoints, "PHASES", {role: phases})
+    if accuracy:
+        with pytest.raises(typer.Exit) as ended:
+            make(role, 0, tmp_path / "out")
+        assert ended.value.exit_code == MISSED_GATE
+    else:
+        make(role, 0, tmp_path / "out")
+    tables, manifest = read_run(tmp_path / "out")
+    trained = ["short"] if accuracy else ["short", "long"]  # a missed gate ends it
+    assert tables["losses"]["phase"].unique().tolist() == trained
+    assert tables["retrieval"]["phase"].unique().tolist() == trained
+    assert list(manifest["read"]) == trained
+    assert (manifest["missed_gate"] is not None) == bool(accuracy)
+    assert (tmp_path / "out" / "checkpoint" / "config.json").exists()
 
 
 def test_transplants_are_measured_and_recorded(extended, monkeypatch):
