@@ -36,7 +36,7 @@ from experiments.toy_checkpoints import (
     architecture,
     by_distance,
     short_phase,
-    train_to_gate,
+    train_and_record,
 )
 from experiments.training import trained
 from rope_probe import (
@@ -257,22 +257,7 @@ def _train_base(seed: int, out: Path) -> None:
         rope = {"rope_type": "default", "rope_theta": SMALL_THETA}
         model = load_model(checkpoints.build(architecture(rope), seed=derive(seed, "longred_base", "weights")))
         for phase in base_phases():
-            seed_of_data = derive(seed, "longred_base", phase.name)
-            history, gate, missed = train_to_gate(model, phase, seed_of_data, f"longred base {seed}, {phase.name}")
-            made.record(
-                LOSSES,
-                history_rows(history, "ce_nats"),
-                model="longred_base",
-                seed=seed,
-                phase=phase.name,
-                seq_len=phase.window,
-            )
-            gate = gate.assign(metric="gate_accuracy", phase=phase.name)
-            made.record(RETRIEVAL, gate, model="longred_base", seed=seed)
-            made.provenance.add_tokens(phase.name, phase.batch(seed_of_data, 0))
-            print(gate[["distance", "value", "low", "high"]].to_string(index=False), file=sys.stderr)
-            if missed:
-                print(missed, file=sys.stderr)
+            if missed := train_and_record(made, model, phase, "longred_base", seed):
                 break
         made.provenance.add_model("longred_base", model)
         checkpoints.save(model.release(), made.folder / "checkpoint")

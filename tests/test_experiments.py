@@ -9,6 +9,7 @@ import pytest
 import typer
 
 from experiments import (
+    longred,
     phase_scaling,
     positional_channel,
     propagation,
@@ -271,14 +272,16 @@ def extended(tmp_path):
 
 @pytest.mark.parametrize(
     ("make", "role"),
-    [(toy_checkpoints.make, "teacher"), (positional_channel.run, "teacher")],
-    ids=["a toy checkpoint", "the NoPE teacher"],
+    [(toy_checkpoints.make, "teacher"), (positional_channel.run, "teacher"), (longred.run, "base")],
+    ids=["a toy checkpoint", "the NoPE teacher", "LongReD's base"],
 )
 @pytest.mark.parametrize("accuracy", [0.0, 1.0])
 def test_a_checkpoint_is_trained_through_its_phases_and_recorded(make, role, accuracy, tmp_path, monkeypatch):
     gate = Gate(SHORT, (8,), accuracy=accuracy, every=1, trials=2)
-    phases = tuple(dataclasses.replace(phase, steps=1, gate=gate) for phase in toy_checkpoints.PHASES[role])
+    plain = longred.base_phases() if make is longred.run else toy_checkpoints.PHASES[role]
+    phases = tuple(dataclasses.replace(phase, steps=1, gate=gate) for phase in plain)
     monkeypatch.setattr(toy_checkpoints, "PHASES", {role: phases})
+    monkeypatch.setattr(longred, "base_phases", lambda: phases)
     if accuracy:
         with pytest.raises(typer.Exit) as ended:
             make(role, 0, tmp_path / "out")
@@ -286,7 +289,7 @@ def test_a_checkpoint_is_trained_through_its_phases_and_recorded(make, role, acc
     else:
         make(role, 0, tmp_path / "out")
     tables, manifest = read_run(tmp_path / "out")
-    trained = ["short"] if accuracy else ["short", "long"]  # a missed gate ends it
+    trained = [phase.name for phase in phases][: 1 if accuracy else 2]  # a missed gate ends it
     assert tables["losses"]["phase"].unique().tolist() == trained
     assert tables["retrieval"]["phase"].unique().tolist() == trained
     assert list(manifest["read"]) == trained
