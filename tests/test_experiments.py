@@ -30,6 +30,7 @@ from rope_probe.retrieval.probe import RETRIEVAL
 from rope_probe.runs.intervals import share_interval
 from rope_probe.runs.results import is_complete, new_run, read_run, source_hash
 from rope_probe.runs.tables import Tables
+from rope_probe.runs.verdicts import verdict
 from rope_probe.seeds import derive
 from rope_probe.spans.causal import SPAN_EFFECTS
 from rope_probe.spans.causal import query_spans as spans_of
@@ -268,6 +269,22 @@ def extended(tmp_path):
             checkpoints.save(model, made.folder / "checkpoint")
             made.provenance.add_model(name.removesuffix("-0"), model)
     return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("interval", "kind", "held", "word"),
+    [
+        ({"low": 0.4, "high": 0.6}, "prediction", True, "held"),
+        ({"low": 0.4, "high": 0.6}, "prediction", False, "not held"),
+        ({"low": 0.4, "high": 0.6}, "prediction", None, "undecided"),
+        ({}, "prediction", True, "as predicted"),
+        ({}, "prediction", False, "not as predicted"),
+        ({"low": -np.inf, "high": np.inf}, "prediction", True, "as predicted"),  # Student's, of one seed
+        ({}, "identity", True, "held"),
+    ],
+)
+def test_a_prediction_is_held_by_an_interval_alone(interval, kind, held, word):
+    assert verdict(1, "a claim", 0.5, held, kind=kind, **interval)["held"] == word
 
 
 @pytest.mark.parametrize(

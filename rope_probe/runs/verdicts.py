@@ -61,7 +61,8 @@ def verdict(
     kind: Kind = "prediction",
 ) -> dict[str, Any]:
     """A verdict as a row of `verdicts`; `held` is None where the interval says neither."""
-    words = _WITHOUT_INTERVAL if kind == "prediction" and math.isnan(low) and math.isnan(high) else _HELD
+    has_interval = math.isfinite(low) or math.isfinite(high)  # of one seed, Student's is infinite
+    words = _HELD if has_interval or kind == "identity" else _WITHOUT_INTERVAL
     return {
         "prediction": prediction,
         "claim": claim,
