@@ -20,7 +20,7 @@ Beside them stand the arms `kd_phase_wise` (the teacher as it is), `kd_teacher_m
 
 import dataclasses
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -182,15 +182,19 @@ def _place_in_logits(model: HookedCausalLM, seed: int) -> pd.DataFrame:
 
 
 def _nope_architecture() -> SmolLM3Config:
-    theta = toy_checkpoints.PHASES["teacher"][0].theta
+    return architecture("teacher", [True, False])
+
+
+def architecture(role: str, rotates: Sequence[bool], **more: Any) -> SmolLM3Config:
+    """The toy Llama of a role as a SmolLM3, whose layers rotate or do not; `more` are other fields of its config."""
+    theta = toy_checkpoints.PHASES[role][0].theta
     llama = toy_checkpoints.architecture({"rope_type": "default", "rope_theta": theta})
     shared = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
               "num_key_value_heads", "max_position_embeddings", "tie_word_embeddings", "rope_parameters",
               "bos_token_id", "eos_token_id")  # fmt: skip
-    rotates = [1] * (llama.num_hidden_layers - 1) + [0]
-    return SmolLM3Config(
-        **{name: getattr(llama, name) for name in shared}, no_rope_layers=rotates, pad_token_id=None, use_cache=False
-    )
+    same = {name: getattr(llama, name) for name in shared}
+    no_rope_layers = [int(rotated) for rotated in rotates]  # transformers' 1 is a layer with RoPE
+    return SmolLM3Config(**same, no_rope_layers=no_rope_layers, pad_token_id=None, use_cache=False, **more)
 
 
 def _distil(channel: str, seed: int, out: Path, checkpoints_in: Path) -> None:

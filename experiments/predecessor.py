@@ -86,19 +86,12 @@ ARMS = {
 
 def architecture(role: str) -> SmolLM3Config:
     """Two layers of the toy models' size: a local one with RoPE and a global one, which the teacher does not rotate."""
-    theta = toy_checkpoints.PHASES[role][0].theta
-    llama = toy_checkpoints.architecture({"rope_type": "default", "rope_theta": theta})
-    shared = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-              "num_key_value_heads", "max_position_embeddings", "tie_word_embeddings", "rope_parameters",
-              "bos_token_id", "eos_token_id")  # fmt: skip
-    return SmolLM3Config(
-        **{name: getattr(llama, name) for name in shared},
-        no_rope_layers=[1, 0 if role == "teacher" else 1],
+    return positional_channel.architecture(
+        role,
+        [True, role != "teacher"],
         layer_types=["sliding_attention", "full_attention"],
         use_sliding_window=True,
         sliding_window=LOCAL[role],
-        pad_token_id=None,
-        use_cache=False,
     )
 
 
