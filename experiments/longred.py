@@ -57,10 +57,10 @@ from rope_probe.errors import InputError
 from rope_probe.models import checkpoints
 from rope_probe.names import MISSED_GATE
 from rope_probe.retrieval.probe import RETRIEVAL
-from rope_probe.runs.intervals import share_interval, student_interval
+from rope_probe.runs.intervals import share_difference_interval, share_interval, student_interval
 from rope_probe.runs.results import new_run, read_manifest
 from rope_probe.runs.tables import Column, Metric, Tables, declare
-from rope_probe.runs.verdicts import Section, verdict, verdicts
+from rope_probe.runs.verdicts import Section, decided, verdict, verdicts
 from rope_probe.seeds import derive
 from rope_probe.spans.drift import ATTENTION_KL, COSINE_DISTANCE, DRIFT, EXTENDED_LOSS, FINAL_NORM, drift
 from rope_probe.tracing.cone import LOGITS
@@ -123,7 +123,7 @@ SKILLS = declare(
     "skills",
     "What a model can do in the window that it was first trained in, and far away in the one that it was extended to. "
     "Values are means over several distances; intervals are over trials.",
-    ("arm", "seq_len", "query_scale", "low", "high"),
+    ("arm", "seq_len", "query_scale", "trials", "low", "high"),
     {
         "short_accuracy": Metric("share of keys whose value is found in the short window"),
         "long_accuracy": Metric("share of keys whose value is found far away in the long window"),
@@ -131,7 +131,8 @@ SKILLS = declare(
         "long_loss_nats": Metric("minus the log-probability of the value far away in the long window", "nats"),
     },
     own={
-        "query_scale": Column("float64", "what queries of all layers are multiplied by after rotation; 1 for nothing")
+        "query_scale": Column("float64", "what queries of all layers are multiplied by after rotation; 1 for nothing"),
+        "trials": Column("Int64", "trials of this seed, over all distances"),
     },
 )
 
@@ -366,7 +367,7 @@ def skill_rows(measured: pd.DataFrame, factor: float, trials: int) -> list[dict[
         accuracy = part.loc[part["metric"] == "accuracy", "value"]
         count = trials * len(accuracy)
         low, high = stats.binomtest(round(accuracy.sum() * trials), count).proportion_ci(method="wilson")
-        place = {"seq_len": window, "query_scale": factor}
+        place = {"seq_len": window, "query_scale": factor, "trials": count}
         rows.append({**place, "metric": f"{name}_accuracy", "value": accuracy.mean(), "low": low, "high": high})
         answers = part[part["metric"] == "answer_logprob_nats"]
         half = float(np.sqrt(np.square(answers["high"] - answers["value"]).sum())) / len(answers)
@@ -431,7 +432,7 @@ def report(results: Mapping[str, Tables]) -> Section:
 
 def numbers(skilled: pd.DataFrame, drifted: pd.DataFrame) -> pd.DataFrame:
     """A number for each model, seed and metric: skills with queries as they are, and drift by layer."""
-    columns = ["model", "seed", "metric", "value", "low", "high"]
+    columns = ["model", "seed", "metric", "value", "trials", "low", "high"]
     states = drifted[drifted["metric"] == COSINE_DISTANCE]
     states = states.assign(metric="drift of " + states["site"])
     attention = drifted[drifted["metric"] == ATTENTION_KL].groupby(["model", "seed", "layer"])["value"].mean()
@@ -462,8 +463,7 @@ def mean_and_interval(rows: pd.DataFrame) -> tuple[float, float, float]:
     if len(rows) == 1:
         low, high = rows["low"].item(), rows["high"].item()
     elif "accuracy" in metric:  # with queries scaled or not
-        distances = SHORT_DISTANCES if "short" in metric else FAR
-        low, high = share_interval(values, TRIALS * len(distances))
+        low, high = share_interval(values, rows["trials"])
     else:
         low, high = student_interval(values)
     return values.mean(), low, high
@@ -477,9 +477,9 @@ ANY = 0.0
 def judged(values: pd.DataFrame, skilled: pd.DataFrame) -> pd.DataFrame:
     """The predictions for the arms that were run, by intervals.
 
-    A claim holds where the whole interval does, fails where none of it does, and is undecided otherwise. Of one model
-    the interval is Student's over seeds, with one seed that over trials. Of a difference it is Student's over seeds,
-    paired; one seed leaves it undecided.
+    A claim holds where the whole interval does, fails where none of it does, and is undecided otherwise. Intervals of
+    accuracies and of their differences carry seeds and trials. Others are Student's over seeds, differences by pairs of
+    equal seed; there one seed leaves a claim undecided.
     """
     scaled = skilled[(skilled["query_scale"] == 3) & (skilled["metric"] == "long_accuracy")]
     of_arm = {key: part.set_index("seed") for key, part in values.groupby(["model", "metric"])}
@@ -490,18 +490,25 @@ def judged(values: pd.DataFrame, skilled: pd.DataFrame) -> pd.DataFrame:
         part = of_arm.get((arm, metric))
         if part is not None:
             mean, low, high = mean_and_interval(part)
-            held = _decided(low, high, limit, np.inf) if sign == ">=" else _decided(low, high, -np.inf, limit)
+            held = decided(low, high, limit, np.inf) if sign == ">=" else decided(low, high, -np.inf, limit)
             claim = f"{metric} of {arm} {sign} {limit:g}"
             rows.append(verdict(prediction, claim, mean, held, n=len(part), low=low, high=high))
 
     def apart(prediction: int, first: str, second: str, metric: str, least: float, most: float) -> None:
         """The first less the second lies from `least` to `most`."""
-        parts = of_arm.get((first, metric)), of_arm.get((second, metric))
-        if parts[0] is not None and parts[1] is not None:
-            difference = (parts[0]["value"] - parts[1]["value"]).dropna()
-            low, high = student_interval(difference)
+        one, other = of_arm.get((first, metric)), of_arm.get((second, metric))
+        if one is not None and other is not None:
+            seeds = one.index.intersection(other.index)
+            ours, theirs = one["value"].loc[seeds], other["value"].loc[seeds]
+            difference = ours - theirs
+            if "accuracy" in metric and len(seeds) > 1:
+                low, high = share_difference_interval(
+                    ours, theirs, one.loc[seeds, "trials"], other.loc[seeds, "trials"]
+                )
+            else:
+                low, high = student_interval(difference)
             claim = f"{metric}: {first} - {second} in [{least:g}, {most:g}]"
-            held = _decided(low, high, least, most)
+            held = decided(low, high, least, most)
             rows.append(verdict(prediction, claim, difference.mean(), held, n=len(difference), low=low, high=high))
 
     apart(1, "theta_swapped", "original", "short_accuracy", -1, -0.10)
@@ -528,13 +535,6 @@ def judged(values: pd.DataFrame, skilled: pd.DataFrame) -> pd.DataFrame:
         claim = f"{LAST_STATE} falls with every weight, seed 0; largest step < 0"
         rows.append(verdict(11, claim, largest, largest < 0))
     return verdicts(rows)
-
-
-def _decided(low: float, high: float, least: float, most: float) -> bool | None:
-    """Whether an interval lies inside [least, most]; None where it is partly inside."""
-    if low >= least and high <= most:
-        return True
-    return False if high < least or low > most else None
 
 
 if __name__ == "__main__":

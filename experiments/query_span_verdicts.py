@@ -26,7 +26,7 @@ from experiments.query_spans import (
 from experiments.toy_checkpoints import LONG, SHORT
 from rope_probe.runs.intervals import share_interval, student_interval
 from rope_probe.runs.tables import Tables
-from rope_probe.runs.verdicts import beside, verdict, verdicts
+from rope_probe.runs.verdicts import beside, decided, verdict, verdicts
 from rope_probe.spans import contrast, enrichment, fraction_to_reach, stability
 
 MAIN = "kd_adamw"
@@ -236,9 +236,10 @@ def shown(results: Tables) -> dict[str, pd.DataFrame]:
 
 
 def judged(results: Tables) -> pd.DataFrame:
-    """The predictions that these runs can judge: mean over seeds, its interval, whether it held by the mean.
+    """The predictions that these runs can judge: the mean over seeds, its interval, and what the interval says.
 
-    Accuracies have the interval that carries seeds and trials, everything else Student's.
+    Accuracies have the interval that carries seeds and trials, everything else Student's. Where there is none, as of
+    one seed or of a fraction that was not reached, the mean alone is compared with the bounds.
     """
     spans, effects, predictors = _of(results)
     rows: list[dict] = []
@@ -247,19 +248,27 @@ def judged(results: Tables) -> pd.DataFrame:
         number: int,
         what: str,
         by_seed: Iterable[float],
-        holds: Callable[[float], bool],
+        least: float = -math.inf,
+        most: float = math.inf,
+        *,
         trials: Iterable[float] | None = None,
+        fraction: bool = False,
+        also: bool = True,
     ) -> None:
-        """`trials` of each seed where its value is an accuracy."""
+        """`trials` of each seed where its value is an accuracy; a `fraction`'s interval ends at 0 and 1.
+
+        `also` is what the claim asks for beside the bounds.
+        """
         values = pd.Series(list(by_seed), dtype=float)
-        if len(values):
-            of_seed = pd.Series(dtype=float) if trials is None else pd.Series(list(trials), dtype=float)
-            if trials is not None:
-                low, high = share_interval(values, of_seed) if of_seed.notna().all() else (math.nan, math.nan)
-            else:
-                low, high = student_interval(values) if np.isfinite(values).all() else (math.nan, math.nan)
-            mean = values.mean()
-            rows.append(verdict(number, what, mean, holds(mean), n=len(values), low=low, high=high))
+        if values.empty:
+            return
+        mean = values.mean()
+        low, high = _interval(values, None if trials is None else pd.Series(list(trials), dtype=float))
+        has_interval = math.isfinite(low) and math.isfinite(high)
+        if has_interval and fraction:
+            low, high = max(low, 0.0), min(high, 1.0)
+        held = decided(low, high, least, most) if has_interval else least <= mean <= most
+        rows.append(verdict(number, what, mean, held if also else False, n=len(values), low=low, high=high))
 
     changes = part_changes(spans)
     for number, arm in ((1, MAIN), (2, "kd_phase_wise")):
@@ -269,45 +278,48 @@ def judged(results: Tables) -> pd.DataFrame:
         for other in ("W_K", "W_V", "W_O", "MLP"):
             even = number == 2 or other == "W_K"
             wanted = "within .8 to 1.25" if even else "above 1"
-            holds = _within(0.8, 1.25) if even else _above(1, strictly=True)
-            judge(number, f"{arm}: change of W_Q over {other} {wanted}", mine["W_Q"] / mine[other], holds)
+            bounds = (0.8, 1.25) if even else (1.0, math.inf)
+            judge(number, f"{arm}: change of W_Q over {other} {wanted}", mine["W_Q"] / mine[other], *bounds)
     if MAIN in changes.index:
         _judge_spectrum(spans, judge, rows.append)
         for number, other, low, high in ((5, "ce_more_short_adamw", 2, math.inf), (6, "ce_adamw", 1 / 1.5, 1.5)):
             if other in changes.index:
                 ratio = (changes.loc[MAIN]["W_Q"] / changes.loc[other]["W_Q"]).dropna()
                 wanted = "2 or more" if number == 5 else "within 1/1.5 to 1.5"
-                judge(number, f"change of W_Q, {MAIN} over {other} {wanted}", ratio, _within(low, high))
+                judge(number, f"change of W_Q, {MAIN} over {other} {wanted}", ratio, low, high)
     into_start, into_end, short = gains(effects, START), gains(effects, END), accuracies(effects, END, SHORT)
     seen = foresight(effects, predictors)
     for arm in CAUSAL:
         if arm not in into_start.index:
             continue
         brought, left = into_start.loc[arm], into_end.loc[arm]
-        judge(7, f"{arm}: gain that W_Q alone brings below .1", brought["W_Q"], _below(0.1))
-        judge(7, f"{arm}: gain that W_Q, W_K, W_V, W_O bring .5 or more", brought["W_Q, W_K, W_V, W_O"], _above(0.5))
-        judge(8, f"{arm}: gain left with W_Q reverted below .1", left["W_Q"], _below(0.1))
-        judge(8, f"{arm}: gain left with the MLP reverted above .5", left["mlp"], _above(0.5, strictly=True))
+        judge(7, f"{arm}: gain that W_Q alone brings below .1", brought["W_Q"], most=0.1)
+        judge(7, f"{arm}: gain that W_Q, W_K, W_V, W_O bring .5 or more", brought["W_Q, W_K, W_V, W_O"], 0.5)
+        judge(8, f"{arm}: gain left with W_Q reverted below .1", left["W_Q"], most=0.1)
+        judge(8, f"{arm}: gain left with the MLP reverted above .5", left["mlp"], 0.5)
         _judge_curves(curves(effects, KEPT).loc[arm], arm, judge)
         cost = left["W_Q, slow pairs"] - left["W_Q, fast pairs"]
-        judge(
-            10,
-            f"{arm}: gain lost without W_Q's fast pairs, less without slow ones, above 0",
-            cost,
-            _above(0, strictly=True),
-        )
+        judge(10, f"{arm}: gain lost without W_Q's fast pairs, less without slow ones, above 0", cost, 0)
         of_effect = seen[(seen["model"] == arm) & (seen["foreseen"] == "effect")].pivot(
             index="seed", columns="predictor", values="rho"
         )
         gradient = of_effect["by gradient times change"]
-        judge(11, f"{arm}: correlation of gradient times change with effects .5 or more", gradient, _above(0.5))
+        judge(11, f"{arm}: correlation of gradient times change with effects .5 or more", gradient, 0.5)
         rivals = of_effect[["by change of weights", "by change of states"]].max(axis=1)
-        judge(11, f"{arm}: less the better of weights and states, above 0", gradient - rivals, _above(0, strictly=True))
+        judge(11, f"{arm}: less the better of weights and states, above 0", gradient - rivals, 0)
         reverted = short.loc[arm]["W_Q"]
         trials = _trials(effects, arm).reindex(reverted.index)
-        judge(12, f"{arm}: short-window accuracy with W_Q reverted below .5", reverted, _below(0.5), trials)
+        judge(12, f"{arm}: short-window accuracy with W_Q reverted below .5", reverted, most=0.5, trials=trials)
         _judge_path(effects, arm, judge)
     return verdicts(rows)
+
+
+def _interval(by_seed: pd.Series, trials: pd.Series | None) -> tuple[float, float]:
+    """Of accuracies with their trials, else Student's; without bounds where a value or its trials are unknown."""
+    known = by_seed if trials is None else trials
+    if not np.isfinite(known).all():
+        return math.nan, math.nan
+    return student_interval(by_seed) if trials is None else share_interval(by_seed, trials)
 
 
 def _trials(effects: pd.DataFrame, arm: str) -> pd.Series:
@@ -335,7 +347,7 @@ def _judge_spectrum(spans: pd.DataFrame, judge: Callable, tell: Callable) -> Non
         queries = weights[(weights["site"] == f"blocks.{layer}.attn.W_Q")]
         of_seed, p_value = _left_behind(queries[queries["metric"] == "rel_change"])
         what = f"{MAIN}: layer {layer}, pairs that no longer turn over the others above 1, p {p_value:.3f} below .05"
-        judge(3, what, of_seed, lambda ratio, p=p_value: ratio > 1 and p < 0.05)
+        judge(3, what, of_seed, 1, also=p_value < 0.05)
         norms = queries[queries["metric"] == "change_norm"]
         if len(norms):
             of_seed, p_value = _left_behind(norms)
@@ -346,7 +358,7 @@ def _judge_spectrum(spans: pd.DataFrame, judge: Callable, tell: Callable) -> Non
     frequency = 2 * np.pi / turns["wavelength"] - 2 * np.pi / turns["wavelength_after"]
     by_pair = turns.assign(frequency=frequency).groupby(["seed", "pair"])[["value", "frequency"]].mean()
     rho = [stats.spearmanr(part["value"], part["frequency"]).statistic for _, part in by_pair.groupby("seed")]
-    judge(4, f"{MAIN}: layer 0, correlation of turns with lost frequency above .5", rho, _above(0.5, strictly=True))
+    judge(4, f"{MAIN}: layer 0, correlation of turns with lost frequency above .5", rho, 0.5)
 
 
 def _judge_curves(kept: pd.DataFrame, arm: str, judge: Callable) -> None:
@@ -364,11 +376,9 @@ def _judge_curves(kept: pd.DataFrame, arm: str, judge: Callable) -> None:
         for order_and_share, of in fractions.items()
     }
     half = means[BY_EFFECT, 0.5]
-    judge(9, f"{arm}: fraction of query spans by single effect for half .25 or less", half, _at_most(0.25))
-    judge(9, f"{arm}: the same for 90% .5 or less", means[BY_EFFECT, 0.9], _at_most(0.5))
-    judge(
-        9, f"{arm}: random over single effect, for half, above 2", means[RANDOM, 0.5] / half, _above(2, strictly=True)
-    )
+    judge(9, f"{arm}: fraction of query spans by single effect for half .25 or less", half, most=0.25, fraction=True)
+    judge(9, f"{arm}: the same for 90% .5 or less", means[BY_EFFECT, 0.9], most=0.5, fraction=True)
+    judge(9, f"{arm}: random over single effect, for half, above 2", means[RANDOM, 0.5] / half, 2)
 
 
 def _judge_path(effects: pd.DataFrame, arm: str, judge: Callable) -> None:
@@ -376,20 +386,4 @@ def _judge_path(effects: pd.DataFrame, arm: str, judge: Callable) -> None:
     half = reached(effects, WITH_KEYS, 0.5).loc[arm]
     best = half[[name for name in PREDICTORS if name != PATH]].mean().min()
     what = f"{arm}: fraction for half by gradients along the path below {best:.2f}, the best other predictor's"
-    judge(13, what, half[PATH], _below(best))
-
-
-def _above(bound: float, *, strictly: bool = False) -> Callable[[float], bool]:
-    return lambda value: value > bound if strictly else value >= bound
-
-
-def _below(bound: float) -> Callable[[float], bool]:
-    return lambda value: value < bound
-
-
-def _at_most(bound: float) -> Callable[[float], bool]:
-    return lambda value: value <= bound
-
-
-def _within(low: float, high: float) -> Callable[[float], bool]:
-    return lambda value: low <= value <= high
+    judge(13, what, half[PATH], most=best, fraction=True)

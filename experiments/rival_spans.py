@@ -44,7 +44,7 @@ from rope_probe.errors import InputError
 from rope_probe.models import checkpoints
 from rope_probe.models.architectures import heads_of
 from rope_probe.retrieval.probe import RETRIEVAL
-from rope_probe.runs.intervals import share_difference_interval
+from rope_probe.runs.intervals import share_difference_interval, student_interval
 from rope_probe.runs.results import new_run, read_manifest
 from rope_probe.runs.tables import Column, Tables, declare
 from rope_probe.runs.verdicts import Section, decided, verdict, verdicts
@@ -221,10 +221,14 @@ def report(results: Mapping[str, Tables]) -> Section:
 
 
 def accuracies(frame: pd.DataFrame) -> pd.DataFrame:
-    """Accuracy of each state, the mean over distances (and over draws), with all trials behind it."""
+    """Accuracy of each state, the mean over distances (and over draws), with the trials behind it.
+
+    All draws of random spans are judged on the same trials, so these count once.
+    """
     rows = frame[frame["metric"] == "accuracy"]
-    grouped = rows.groupby(["model", "seed", "state"])
-    return pd.DataFrame({"value": grouped["value"].mean(), "trials": grouped["trials"].sum()}).reset_index()
+    of_draw = rows.groupby(["model", "seed", "state", "draw"], dropna=False)
+    summed = pd.DataFrame({"value": of_draw["value"].mean(), "trials": of_draw["trials"].sum()}).reset_index()
+    return summed.groupby(["model", "seed", "state"])[["value", "trials"]].mean().reset_index()
 
 
 def gains(frame: pd.DataFrame) -> pd.DataFrame:
@@ -258,9 +262,10 @@ def judged(frame: pd.DataFrame) -> pd.DataFrame:
             ("attention to the token before, start over end, below .5", of_state[START] / of_state[END], -np.inf, 0.5),
             ("the same, scaled less end, within .15", of_state[SCALED] - of_state[END], -0.15, 0.15),
         ):
-            held = bool(values.between(least, most).all())
-            claim = f"{model}: {what}, on every seed"
-            rows.append(verdict(3, claim, values.mean(), held, n=len(values), low=values.min(), high=values.max()))
+            mean = values.mean()
+            low, high = student_interval(values)
+            held = decided(low, high, least, most) if len(values) > 1 else bool(least <= mean <= most)
+            rows.append(verdict(3, f"{model}: {what}", mean, held, n=len(values), low=low, high=high))
     return verdicts(rows)
 
 

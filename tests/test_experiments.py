@@ -258,6 +258,20 @@ def test_query_spans_are_told_of_where_no_transplants_came_out():
     assert query_span_verdicts.judged(results).empty
 
 
+def test_predictions_on_query_spans_are_judged_by_the_interval_and_not_by_the_mean():
+    """W_Q over W_K is 2 and 4/3 on two seeds: outside .8 to 1.25 both, and their interval reaches far into it."""
+    spans, _ = spans_and_effects()
+    others = [spans.assign(site=f"blocks.0.{name}") for name in ("attn.W_V", "attn.W_O", "mlp")]
+    spans = pd.concat([spans, *others], ignore_index=True)
+    verdicts = query_span_verdicts.judged(Tables({"spans": spans}))
+    row = verdicts[verdicts["claim"].str.contains("W_Q over W_K")].iloc[0]
+    assert row["measured"] == pytest.approx(5 / 3)
+    assert row["low"] < 1 < row["high"]
+    assert row["held"] == "undecided"
+    one = query_span_verdicts.judged(Tables({"spans": spans[spans["seed"] == 0]}))
+    assert one[one["claim"].str.contains("W_Q over W_K")].iloc[0]["held"] == "not as predicted"
+
+
 @pytest.fixture
 def extended(tmp_path):
     """Untrained checkpoints under the names of a teacher, a base and what it was extended to."""

@@ -4,11 +4,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy import stats
 
 from experiments import longred
 from rope_probe import load_model
 from rope_probe.gallery import figures as plots
 from rope_probe.models import checkpoints
+from rope_probe.runs.intervals import share_interval
 from tests.frames import rows_for
 
 TRAINED = {name: arm for name, arm in longred.EVERY.items() if arm.streams}
@@ -78,7 +80,7 @@ def skilled(values, seeds=(0, 1, 2)):
     """Rows of skills and drift for arms, from their number for each metric, with a little noise over seeds."""
     return pd.DataFrame(
         {"model": model, "seed": seed, "metric": metric, "value": value + 0.001 * seed, "low": value - 0.01,
-         "high": value + 0.01}
+         "high": value + 0.01, "trials": 20_000}
         for (model, metric), value in values.items()
         for seed in seeds
     )  # fmt: skip
@@ -115,6 +117,16 @@ def test_one_seed_decides_no_difference():
     assert (differences["held"] == "undecided").all()
 
 
+def test_seeds_at_the_ceiling_do_not_decide_a_small_difference():
+    """Two seeds of 512 right answers of 512 say that accuracies are alike, but not to a hundredth."""
+    values = {(arm, "short_accuracy"): 1.0 for arm in ("original", "long_ce")}
+    rows = skilled(values, seeds=(0, 1)).assign(value=1.0, trials=512)
+    judged = longred.judged(rows, NOTHING_SCALED).set_index("claim")
+    row = judged.loc["short_accuracy: long_ce - original in [-0.05, 0.05]"]
+    assert row["held"] == "undecided"
+    assert row["low"] < -0.05 < 0 < 0.05 < row["high"]
+
+
 def test_the_order_of_weights_is_judged_by_its_largest_step():
     levels = {"weight_0": 0.4, "weight_2": 0.3, "longred_u": 0.2, "weight_10": 0.1}
     for last, held in ((0.1, "as predicted"), (0.25, "not as predicted")):
@@ -126,24 +138,28 @@ def test_the_order_of_weights_is_judged_by_its_largest_step():
 def test_the_trade_off_shows_means_and_intervals_over_seeds():
     rows = [
         {"model": "arm", "seed": seed, "arm": "arms", "metric": metric, "query_scale": scale, "value": value,
-         "low": value - 0.02, "high": value + 0.02, "seq_len": 256}
+         "low": value - 0.02, "high": value + 0.02, "seq_len": 256, "trials": 500}
         for seed, short, long in ((0, 0.8, 0.1), (1, 0.9, 0.3))
         for scale, factor in ((1.0, 1.0), (3.0, 0.0))
         for metric, value in (("short_accuracy", short * factor), ("long_accuracy", long * factor))
     ]  # fmt: skip
     (point,) = plots.trade_off(rows_for("trade_off", rows)).data
     assert (point.x[0], point.y[0]) == (pytest.approx(0.85), pytest.approx(0.2))
-    # Student's with one degree of freedom: 12.706 times .05, cut at 1 and, for the other, 12.706 times .1, cut at 0
-    assert point.error_x.array[0] == pytest.approx(0.15)
-    assert point.error_x.arrayminus[0] == pytest.approx(12.706 * 0.05, abs=1e-3)
-    assert point.error_y.arrayminus[0] == pytest.approx(0.2)
+    low, high = share_interval([0.8, 0.9], 500)
+    assert 0 < low < high < 1
+    assert point.error_x.arrayminus[0] == pytest.approx(0.85 - low)
+    assert point.error_x.array[0] == pytest.approx(high - 0.85)
 
 
 def test_the_trade_off_of_one_seed_has_intervals_over_trials_and_needs_both_skills():
-    row = {"model": "arm", "seed": 0, "query_scale": 1.0, "value": 0.5, "low": 0.4, "high": 0.7}
+    row = {"model": "arm", "seed": 0, "query_scale": 1.0, "value": 0.5, "trials": 100}
     rows = [{**row, "metric": metric} for metric in ("short_accuracy", "long_accuracy")]
     (point,) = plots.trade_off(rows_for("trade_off", rows)).data
-    assert (point.error_y.array[0], point.error_y.arrayminus[0]) == (pytest.approx(0.2), pytest.approx(0.1))
+    low, high = stats.binomtest(50, 100).proportion_ci(method="wilson")
+    assert (point.error_y.array[0], point.error_y.arrayminus[0]) == (
+        pytest.approx(high - 0.5),
+        pytest.approx(0.5 - low),
+    )
     with pytest.raises(longred.InputError, match="no model with skill in both"):
         plots.trade_off(rows_for("trade_off", rows[:1]))
 

@@ -829,7 +829,7 @@ def what_each_drawing_draws(name):
         + every(16, **runs, metric=["document_length"], phase=["extension"], seq_len=[16]),
         "trade_off": every(
             0, **runs, metric=["short_accuracy", "long_accuracy"], arm=[name], seq_len=[64], query_scale=[1.0],
-            low=[0.0], high=[1.0],
+            trials=[512], low=[0.0], high=[1.0],
         ),
         "theta_grid": every(0, **{**base, **accuracies, "distance": [512]}, phase=[name], steps=[75],
                             long_theta=[300.0, 20_000.0])

@@ -1,13 +1,12 @@
 """What extension buys and costs: skill far away in the long window against skill in the short one."""
 
-import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
 from rope_probe.errors import InputError
 from rope_probe.gallery.figures.layout import panels
 from rope_probe.gallery.figures.style import drawing, line_style, listed, styled
-from rope_probe.runs.intervals import student_interval
+from rope_probe.runs.intervals import share_interval
 
 _SHORT, _LONG = "short_accuracy", "long_accuracy"
 
@@ -21,8 +20,7 @@ def is_skill(frame: pd.DataFrame) -> pd.Series:
 def trade_off(frame: pd.DataFrame, label: str = "") -> go.Figure:
     """Accuracy far away against accuracy in the short window, a point for each model: the mean over seeds.
 
-    Bars are 95% intervals: Student's over seeds inside 0 to 1, never narrower than those over trials. Raises InputError
-    where no model has both.
+    Bars are 95% intervals over seeds and trials, by `share_interval`. Raises InputError where no model has both.
     """
     rows = frame[is_skill(frame)]
     rows = rows.assign(model=rows["model"].fillna(""))
@@ -53,20 +51,15 @@ def trade_off(frame: pd.DataFrame, label: str = "") -> go.Figure:
     figure.update_xaxes(title=f"accuracy in a window of {windows[_SHORT]} tokens", range=[-0.03, 1.03])
     figure.update_yaxes(title=f"accuracy far away in a window<br>of {windows[_LONG]} tokens", range=[-0.03, 1.03])
     several = rows.groupby("model")["seed"].nunique().max() > 1
-    bars = "Student's over seeds, at least those over trials" if several else "over trials"
+    bars = "over seeds and trials" if several else "over trials"
     note = f"points: means over distances and seeds {listed(rows['seed'])}; bars: 95%, {bars}"
     return styled(figure, "Long skill against short skill", label, note)
 
 
 def _pooled(rows: pd.DataFrame, metric: str) -> tuple[float, float, float]:
-    """Mean over seeds with its interval: Student's inside 0 to 1, and never narrower than that over trials."""
+    """Mean over seeds with its interval."""
     part = rows[rows["metric"] == metric]
-    mean = part["value"].mean()
-    low, high = part["low"].fillna(mean).mean(), part["high"].fillna(mean).mean()
-    if part["seed"].nunique() > 1:
-        over_seeds = np.clip(student_interval(part.groupby("seed")["value"].mean()), 0, 1)
-        low, high = min(low, over_seeds[0]), max(high, over_seeds[1])
-    return mean, float(low), float(high)
+    return float(part["value"].mean()), *share_interval(part["value"], part["trials"])
 
 
 def _bars(pooled: tuple[float, float, float]) -> dict:
