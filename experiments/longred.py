@@ -85,8 +85,12 @@ PREDICTIONS = {
     10: "A temperature alone does much: the theta-swapped base, untrained, with queries scaled by 3, finds .50 or more "
     "far away.",
     11: "With a larger weight of the short term (0, 2, 5, 10) drift of the last hidden state falls, in that order.",
+    12: "Restoring the last state alone leaves it as near to the original's as restoring both layers does, within .01. "
+    "Restoring the first layer alone leaves it farther away, by .01 or more.",
+    13: "Shorter text restores less: with short documents of 64 tokens the last state of 256 tokens drifts more than "
+    "with 256, by .01 or more. Far retrieval is the same within .05.",
 }
-"""Written before the first run. Far: 512, 768 and 1,000 tokens in a window of 1,024. Short skill: 16 to 240 tokens in a
+"""Written before the first run, 12 and 13 before the first ablation. Far: 512, 768 and 1,000 tokens in a window of 1,024. Short skill: 16 to 240 tokens in a
 window of 256."""
 FIGURES = {
     1: ("trade_off", "drift_by_layer"),
@@ -100,6 +104,8 @@ FIGURES = {
     9: ("trade_off",),
     10: ("trade_off",),
     11: ("drift_by_layer",),
+    12: ("drift_by_layer",),
+    13: ("drift_by_layer", "trade_off"),
 }
 """The drawings that show what a prediction is about, by its number."""
 
@@ -528,12 +534,25 @@ def judged(values: pd.DataFrame, skilled: pd.DataFrame) -> pd.DataFrame:
     bound(9, "pose", "long_accuracy", "<=", 0.30)
     bound(9, "pose", "x3", ">=", 0.50)
     bound(10, "theta_swapped", "x3", ">=", 0.50)
+
+    def ablated(prediction: int, name: str, metric: str, least: float, most: float) -> None:
+        """An ablation less `longred_u`, both of seed 0 and so without an interval."""
+        changed, plain = of_arm.get((name, metric)), of_arm.get(("longred_u", metric))
+        if changed is not None and plain is not None and 0 in plain.index:
+            difference = changed["value"].loc[0] - plain["value"].loc[0]
+            claim = f"{metric}: {name} - longred_u in [{least:g}, {most:g}], seed 0"
+            rows.append(verdict(prediction, claim, difference, bool(least <= difference <= most)))
+
     ordered = ("weight_0", "weight_2", "longred_u", "weight_10")
     if all((name, LAST_STATE) in of_arm for name in ordered):
         levels = [of_arm[name, LAST_STATE]["value"].loc[0] for name in ordered]
         largest = np.diff(levels).max()
         claim = f"{LAST_STATE} falls with every weight, seed 0; largest step < 0"
         rows.append(verdict(11, claim, largest, largest < 0))
+    ablated(12, "last_layer", LAST_STATE, -0.01, 0.01)
+    ablated(12, "first_layer", LAST_STATE, 0.01, np.inf)
+    ablated(13, "short_64", LAST_STATE, 0.01, np.inf)
+    ablated(13, "short_64", "long_accuracy", -MARGIN, MARGIN)
     return verdicts(rows)
 
 

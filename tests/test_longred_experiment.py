@@ -135,6 +135,13 @@ def test_the_order_of_weights_is_judged_by_its_largest_step():
         assert (row.prediction, row.held) == (11, held)
 
 
+def test_ablations_of_layers_and_length_are_compared_with_longred_u_of_the_same_seed():
+    values = {("longred_u", longred.LAST_STATE): 0.02, ("last_layer", longred.LAST_STATE): 0.025,
+              ("first_layer", longred.LAST_STATE): 0.025, ("short_64", longred.LAST_STATE): 0.05}  # fmt: skip
+    held = longred.judged(skilled(values), NOTHING_SCALED)["held"]
+    assert held.tolist() == ["as predicted", "not as predicted", "as predicted"]
+
+
 def test_the_trade_off_shows_means_and_intervals_over_seeds():
     rows = [
         {"model": "arm", "seed": seed, "arm": "arms", "metric": metric, "query_scale": scale, "value": value,
