@@ -1,7 +1,8 @@
-"""Tables and verdicts of experiments/beyond.py: plain arithmetic on its rows.
+"""Tables and verdicts of experiments/beyond.py: plain arithmetic on its rows, which experiments/beyond_train.py shares.
 
-Rows of two readings that begin alike are the same measurement, and count once. Losses of two arms are compared block of
-positions by block, and log-probabilities question by question, since the text is the same.
+An arm is a model, its rotation and its temperature. Rows of two readings that begin alike are the same measurement,
+and count once. Losses of two arms are compared block of positions by block, and log-probabilities question by question,
+since the text is the same.
 """
 
 import itertools
@@ -40,36 +41,39 @@ BEYOND = declare(
 )
 EDGES = (0, 2048, 4096, 8192, 12_288, 16_384)
 """Bins of positions and of distances."""
-ARM = ["rotation", "temperature"]
-OWN, YARN = ("own", "none"), ("yarn_2", "none")
+ARM = ["model", "rotation", "temperature"]
+"""What tells arms apart."""
+Arm = tuple[str, str, str]
+"""An arm: its values of `ARM`."""
+MODEL = "smollm2-135m"
+"""The model of experiments/beyond.py, untrained."""
+OWN, YARN = (MODEL, "own", "none"), (MODEL, "yarn_2", "none")
 BEYOND_WINDOW, INSIDE_WINDOW = (8192, 12_288), (4096, 8192)
 LONG, MIDDLE, SHORT = 12_288, 4096, 2048
 RESAMPLES = 2000
 
 
 def once(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows without those that a longer reading of the same text measured again."""
+    """The rows without those that a longer reading of the same text by the same arm measured again."""
     return rows.drop_duplicates([*ARM, "task", "seed", "seq_len", "unit", "position", "layer", "head", "metric"])
 
 
 # Numbers --------------------------------------------------------------------------------------------------------------
 
 
-def losses(rows: pd.DataFrame, arm: tuple[str, str], span: tuple[int, int]) -> pd.Series:
+def losses(rows: pd.DataFrame, arm: Arm, span: tuple[int, int]) -> pd.Series:
     """Loss of each block of positions in a span, by seed and position."""
     chosen = _of(rows, arm, "loss_nats")
     chosen = chosen[chosen["position"].between(span[0], span[1] - 1)]
     return chosen.set_index(["seed", "position"])["value"].sort_index()
 
 
-def hits(
-    rows: pd.DataFrame, arm: tuple[str, str], window: int, *, below: int | None = None, task: str = "passkey"
-) -> pd.Series:
+def hits(rows: pd.DataFrame, arm: Arm, window: int, *, below: int | None = None, task: str = "passkey") -> pd.Series:
     """Hits of each question of a window, by seed and unit; of needles nearer than `below` alone, where it is given."""
     return _questions(rows, arm, "hit", window, below, task)
 
 
-def logprobs(rows: pd.DataFrame, arm: tuple[str, str], window: int, *, task: str = "passkey") -> pd.Series:
+def logprobs(rows: pd.DataFrame, arm: Arm, window: int, *, task: str = "passkey") -> pd.Series:
     """Log-probability of each answer, nats a token, by seed and unit."""
     return _questions(rows, arm, "answer_logprob_nats", window, None, task)
 
@@ -102,17 +106,17 @@ def given_back(own: pd.Series, changed: pd.Series, reference: pd.Series) -> tupl
     return total[0] / total[1], float(low), float(high)
 
 
-def _questions(
-    rows: pd.DataFrame, arm: tuple[str, str], metric: str, window: int, below: int | None, task: str
-) -> pd.Series:
+def _questions(rows: pd.DataFrame, arm: Arm, metric: str, window: int, below: int | None, task: str) -> pd.Series:
     chosen = _of(rows, arm, metric)
     chosen = chosen[(chosen["seq_len"] == window) & (chosen["task"] == task)]
     chosen = chosen if below is None else chosen[chosen["distance"] < below]
     return chosen.set_index(["seed", "unit"])["value"].sort_index()
 
 
-def _of(rows: pd.DataFrame, arm: tuple[str, str], metric: str) -> pd.DataFrame:
-    return rows[(rows["rotation"] == arm[0]) & (rows["temperature"] == arm[1]) & (rows["metric"] == metric)]
+def _of(rows: pd.DataFrame, arm: Arm, metric: str) -> pd.DataFrame:
+    model, rotation, temperature = arm
+    is_of_arm = (rows["model"] == model) & (rows["rotation"] == rotation) & (rows["temperature"] == temperature)
+    return rows[is_of_arm & (rows["metric"] == metric)]
 
 
 # Verdicts -------------------------------------------------------------------------------------------------------------
@@ -136,14 +140,16 @@ def judged(rows: pd.DataFrame) -> pd.DataFrame:
     if len(beyond):
         claim = "own theta: loss at 8,192 to 12,288 above that at 4,096 to 8,192, 1 nat or more"
         judge(1, claim, apart(beyond, inside), len(beyond), low=1)
-    for number, arm, most in ((2, YARN, 0.3), (3, ("theta_500000", "none"), 0.5)):
+    for number, arm, most in ((2, YARN, 0.3), (3, (MODEL, "theta_500000", "none"), 0.5)):
         changed = losses(rows, arm, BEYOND_WINDOW)
         if len(changed) and len(inside):
-            claim = f"{arm[0]}: loss at 8,192 to 12,288 above the own theta's at 4,096 to 8,192, {most:g} or less"
+            claim = f"{arm[1]}: loss at 8,192 to 12,288 above the own theta's at 4,096 to 8,192, {most:g} or less"
             judge(number, claim, apart(changed, inside), len(changed), high=most)
-    cost = paired(losses(rows, ("linear_2", "none"), (0, SHORT)), losses(rows, YARN, (0, SHORT)))
+    cost = paired(losses(rows, (MODEL, "linear_2", "none"), (0, SHORT)), losses(rows, YARN, (0, SHORT)))
     if len(cost) > 1:
-        judge(4, "linear_2 less yarn_2: loss at 0 to 2,048, .2 nats or more", _mean(cost), len(cost), low=0.2)
+        judge(
+            4, "linear_2 less yarn_2: loss at 0 to 2,048, .2 nats or more", mean_and_interval(cost), len(cost), low=0.2
+        )
     at_own, at_yarn = hits(rows, OWN, LONG), hits(rows, YARN, LONG)
     if len(at_own) and len(at_yarn):
         claim = "passkeys in 12,288 tokens: yarn_2 less own theta, .3 or more"
@@ -153,55 +159,62 @@ def judged(rows: pd.DataFrame) -> pd.DataFrame:
         claim = "own theta, distances below 2,048: windows of 4,096 less 12,288, .3 or more"
         judge(6, claim, _difference(near, near_in_long), len(near_in_long), low=0.3)
     for temperature in ("log_n", "yarn"):
-        changed = losses(rows, ("own", temperature), BEYOND_WINDOW)
+        changed = losses(rows, (MODEL, "own", temperature), BEYOND_WINDOW)
         if len(changed) and len(of_yarn):
             claim = f"own theta, temperature {temperature}: share of the gain of yarn_2 in loss, below .1"
             judge(7, claim, given_back(beyond, changed, of_yarn), len(changed), high=0.1)
-    change = paired(losses(rows, ("yarn_2", "yarn"), BEYOND_WINDOW), of_yarn)
+    change = paired(losses(rows, (MODEL, "yarn_2", "yarn"), BEYOND_WINDOW), of_yarn)
     if len(change) > 1:
         claim = "yarn_2: loss at 8,192 to 12,288 with YaRN's temperature less without, within .1"
-        judge(8, claim, _mean(change), len(change), low=-0.1, high=0.1)
+        judge(8, claim, mean_and_interval(change), len(change), low=-0.1, high=0.1)
     back = _of(rows, OWN, "previous_token").query("layer == 16 and head == 0")
     back = back.pivot_table(index="seed", columns="seq_len", values="value")
     if {SHORT, LONG} <= set(back.columns):
         fall = back[SHORT] - back[LONG]
         claim = "own theta, layer 16 head 0: fall of its attention to the token before, below .1"
-        judge(9, claim, _mean(fall), len(fall), high=0.1)
+        judge(9, claim, mean_and_interval(fall), len(fall), high=0.1)
     own_short = hits(rows, OWN, SHORT)
     for rotation in sorted(set(rows["rotation"].dropna()) - {"own"}):
-        changed = hits(rows, (rotation, "none"), SHORT)
+        changed = hits(rows, (MODEL, rotation, "none"), SHORT)
         if len(changed) and len(own_short):
             claim = f"passkeys in 2,048 tokens: {rotation} less own theta, below .1"
             judge(10, claim, _difference(changed, own_short), len(changed), high=0.1)
-    return verdicts([*told, *_gains(rows)])
+    return verdicts([*told, *gains(rows, OWN)])
 
 
-def _gains(rows: pd.DataFrame) -> list[dict]:
-    """Beside the predictions: what every arm gains over the own theta, in nats, on the same text and questions."""
+def gains(rows: pd.DataFrame, reference: Arm) -> list[dict]:
+    """Beside the predictions: what every arm gains over `reference`, in nats, on the same text and questions.
+
+    A model's name is told only where there are several.
+    """
     told = []
     arms = rows[ARM].drop_duplicates().itertuples(index=False, name=None)
+    of_several = rows["model"].nunique() > 1
     for arm in arms:
-        if arm == OWN:
+        if arm == reference:
             continue
-        name = f"{arm[0]}, temperature {arm[1]}"
+        model, rotation, temperature = arm
+        name = f"{model}, {rotation}" if of_several else rotation
+        name = f"{name}, temperature {temperature}"
         for low, high in itertools.pairwise(EDGES):
-            gain = paired(losses(rows, OWN, (low, high)), losses(rows, arm, (low, high)))
+            gain = paired(losses(rows, reference, (low, high)), losses(rows, arm, (low, high)))
             if len(gain) > 1:
                 told.append(_beside(f"{name}: nats of text saved at {low:,} to {high:,}", gain))
         for task in sorted(rows["task"].dropna().unique()):
             for window in EDGES[1:]:
-                gain = paired(logprobs(rows, arm, window, task=task), logprobs(rows, OWN, window, task=task))
+                gain = paired(logprobs(rows, arm, window, task=task), logprobs(rows, reference, window, task=task))
                 if len(gain) > 1:
                     told.append(_beside(f"{name}: nats a token gained in {task}, window {window:,}", gain))
     return told
 
 
 def _beside(claim: str, values: pd.Series) -> dict:
-    value, low, high = _mean(values)
+    value, low, high = mean_and_interval(values)
     return beside(claim, value, n=len(values), low=low, high=high)
 
 
-def _mean(values: pd.Series) -> tuple[float, float, float]:
+def mean_and_interval(values: pd.Series) -> tuple[float, float, float]:
+    """Mean with Student's 95% interval."""
     return float(values.mean()), *student_interval(values)
 
 
@@ -215,8 +228,8 @@ def _difference(first: pd.Series, second: pd.Series) -> tuple[float, float, floa
 # Tables ---------------------------------------------------------------------------------------------------------------
 
 
-def tables_of(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Means with 95% intervals by rotation and temperature."""
+def tables_of(rows: pd.DataFrame, reference: Arm = OWN) -> dict[str, pd.DataFrame]:
+    """Means with 95% intervals by arm; the heads that copy answers are those of `reference`."""
     rows = once(rows)
     asked = rows[rows["metric"] == "hit"]
     by_distance = asked.assign(distance=_binned(asked["distance"]))
@@ -234,18 +247,18 @@ def tables_of(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
         "two heads by window, of the queries read last": heads.pivot_table(
             index=[*ARM, "layer", "head"], columns=["metric", "seq_len"], values="value"
         ),
-        "heads that copy answers, share of the answer's tokens": _copying(rows),
+        "heads that copy answers, share of the answer's tokens": _copying(rows, reference),
     }
     return {title: table for title, table in tables.items() if len(table)}
 
 
-def _copying(rows: pd.DataFrame) -> pd.DataFrame:
-    """The eight heads that copy most by the own theta in the shortest window."""
+def _copying(rows: pd.DataFrame, reference: Arm) -> pd.DataFrame:
+    """The eight heads that copy most in the shortest window by `reference`."""
     found = rows[(rows["metric"] == "retrieval_head") & (rows["task"] == "passkey")]
     if found.empty:
         return found
     table = found.pivot_table(index=["layer", "head"], columns=[*ARM, "seq_len"], values="value")
-    first = (*OWN, SHORT)
+    first = (*reference, SHORT)
     return table.nlargest(8, [first]) if first in table.columns else table.head(0)
 
 

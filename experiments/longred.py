@@ -90,8 +90,9 @@ PREDICTIONS = {
     13: "Shorter text restores less: with short documents of 64 tokens the last state of 256 tokens drifts more than "
     "with 256, by .01 or more. Far retrieval is the same within .05.",
 }
-"""Written before the first run, 12 and 13 before the first ablation. Far: 512, 768 and 1,000 tokens in a window of 1,024. Short skill: 16 to 240 tokens in a
-window of 256."""
+"""Written before the first run, 12 and 13 before the first ablation.
+
+Far: 512, 768 and 1,000 tokens in a window of 1,024. Short skill: 16 to 240 tokens in a window of 256."""
 FIGURES = {
     1: ("trade_off", "drift_by_layer"),
     2: ("trade_off", "drift_by_layer"),

@@ -1,4 +1,4 @@
-"""Loss of natural text by position, a line for each rotation and temperature of the runs beyond the window.
+"""Loss of natural text by position, a line for each model, rotation and temperature beyond the window.
 
 python -m figures.loss_by_position figure.html runs/beyond/*
 """

@@ -1,4 +1,4 @@
-"""Answers found by window and distance, a panel for each rotation and temperature of the runs beyond the window.
+"""Answers found by window and distance, a panel for each model, rotation and temperature beyond the window.
 
 python -m figures.window_by_distance figure.html runs/beyond/*
 """

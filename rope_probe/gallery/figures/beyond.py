@@ -14,7 +14,9 @@ from rope_probe.runs.intervals import share_interval
 _EDGES = (0, 2048, 4096, 8192, 12_288, 16_384)
 _COLUMNS = 2
 _LOWEST_PANEL, _PIXELS_OF_WINDOW = 120, 40
-_TEXT = ["model", "rotation", "temperature", "task", "seed"]
+_ARM = ["model", "rotation", "temperature"]
+"""What a line, or a panel, is of."""
+_TEXT = [*_ARM, "task", "seed"]
 _QUESTION = [*_TEXT, "seq_len", "distance", "unit"]
 _BIN = 1024
 """Positions that a point of a line is a mean over."""
@@ -39,15 +41,15 @@ def window_by_distance(frame: pd.DataFrame, label: str = "") -> go.Figure:
         raise InputError("these results hold no answers by window and distance; run experiments.beyond")
     edges = [edge for edge in _EDGES if edge <= int(rows["distance"].max())]
     rows = rows.assign(bin=[bisect_right(edges, int(distance)) - 1 for distance in rows["distance"]])
-    arms = list(rows[["rotation", "temperature"]].drop_duplicates().itertuples(index=False, name=None))
+    arms = list(rows.groupby(_ARM, sort=False, dropna=False))
     windows = sorted(rows["seq_len"].unique().tolist())
     names = [_between(edges, i) for i in range(len(edges))]
     columns = min(_COLUMNS, len(arms))
-    titles = [_arm(rotation, sharp) for rotation, sharp in arms]
+    of_several = _has_several_models(rows)
+    titles = [_name(*arm, of_several) for arm, _ in arms]
     height = max(_LOWEST_PANEL, _PIXELS_OF_WINDOW * len(windows))
     figure = panels(titles, height, columns)
-    for panel, (rotation, sharp) in enumerate(arms):
-        part = rows[(rows["rotation"] == rotation) & (rows["temperature"] == sharp)]
+    for panel, (_, part) in enumerate(arms):
         cells = [[_cell(part, window, i) for i in range(len(edges))] for window in windows]
         at = {"row": panel // columns + 1, "col": panel % columns + 1}
         figure.add_trace(
@@ -101,20 +103,21 @@ def loss_by_position(frame: pd.DataFrame, label: str = "") -> go.Figure:
     rows = frame[is_loss(frame)].drop_duplicates([*_TEXT, "position"])
     if rows.empty:
         raise InputError("these results hold no loss of text by position; run experiments.beyond")
+    of_several = _has_several_models(rows)
     figure = panels([""], 380)
     rows = rows.assign(middle=rows["position"] // _BIN * _BIN + _BIN // 2)
-    arms = rows.groupby(["rotation", "temperature"], sort=False)
+    arms = rows.groupby(_ARM, sort=False, dropna=False)
     size = arms["middle"].transform(lambda middle: middle.map(middle.value_counts()))
     rows = rows[size == size.groupby(rows["middle"]).transform("max")]
     seeds = rows["seed"].fillna(0)
-    for i, ((rotation, sharp), part) in enumerate(rows.groupby(["rotation", "temperature"], sort=False)):
+    for i, (arm, part) in enumerate(rows.groupby(_ARM, sort=False, dropna=False)):
         mean = part.groupby("middle")["value"].mean()
         colour, dash, symbol = line_style(i)
         figure.add_trace(
             go.Scatter(
                 x=mean.index.to_numpy(),
                 y=mean,
-                name=_arm(rotation, sharp),
+                name=_name(*arm, of_several),
                 mode="lines+markers",
                 line={"color": colour, "dash": dash, "width": 2},
                 marker={"symbol": symbol, "size": 6},
@@ -128,9 +131,15 @@ def loss_by_position(frame: pd.DataFrame, label: str = "") -> go.Figure:
     return styled(figure, "Loss of text by position", label, note)
 
 
-def _arm(rotation: str, sharp: str) -> str:
-    """What a rotation and a temperature are called together."""
-    return rotation if sharp == "none" else f"{rotation}, temperature {sharp}"
+def _has_several_models(rows: pd.DataFrame) -> bool:
+    return rows["model"].nunique(dropna=False) > 1
+
+
+def _name(model: str, rotation: str, sharp: str, of_several: bool) -> str:
+    """What an arm is called; its model is named only where there are several."""
+    parts = [] if not of_several else ["unnamed" if pd.isna(model) else model]
+    parts += [rotation] if sharp == "none" else [rotation, f"temperature {sharp}"]
+    return ", ".join(parts)
 
 
 def _between(edges: list[int], i: int) -> str:
