@@ -4,7 +4,10 @@ BIN := .venv/bin
 RUNS ?= runs
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 
-.PHONY: reproduce reproduce-full test lint docs
+.PHONY: setup reproduce reproduce-full test lint docs
+
+setup: .venv/installed
+	@echo 'next: . .venv/bin/activate'
 
 reproduce: .venv/installed
 	$(OFFLINE) $(BIN)/python -m experiments.reproduce --out $(RUNS)
