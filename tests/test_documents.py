@@ -1,9 +1,11 @@
 """Every code block of README.md and docs/ runs, or says why it does not."""
 
+import re
 import shutil
 
 import pytest
 
+import rope_probe
 from rope_probe.models import pretrained
 from tests import documents
 
@@ -32,6 +34,12 @@ def test_links_lead_to_files_and_to_every_page():
         reached.update(new)
         found += new
     assert [page.name for page in PAGES if page not in reached] == []
+
+
+def test_every_public_name_is_documented():
+    entries = re.findall(r"^\.\. auto\w+:: rope_probe\.(.+)$", (documents.ROOT / "docs" / "api.rst").read_text(), re.M)
+    assert set(rope_probe.__all__) <= set(entries)
+    assert "gallery.figures" in entries  # with `:members:`, so all that it exports
 
 
 def test_most_blocks_run():
