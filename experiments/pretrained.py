@@ -6,7 +6,11 @@ a text. A *seed* here is a document of its own.
 
 - `layers`: copies of a document by layer; shifts of q by tokens, and turns of all pairs by one angle; a shift of q by
   16 tokens in one layer alone; what each head attends to.
-- `heads`: a shift of q by 16 tokens in one head alone, and each pair turned by 1 radian.
+- `heads`: a shift of q by 16 tokens in one head alone, and each pair turned by 1 radian in all layers; what share of a
+  passkey each head copies (the retrieval-head score of arXiv 2404.15574).
+- `pairs`: each pair turned by 1 radian in one layer alone; what pairs add to the scores of attended keys.
+- `long`: layers, heads and kinds of layers once more, on a longer document: 192 tokens three times over, where Gemma's
+  local layers no longer see everything.
 - `silence`: the heads with the largest effect, chosen on another document, are silenced, and random heads of the same
   layers; what is left of the effect of a shift, of the gain of later copies over the first, and of passkey retrieval.
 - `kinds`, where there are local and global layers: passkeys beyond the local window, with layers of either kind
@@ -48,15 +52,17 @@ from rope_probe import (
 from rope_probe.errors import InputError
 from rope_probe.models.pretrained import is_available
 from rope_probe.models.tokens import bos_of, plain_ids
+from rope_probe.retrieval.heads import METRIC as RETRIEVAL_HEAD
+from rope_probe.retrieval.heads import retrieval_head_scores
 from rope_probe.retrieval.probe import forced_answers
 from rope_probe.runs.intervals import student_interval
 from rope_probe.runs.progress import progress
 from rope_probe.runs.results import new_run, read_tables
 from rope_probe.runs.tables import Column, Metric, Tables, declare
-from rope_probe.runs.verdicts import Section, beside, verdict, verdicts
+from rope_probe.runs.verdicts import Section, beside, decided, verdict, verdicts
 from rope_probe.seeds import derive
 from rope_probe.tracing.cone import LOGITS
-from rope_probe.tracing.heads import HEADS
+from rope_probe.tracing.heads import HEAD_PAIRS, HEADS, pair_contributions
 from rope_probe.tracing.perturbations import Perturbation
 from rope_probe.tracing.propagation import DELTAS, trace_work
 from rope_probe.tracing.silence import Head
@@ -83,10 +89,20 @@ PREDICTIONS = {
     "global layers, or more: that 16 tokens turn pairs less at a theta of 1,000,000 is not all of it.",
     11: "In Gemma, as many local layers silenced, those before the global ones, cost a passkey less than half of the "
     "nats that the global layers cost.",
+    12: "They are not retrieval heads: over all heads the effect goes with attention to the token before more than "
+    "with the share of a passkey that a head copies (rank correlations), and 8 of layer 19 and 0 of layer 16 each copy "
+    "less than .1 of it.",
+    13: "With the four heads of the largest effect silenced, a shift of all queries costs a quarter less or more; with "
+    "random heads of the same layers less than a tenth less.",
+    14: "In a longer document, 192 tokens three times over, the layers of 1 and the two heads of 2 come out alike.",
+    15: "In layers 16 and 19 the pairs of wavelengths up to 64 tokens, turned alone, have more than half of the summed "
+    "effect of the layer's pairs.",
+    16: "In Gemma, in the longer document, which local layers do not see whole, a shift of the local layers costs 5 "
+    "times as much as one of the global layers, or more.",
 }
-"""Written before the first run of this script; 10 and 11 after the first of 8 and 9, as their controls. 1, 2 and 8 are
-what was seen on other text (docs/findings.md), to be confirmed or corrected here. That two such heads carry copies and
-retrieval (5, 6) had been seen on one other text; the rest had not been looked at."""
+"""Written before the first run of this script; 10 and 11 after the first of 8 and 9, as their controls; 12 to 16 before
+what they speak of was first looked at. 1, 2 and 8 are what was seen on other text (docs/findings.md), to be confirmed
+or corrected here. That two such heads carry copies and retrieval (5, 6) had been seen on one other text."""
 FIGURES = {
     1: ("layer_effects",),
     2: ("head_effects",),
@@ -95,12 +111,15 @@ FIGURES = {
     7: ("sensitivity_by_pair",),
     8: ("dose_response",),
     10: ("dose_response",),
+    12: ("head_map",),
+    14: ("layer_effects", "head_effects"),
+    16: ("dose_response",),
 }
 """The drawings that show what a prediction is about, by its number."""
 
 MODELS = ("smollm2-135m", "gemma3-270m")
-Part = Literal["layers", "heads", "silence", "kinds"]
-DOCUMENT, COPIES = 32, 3
+Part = Literal["layers", "heads", "pairs", "long", "silence", "kinds"]
+DOCUMENT, LONG_DOCUMENT, COPIES = 32, 192, 3
 SHIFT = 16.0
 TOKENS = (0.25, 1.0, 4.0, SHIFT, 64.0)
 RADIANS = (0.03, 0.1, 0.3, 1.0, 3.0)
@@ -114,7 +133,20 @@ LOCAL, GLOBAL = "sliding_attention", "full_attention"
 ARMS_OF_KINDS = [f"{kind}{how}" for kind in (LOCAL, GLOBAL) for how in ("", " turned")]
 GLOBAL_LAYERS = (5, 11, 17)
 """Of Gemma 3 270M."""
+SECONDS: dict[Part, float] = {
+    "layers": 50.0,
+    "heads": 120.0,
+    "pairs": 300.0,
+    "long": 500.0,
+    "silence": 90.0,
+    "kinds": 300.0,
+}
+"""What each part takes, roughly."""
 CARRIERS: tuple[Head, ...] = ((19, 8), (16, 0))
+LAYER_PAIR, LONG = "pair of a layer", "long, "
+"""An arm, and what the names of the arms of the part `long` begin with."""
+FAST = 64.0
+"""The longest wavelength of a fast pair, tokens."""
 
 SILENCE = declare(
     "silence",
@@ -157,12 +189,16 @@ def measure(
     torch.set_num_threads(1)
     with new_run(out, "pretrained", config_of(part, name, seed), overwrite=True) as run:
         model = load_model(name)
-        window = repeated_document(model, seed)
+        window = repeated_document(model, seed, LONG_DOCUMENT if part == "long" else DOCUMENT)
         run.provenance.add_model(name, model)
         run.provenance.add_tokens("repeated document", window)
         if part == "layers":
             run.record(HEADS, head_scores(model, window), model=name, seed=seed)
             run.record(DELTAS, copy_deltas(model, window), model=name, seed=seed, arm="copies")
+        if part == "heads":
+            run.record(HEADS, copied_passkeys(model, seed), model=name, seed=seed)
+        if part == "pairs":
+            run.record(HEAD_PAIRS, pair_contributions(model, window), model=name, seed=seed)
         if part == "silence":
             assert heads_from is not None
             run.record(SILENCE, silencing(model, window, strongest(heads_from), seed), model=name, seed=seed)
@@ -177,15 +213,23 @@ def measure(
                     run.record(DELTAS, frame, model=name, seed=seed, arm=arm)
 
 
-def repeated_document(model: HookedCausalLM, seed: int) -> Window:
-    """A document of the embedded text, cut at whole tokens, COPIES times over."""
+def repeated_document(model: HookedCausalLM, seed: int, length: int = DOCUMENT) -> Window:
+    """`length` tokens of a document of the embedded text, COPIES times over."""
     assert model.tokenizer is not None
     texts = [text for text in embedded_text.documents() if len(text) > 40 * DOCUMENT]
     order = np.random.default_rng(derive(0, "documents")).permutation(len(texts))
     start = bos_of(model.tokenizer)
     tokens = plain_ids(model.tokenizer, texts[order[seed]])
     middle = len(tokens) // 2  # past the headings that these documents begin with
-    return repeated_window([*start, *tokens[middle : middle + DOCUMENT - len(start)]], COPIES)
+    return repeated_window([*start, *tokens[middle : middle + length - len(start)]], COPIES)
+
+
+def copied_passkeys(model: HookedCausalLM, seed: int) -> pd.DataFrame:
+    """The retrieval-head score of every head, with the answers given."""
+    assert model.tokenizer is not None
+    task = TextTask("passkey", model.tokenizer, PASSKEY_WINDOW)
+    distances, of_seed = (PASSKEY_DISTANCE,), derive(seed, "passkey")
+    return retrieval_head_scores(model, task, distances, trials=PASSKEY_TRIALS, seed=of_seed, forced=True)
 
 
 def _perturbations(model: HookedCausalLM, part: Part, window: int) -> dict[str, Sequence]:
@@ -195,6 +239,21 @@ def _perturbations(model: HookedCausalLM, part: Part, window: int) -> dict[str, 
             "head": sweep("head", model, window, sides=["q"], size=SHIFT),
             "pair": sweep("pair", model, window, sides=["q"]),
         }
+    if part == "pairs":
+        every_layer = range(len(model.blocks))
+        return {
+            LAYER_PAIR: [
+                turn for layer in every_layer for turn in sweep("pair", model, window, sides=["q"], layers=layer)
+            ]
+        }
+    if part == "long":
+        of_kinds = {
+            f"{LONG}{kind}": [PositionShift("q", SHIFT, layers=layers)] for kind, layers in _kinds(model).items()
+        }
+        kinds_of_parts = ("layer", "head")
+        return {
+            f"{LONG}{kind}": sweep(kind, model, window, sides=["q"], size=SHIFT) for kind in kinds_of_parts
+        } | of_kinds
     arms: dict[str, Sequence] = {
         "layer": sweep("layer", model, window, sides=["q"], size=SHIFT),
         "dose": [PositionShift(side, dose) for side in ("q", "k") for dose in TOKENS],
@@ -216,7 +275,7 @@ def _kinds(model: HookedCausalLM) -> dict[str, tuple[int, ...]]:
 def _sites(model: HookedCausalLM, arm: str) -> list[str]:
     """Where it is read: the logits, and for single layers the residual stream after each layer too."""
     residual = [f"blocks.{layer}.hook_resid_post" for layer in range(len(model.blocks))]
-    return [*residual, LOGITS] if arm == "layer" else [LOGITS]
+    return [*residual, LOGITS] if arm.endswith("layer") else [LOGITS]
 
 
 def strongest(heads_run: Path) -> list[Head]:
@@ -225,9 +284,9 @@ def strongest(heads_run: Path) -> list[Head]:
     return [(int(layer), int(head)) for layer, head in effects.nlargest(SILENCED).index]
 
 
-def head_effects(deltas: pd.DataFrame) -> pd.Series:
+def head_effects(deltas: pd.DataFrame, arm: str = "head") -> pd.Series:
     """Logit KL of a shift of one head alone, by layer and head."""
-    rows = deltas[(deltas["arm"] == "head") & (deltas["metric"] == "kl_nats")]
+    rows = deltas[(deltas["arm"] == arm) & (deltas["metric"] == "kl_nats")]
     return rows.groupby(["inject_layer", "head"])["value"].mean()
 
 
@@ -322,7 +381,7 @@ def config_of(part: Part, name: str, seed: int) -> dict:
         "part": part,
         "model": name,
         "seed": seed,
-        "document": DOCUMENT,
+        "document": LONG_DOCUMENT if part == "long" else DOCUMENT,
         "copies": COPIES,
         "shift": SHIFT,
         "tokens": TOKENS,
@@ -336,12 +395,14 @@ def config_of(part: Part, name: str, seed: int) -> dict:
 def stages(options: Options) -> dict[str, Stage]:
     """Every part, of the models that are installed, on a document for each seed and one more; first figures first.
 
-    In full the heads of every document, else of the first alone.
+    In full the heads of every document and the longer documents, else the heads of the first alone.
     """
     planned: dict[str, Stage] = {}
     for name in filter(is_available, MODELS):
         for seed in range(options.seeds + 1):
             parts: tuple[Part, ...] = ("layers", "heads") if options.full or seed == 0 else ("layers",)
+            if options.full:
+                parts = (*parts, "long", "pairs") if seed == 0 else (*parts, "long")
             for part in parts:
                 planned |= _stage(part, name, seed, options)
             if seed > 0:
@@ -364,7 +425,7 @@ def _stage(part: Part, name: str, seed: int, options: Options, chosen_on: int | 
         run,
         partial(config_of, part, name, seed),
         needs,
-        seconds={"layers": 50.0, "heads": 120.0, "silence": 90.0, "kinds": 300.0}[part],
+        seconds=SECONDS[part],
         urgent=part == "layers" and seed < 2 and name == MODELS[0],
     )
     return {f"pretrained/{run.name}": stage}
@@ -404,7 +465,26 @@ def _carriers(logits: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
     most = effects.groupby("model", group_keys=False).nlargest(8).to_frame("nats")
     most["share"] = most["nats"] / effects.groupby("model").sum()
     attends = scores.pivot_table(index=["model", "layer", "head"], columns="metric", values="value")
-    return most.join(attends.reindex(columns=["previous_token", "induction", "duplicate_token", "sink"]))
+    told = ["previous_token", "induction", "duplicate_token", "sink", RETRIEVAL_HEAD]
+    return most.join(attends.reindex(columns=told))
+
+
+def shares_of_carriers(logits: pd.DataFrame, arm: str) -> list[float]:
+    """Of each document, the share of the two heads in the summed effect of single heads."""
+    of_seed = [head_effects(rows, arm) for _, rows in logits[logits["arm"] == arm].groupby("seed")]
+    return [float(effects[list(CARRIERS)].sum() / effects.sum()) for effects in of_seed]
+
+
+def correlations_with_effect(logits: pd.DataFrame, scores: pd.DataFrame, metric: str) -> list[float]:
+    """Of each document, the rank correlation over heads of what a shift of one costs and of one of its scores."""
+    found = []
+    for seed, rows in logits[logits["arm"] == "head"].groupby("seed"):
+        effects = head_effects(rows)
+        of_metric = scores[(scores["seed"] == seed) & (scores["metric"] == metric)]
+        if len(of_metric):
+            score = of_metric.set_index(["layer", "head"])["value"].reindex(effects.index)
+            found.append(float(stats.spearmanr(effects, score).statistic))
+    return found
 
 
 def judged(mine: Tables) -> pd.DataFrame:
@@ -417,31 +497,28 @@ def judged(mine: Tables) -> pd.DataFrame:
             return
         values = pd.Series(by_seed, dtype=float).dropna()
         bottom, top = student_interval(values)
-        inside = low <= bottom and top <= high
-        outside = top < low or bottom > high
-        held = True if inside else False if outside else None
+        held = decided(bottom, top, low, high)
         rows.append(verdict(number, claim, values.mean(), held, n=len(values), low=bottom, high=top))
 
     logits = mine["deltas"].query("site == @LOGITS and metric == 'kl_nats'")
     smollm = logits[logits["model"] == MODELS[0]]
-    by_layer = smollm[smollm["arm"] == "layer"].pivot_table(index="seed", columns="inject_layer", values="value")
-    if len(by_layer):
-        carriers = [layer for layer, _ in CARRIERS]
-        ratio = by_layer[carriers].min(axis=1) / by_layer.drop(columns=carriers).max(axis=1)
-        judge(1, "KL of layer 16 or 19, the smaller, over the largest of the others, above 1", ratio, low=1.0)
-    shares: list[float] = []
-    correlations: dict[str, list[float]] = {"previous_token": [], "induction": []}
+    for number, prefix, where in ((1, "", ""), (14, LONG, "longer document: ")):
+        by_layer = smollm[smollm["arm"] == f"{prefix}layer"].pivot_table(
+            index="seed", columns="inject_layer", values="value"
+        )
+        if len(by_layer):
+            carriers = [layer for layer, _ in CARRIERS]
+            ratio = by_layer[carriers].min(axis=1) / by_layer.drop(columns=carriers).max(axis=1)
+            claim = f"{where}KL of layer 16 or 19, the smaller, over the largest of the others, above 1"
+            judge(number, claim, ratio, low=1.0)
+        claim = f"{where}share of the two heads in the summed effect of single heads, .5 or more"
+        judge(2 if number == 1 else number, claim, shares_of_carriers(smollm, f"{prefix}head"), low=0.5)
     of_heads = mine["heads"].query("model == @MODELS[0]")
+    correlations = {
+        metric: correlations_with_effect(smollm, of_heads, metric)
+        for metric in ("previous_token", "induction", RETRIEVAL_HEAD)
+    }
     scores = of_heads[of_heads["metric"] == "previous_token"]
-    for seed, rows_of_seed in smollm[smollm["arm"] == "head"].groupby("seed"):
-        effects = head_effects(rows_of_seed)
-        shares.append(effects[[(layer, head) for layer, head in CARRIERS]].sum() / effects.sum())
-        for metric, found in correlations.items():
-            of_metric = of_heads[(of_heads["seed"] == seed) & (of_heads["metric"] == metric)]
-            if len(of_metric):
-                attends = of_metric.set_index(["layer", "head"])["value"].reindex(effects.index)
-                found.append(stats.spearmanr(effects, attends).statistic)
-    judge(2, "share of the two heads in the summed effect of single heads, .5 or more", shares, low=0.5)
     by_head = scores.groupby(["layer", "head", "seed"])["value"].mean()
     for layer, head in CARRIERS if len(by_head) else ():
         judge(
@@ -450,6 +527,15 @@ def judged(mine: Tables) -> pd.DataFrame:
     judge(
         4, "rank correlation of effect and attention to the token before, above .3", correlations["previous_token"], 0.3
     )
+    apart = np.subtract(correlations["previous_token"], correlations[RETRIEVAL_HEAD] or np.nan)
+    if np.isfinite(apart).all():
+        claim = "rank correlation of effect and attention to the token before, less that of effect and copying, above 0"
+        judge(12, claim, apart.tolist(), low=0.0)
+    copied = of_heads[of_heads["metric"] == RETRIEVAL_HEAD].groupby(["layer", "head", "seed"])["value"].mean()
+    for layer, head in CARRIERS if len(copied) else ():
+        judge(
+            12, f"share of a passkey that head {head} of layer {layer} copies, below .1", copied[layer, head], high=0.1
+        )
     if of_induction := correlations["induction"]:
         claim = "rank correlation of effect and induction, to compare with"
         low, high = student_interval(pd.Series(of_induction))
@@ -463,6 +549,13 @@ def judged(mine: Tables) -> pd.DataFrame:
         )
         random = 1 - gain["random"] / gain["none"]
         judge(5, "share that goes with random heads of the same layers, below .25", random, high=0.25)
+        shift = left["shift_kl_nats"]
+        for silent, wanted, low, high in (
+            ("largest effect", ".25 or more", 0.25, np.inf),
+            ("random", "below .1", -np.inf, 0.1),
+        ):
+            claim = f"share of the cost of a shift of all queries that goes with heads silenced ({silent}), {wanted}"
+            judge(13, claim, 1 - shift[silent] / shift["none"], low, high)
         passkey = left["passkey_logprob_nats"]
         below = passkey["random"] - passkey["largest effect"]
         judge(6, "nats that a passkey loses more than with random heads, 1 or more", below, low=1.0)
@@ -471,6 +564,21 @@ def judged(mine: Tables) -> pd.DataFrame:
         quarter = len(pairs.columns) // 4
         ratio = pairs.iloc[:, :quarter].mean(axis=1) / pairs.iloc[:, -quarter:].mean(axis=1)
         judge(7, "KL of the fastest quarter of the pairs over the slowest, at 1 radian, above 1", ratio, low=1.0)
+    by_pair = smollm[smollm["arm"] == LAYER_PAIR]
+    for layer, _ in CARRIERS if len(by_pair) else ():
+        of_layer = by_pair[by_pair["inject_layer"] == layer]
+        fast = of_layer[of_layer["wavelength"] <= FAST].groupby("seed")["value"].sum()
+        share = fast / of_layer.groupby("seed")["value"].sum()
+        judge(
+            15, f"share of pairs of wavelengths up to 64 in the summed effect of layer {layer}, .5 or more", share, 0.5
+        )
+    longer = logits[(logits["model"] == MODELS[1]) & logits["arm"].isin([f"{LONG}{kind}" for kind in (LOCAL, GLOBAL)])]
+    if len(longer):
+        by_kind = longer.pivot_table(index="seed", columns="arm", values="value")
+        ratio = by_kind[f"{LONG}{LOCAL}"] / by_kind[f"{LONG}{GLOBAL}"]
+        judge(
+            16, "Gemma, longer document: KL of a shift of the local layers over the global ones, 5 or more", ratio, 5.0
+        )
     kinds = logits[(logits["model"] == MODELS[1]) & logits["arm"].isin(ARMS_OF_KINDS)]
     if len(kinds):
         by_kind = kinds.pivot_table(index="seed", columns="arm", values="value")
