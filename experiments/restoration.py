@@ -6,8 +6,9 @@ trial or a multiple-choice question (`experiments.cloze`).
 - `drift`: the model untrained at one theta. Drift by layer, loss of natural text, passkeys, multiple choice.
 - `scaling`: loss of the same windows with scaled queries.
 - `train`: theta as in the paper, 40 times the original's or near it, by LongReD-U or by cross-entropy alone on long
-  text. Same tokens, optimiser and learning rate.
-- `evaluate`: original, swapped and both trained models on documents that no training read.
+  text; and as a control the same cross-entropy at the original's theta, which learns the kind of text and restores
+  nothing. Same tokens, optimiser and learning rate.
+- `evaluate`: original, swapped and trained models on documents that no training read.
 - `beyond`: passkeys in a window longer than the model was pretrained on.
 
 "Long" text has 1,024 tokens in training. That is inside the pretrained window of 8,192, so this tests restoration of
@@ -65,9 +66,14 @@ PREDICTIONS = {
     10: "LongReD-U ends nearer to the original than cross-entropy does: a smaller cosine distance of the last state.",
     11: "Multiple choice: LongReD-U answers as well as cross-entropy or better.",
     12: "A passkey in 12,288 tokens is likelier to the swapped model than to the original, by 5 nats or more.",
+    13: "The kind of text alone is worth something: cross-entropy at the original's own theta ends .05 nats or more "
+    "below the original, in windows of 256 tokens.",
+    14: "So not all of the swap's cost is restored: the same cross-entropy ends .02 nats or more higher at the larger "
+    "theta than at the original's.",
 }
-"""Written before the first run. That passkeys outlive a smaller theta than the original's, untrained, had been seen;
-the rest had not."""
+"""Written before the first run, 13 and 14 before the first run of their arm.
+
+That passkeys outlive a smaller theta than the original's, untrained, had been seen; the rest had not."""
 FIGURES = {
     2: ("drift_by_layer",),
     3: ("drift_by_layer",),
@@ -89,7 +95,9 @@ BEYOND_WINDOW, BEYOND_DISTANCE, BEYOND_TRIALS = 12_288, 10_000, 3
 RESTORED_SITES = 5
 TRAIN_WINDOW, STEP_TOKENS, STEPS = 1024, 2048, 6
 Part = Literal["drift", "scaling", "train", "evaluate", "beyond"]
-ARMS = ("long_ce", "longred_u")
+THETA_OF = {"long_ce": TRAINED_THETA, "longred_u": TRAINED_THETA, "ce_own_theta": ORIGINAL_THETA}
+"""The theta that each arm is trained at."""
+ARMS = tuple(THETA_OF)
 MODELS = ("original", "swapped", *ARMS)
 
 
@@ -160,7 +168,7 @@ def model_of(name: str, original: HookedCausalLM, trained: Path | None) -> tuple
         raise InputError(f"{name} is a trained model, so its run is needed; give --trained RUN")
     model = load_model(trained / "checkpoint")
     model.tokenizer = original.tokenizer
-    return model, TRAINED_THETA
+    return model, THETA_OF[name]
 
 
 def all_texts() -> list[str]:
@@ -229,12 +237,12 @@ def sites_from(drifted: Path) -> tuple[str, ...]:
 
 def phase_of(arm: str, corpus: TextCorpus, sites: tuple[str, ...] | None) -> Phase:
     """How an arm is trained. Raises InputError for an unknown arm, and for LongReD-U without sites."""
-    ways: dict[str, Any] = {"lr": 1e-4, "schedule": "constant", "warmup": 3, "theta": TRAINED_THETA}
-    long: dict[str, Any] = {"data": corpus, "window": TRAIN_WINDOW, "terms": (CrossEntropy(),)}
-    if arm == "long_ce":
-        return Phase(arm, steps=STEPS, batch_tokens=STEP_TOKENS, **long, **ways)
-    if arm != "longred_u":
+    if arm not in ARMS:
         raise InputError(f"arm {arm!r} is unknown; known are {', '.join(ARMS)}")
+    ways: dict[str, Any] = {"lr": 1e-4, "schedule": "constant", "warmup": 3, "theta": THETA_OF[arm]}
+    long: dict[str, Any] = {"data": corpus, "window": TRAIN_WINDOW, "terms": (CrossEntropy(),)}
+    if arm != "longred_u":
+        return Phase(arm, steps=STEPS, batch_tokens=STEP_TOKENS, **long, **ways)
     if sites is None:
         raise InputError("longred_u needs the sites of most drift; give --drifted RUN")
     restored = HiddenStates(teacher="original", sites=sites, weight=5.0)
@@ -254,7 +262,7 @@ def phase_of(arm: str, corpus: TextCorpus, sites: tuple[str, ...] | None) -> Pha
 
 def train(run: Any, original: HookedCausalLM, arm: str, phase: Phase) -> None:
     """Train a copy at the phase's theta; losses and the checkpoint go into the run."""
-    student = swapped(original, TRAINED_THETA)
+    student = swapped(original, THETA_OF[arm])
     teachers = {"original": original} if arm == "longred_u" else {}
     original.original_model.requires_grad_(False)
     history = trained(arm, student, phase, seed=derive(0, "restoration"), teachers=teachers)

@@ -6,9 +6,9 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from rope_probe.runs.intervals import student_interval
+from rope_probe.runs.intervals import share_difference_interval, student_interval
 from rope_probe.runs.tables import Column, Metric, declare
-from rope_probe.runs.verdicts import beside, verdict, verdicts
+from rope_probe.runs.verdicts import beside, decided, verdict, verdicts
 from rope_probe.spans.drift import ATTENTION_KL, COSINE_DISTANCE
 
 RESTORATION = declare(
@@ -130,8 +130,8 @@ def _of_cost(rows: pd.DataFrame) -> list[dict]:
         claim = f"share of the cost of theta 5,000,000 restored by queries x {scale:g}, below .25"
         told.append(_judge_share(6, claim, losses, high=0.25))
     correct = _by_unit(rows, "choice_correct")
-    fall = correct[correct.columns.min()] - correct[TRAINED_THETA]
-    told.append(_judge(7, "multiple choice: accuracy lost at theta 5,000,000, .1 or less", fall, high=0.1))
+    claim = "multiple choice: accuracy lost at theta 5,000,000, .1 or less"
+    told.append(_judge_answers(7, claim, correct[correct.columns.min()], correct[TRAINED_THETA], high=0.1))
     return told
 
 
@@ -187,10 +187,13 @@ def _of_training(rows: pd.DataFrame) -> list[dict]:
             _judge(10, "cosine distance of the last state, cross-entropy's less LongReD-U's, above 0", nearer, ABOVE_0)
         )
         correct = _of_models(rows, "choice_correct")
-        better = correct["longred_u"] - correct["long_ce"]
-        told.append(
-            _judge(11, "multiple choice: accuracy of LongReD-U less cross-entropy's, 0 or more", better, low=0.0)
-        )
+        claim = "multiple choice: accuracy of LongReD-U less cross-entropy's, 0 or more"
+        told.append(_judge_answers(11, claim, correct["longred_u"], correct["long_ce"], low=0.0))
+    if {"original", "long_ce", "ce_own_theta"} <= set(short.columns):
+        learnt, left = short["original"] - short["ce_own_theta"], short["long_ce"] - short["ce_own_theta"]
+        claim = "nats that cross-entropy at the original's theta wins over the original at 256 tokens, .05 or more"
+        told.append(_judge(13, claim, learnt, low=0.05))
+        told.append(_judge(14, "loss of cross-entropy at theta 5,000,000 less at its own, .02 or more", left, low=0.02))
     beyond = _of_models(rows[rows["seq_len"] > 8192], "passkey_logprob_nats")
     if {"original", "swapped"} <= set(beyond.columns):
         gain = beyond["swapped"] - beyond["original"]
@@ -213,6 +216,14 @@ def _judge(number: int, claim: str, values: Iterable[float], low: float = -np.in
     series = pd.Series(list(values), dtype=float)
     bottom, top = student_interval(series)
     return _row(number, claim, float(series.mean()), bottom, top, len(series), low, high)
+
+
+def _judge_answers(
+    number: int, claim: str, first: pd.Series, second: pd.Series, low: float = -np.inf, high: float = np.inf
+) -> dict:
+    """Whether a share of right answers less another does, by the interval of each; answers are not taken as pairs."""
+    bottom, top = share_difference_interval([first.mean()], [second.mean()], len(first), len(second))
+    return _row(number, claim, float(first.mean() - second.mean()), bottom, top, len(first), low, high)
 
 
 def _judge_resampled(
@@ -245,8 +256,7 @@ def _beside(claim: str, values: np.ndarray) -> dict:
 
 
 def _row(number: int, claim: str, value: float, bottom: float, top: float, n: int, low: float, high: float) -> dict:
-    inside, outside = low <= bottom and top <= high, top < low or bottom > high
-    return verdict(number, claim, value, True if inside else False if outside else None, n=n, low=bottom, high=top)
+    return verdict(number, claim, value, decided(bottom, top, low, high), n=n, low=bottom, high=top)
 
 
 def resampled(units: np.ndarray, statistic: Statistic) -> tuple[float, float]:

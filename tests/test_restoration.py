@@ -106,7 +106,9 @@ def test_training_reads_no_document_that_is_held_out(tmp_path):
 
 def test_the_arms_read_as_much_and_longred_in_its_published_mix():
     corpus = TextCorpus()
-    ce, longred = (restoration.phase_of(arm, corpus, ("ln_final.hook_out",)) for arm in restoration.ARMS)
+    ce, longred, control = (restoration.phase_of(arm, corpus, ("ln_final.hook_out",)) for arm in restoration.ARMS)
+    assert dataclasses.replace(control, name=ce.name, theta=ce.theta) == ce
+    assert control.theta == restoration.ORIGINAL_THETA
     assert ce.step_tokens == longred.step_tokens == restoration.STEP_TOKENS
     assert (ce.lr, ce.steps, ce.warmup, ce.weight_decay) == (
         longred.lr,
@@ -125,7 +127,7 @@ def test_the_arms_read_as_much_and_longred_in_its_published_mix():
 def test_it_is_planned_in_full_alone():
     assert restoration.stages(Options(Path("runs"))) == {}
     planned = restoration.stages(Options(Path("runs"), full=True))
-    assert len(planned) == (2 * len(restoration.THETAS) + 2 + 8 if is_available(restoration.MODEL) else 0)
+    assert len(planned) == (2 * len(restoration.THETAS) + 3 + 10 if is_available(restoration.MODEL) else 0)
 
 
 LAYER_THAT_KNOWS = 2
@@ -170,7 +172,8 @@ def test_verdicts_of_drift_are_arithmetic():
     assert table.loc[2, "measured"] <= 1
     assert table.loc[5, "held"] == "not held"  # the layer that knows is better than the mean with three that do not
     assert (table.loc[6, "measured"], table.loc[6, "held"]) == (pytest.approx(0.1), "held")
-    assert (table.loc[7, "measured"], table.loc[7, "held"]) == (0, "held")
+    assert (table.loc[7, "measured"], table.loc[7, "held"]) == (0, "undecided")  # 10 questions say little
+    assert table.loc[7, "low"] < 0 < table.loc[7, "high"]  # though both answered all alike
 
 
 def test_theta_itself_says_nothing_of_documents():
@@ -183,7 +186,7 @@ def test_theta_itself_says_nothing_of_documents():
 
 def trained_rows():
     rows = []
-    losses = {"original": 2.0, "swapped": 3.0, "longred_u": 2.25, "long_ce": 1.75}
+    losses = {"original": 2.0, "swapped": 3.0, "longred_u": 2.25, "long_ce": 1.75, "ce_own_theta": 1.5}
     for model, loss in losses.items():
         for unit in range(6):
             place = {"model": model, "theta": 5e6, "unit": unit}
@@ -208,10 +211,12 @@ def test_verdicts_of_training_are_arithmetic():
     assert (table.loc[8, "measured"], table.loc[8, "held"]) == (pytest.approx(0.75), "held")
     assert (table.loc[9, "measured"], table.loc[9, "held"]) == (pytest.approx(0.5), "held")
     assert (table.loc[10, "measured"], table.loc[10, "held"]) == (0, "not held")  # both .25 away: 0 is not above 0
-    assert (table.loc[11, "measured"], table.loc[11, "held"]) == (0, "held")
+    assert (table.loc[11, "measured"], table.loc[11, "held"]) == (0, "undecided")
     assert table.loc[12, "held"] == "held"
+    assert (table.loc[13, "measured"], table.loc[13, "held"]) == (pytest.approx(0.5), "held")
+    assert (table.loc[14, "measured"], table.loc[14, "held"]) == (pytest.approx(0.25), "held")
     shown = said.tables_of(rows)["after training"]
-    assert len(shown) == 4
+    assert len(shown) == 5
 
 
 def test_a_part_that_was_left_out_is_not_judged():
