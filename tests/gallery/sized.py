@@ -10,6 +10,7 @@ from rope_probe.gallery import figures as plots
 from tests.frames import rows_for
 
 for module in ("experiments.longred", "experiments.phase_scaling", "experiments.beyond", "experiments.theta_grid",
+               "experiments.rivals",
                "rope_probe.tracing.heads",
                "rope_probe.distillation.log", "rope_probe.distillation.signal", "rope_probe.spans.drift",
                "rope_probe.tracing.massive", "rope_probe.tracing.positional"):  # fmt: skip

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 import shutil
 
 import numpy as np
@@ -11,12 +12,14 @@ import pytest
 from experiments import beyond, longred, phase_scaling, rivals, theta_grid  # noqa: F401 (tables that drawings read)
 from rope_probe.gallery import figures as plots
 from rope_probe.gallery.embedded import as_json, embedded
+from rope_probe.gallery.figures.findings import losses_by_position
 from rope_probe.gallery.numbers import MOST_ROWS, numbers, write_numbers
 from rope_probe.gallery.report import Stages, _command, gallery
 from rope_probe.retrieval.probe import RETRIEVAL
 from rope_probe.runs.results import new_run
 from tests.frames import rows_of
 from tests.gallery.pages import HOSTILE, Page, hostile_gallery, pages_of
+from tests.gallery.sized import frame_for
 
 MEGABYTES = 1e6
 
@@ -124,7 +127,7 @@ def test_text_alternatives_state_the_finding():
     (drawing,) = [one for one in plots.DRAWINGS if one.name == "layer_effects"]
     said = drawing.finding(rows_of("deltas", rows=rows))
     assert "layer 16, 3 nats, 51% of the sum over 30" in said
-    assert "smallest: layer 0, 0.1 nats" in said
+    assert "smallest: shift in layer 0, 0.1 nats" in said
     assert "2 seeds (0, 1)" in said
     assert "n = 60 numbers" in said  # of the largest dose alone
 
@@ -133,7 +136,7 @@ def test_text_alternatives_state_the_finding():
 def test_every_drawing_says_how_it_is_read_and_what_it_finds(drawing):
     assert 40 < len(drawing.how_to_read) < 260
     assert drawing.how_to_read.endswith(".")
-    metric = (getattr(drawing.finding, "metrics", None) or ("odd",))[0]
+    metric = next(iter(getattr(drawing.finding, "metrics", {})), "") or frame_for(drawing.name, 2, 2, 8)["metric"][0]
     rows = [
         {"metric": metric, "value": value, "seed": 3, "tokens": 8, "model": model}
         for value, model in ((0.5, "a"), (0.25, "b"))
@@ -142,6 +145,28 @@ def test_every_drawing_says_how_it_is_read_and_what_it_finds(drawing):
     assert "1 seed (3)" in said
     assert "0.5" in said or "0.375" in said
     assert isinstance(drawing.finding(rows_of(*drawing.tables, rows=[])), str)
+
+
+@pytest.mark.parametrize("drawing", plots.DRAWINGS, ids=lambda drawing: drawing.name)
+def test_findings_are_sentences(drawing):
+    rows = frame_for(drawing.name, 4, 2, 8)
+    drawn = rows[drawing.rows(rows)]
+    said = drawing.finding(drawn)
+    assert said[0].isupper()
+    assert all(sentence[:1].isupper() for sentence in re.split(r"(?<=[a-z)])\. ", said))
+    for fragment in ("that norm", "that over", "1 where", "else 0", "`", "_nats", ": :", "largest:"):
+        assert fragment not in said, fragment
+    assert set(getattr(drawing.finding, "metrics", {})) <= set(drawn["metric"]), "it tells of what is not drawn"
+
+
+def test_the_finding_of_losses_by_position_says_where_lines_part():
+    rows = [{"metric": "loss_nats", "rotation": rotation, "temperature": "none", "seed": 0, "position": position,
+             "value": 3.0 + (rotation == "YaRN") * position / 8192} for rotation in ("own", "YaRN")
+            for position in range(0, 4096, 256)]  # fmt: skip
+    said = losses_by_position(rows_of("beyond", rows=rows))
+    assert "closest together at positions 0 to 1,023: largest, YaRN, 3.05 nats; smallest, own, 3 nats." in said
+    assert "farthest apart at positions 3,072 to 4,095: largest, YaRN, 3.42 nats; smallest, own, 3 nats." in said
+    assert "largest, own" not in said
 
 
 def test_claims_stand_with_their_prediction_figure_numbers_and_command(made):

@@ -30,7 +30,7 @@ from rope_probe.gallery.figures import (
 from rope_probe.gallery.figures.beyond import loss_by_position, window_by_distance
 from rope_probe.gallery.figures.cost import trace_cost
 from rope_probe.gallery.figures.drift import drift_by_layer
-from rope_probe.gallery.figures.findings import Extremes, extremes, losses_in_the_end
+from rope_probe.gallery.figures.findings import Extremes, extremes, losses_by_position, losses_in_the_end
 from rope_probe.gallery.figures.geometry import rotations_by_pair
 from rope_probe.gallery.figures.grid import theta_grid
 from rope_probe.gallery.figures.heads import head_map, head_pairs
@@ -168,7 +168,7 @@ DRAWINGS = [
             "A line that stays high to the right finds what lies far back. Compare lines at the farthest distance, "
             "where the legend ranks them; intervals that overlap do not tell two models apart."
         ),
-        finding=Extremes(("model", "distance")),
+        finding=Extremes(("model", "distance"), {"accuracy": "accuracy"}),
     ),
     Drawing(
         "retrieval_by_task",
@@ -180,7 +180,7 @@ DRAWINGS = [
             "Each group is a task and each mark a model, higher is better. Marks whose intervals overlap are not told "
             "apart."
         ),
-        finding=Extremes(("task", "model")),
+        finding=Extremes(("task", "model"), {"accuracy": "accuracy"}),
     ),
     Drawing(
         "retrieval_by_temperature",
@@ -192,7 +192,7 @@ DRAWINGS = [
             "A line that rises to the right has a skill that flat attention hides. One that is high at 1 needs no "
             "temperature. What a student gains is its height at 1 over the highest point of the untrained base."
         ),
-        finding=Extremes(("model", "temperature", "distance")),
+        finding=Extremes(("model", "temperature", "distance"), {"accuracy": "accuracy"}),
     ),
     Drawing(
         "loss_by_position",
@@ -205,7 +205,7 @@ DRAWINGS = [
             "Compare lines at one position: they read the same text. Where a line leaves the others upwards, that "
             "rotation no longer reads the text."
         ),
-        finding=Extremes(("rotation", "temperature")),
+        finding=losses_by_position,
     ),
     Drawing(
         "window_by_distance",
@@ -218,7 +218,7 @@ DRAWINGS = [
             "Each panel is a rotation and a temperature, columns are windows, rows distances. Bright cells find the "
             "needle; a column that fades says that the window is too long, a row that the distance is."
         ),
-        finding=Extremes(("seq_len", "distance")),
+        finding=Extremes(("rotation", "temperature", "seq_len"), {"hit": "share of answers found"}),
     ),
     Drawing(
         "retrieval_map",
@@ -231,7 +231,7 @@ DRAWINGS = [
             "Columns are windows, rows distances. Along a row the distance stays and the window grows; along a column "
             "it is the other way around. So the two are told apart."
         ),
-        finding=Extremes(("seq_len", "distance")),
+        finding=Extremes(("seq_len", "distance"), {"accuracy": "accuracy"}),
     ),
     Drawing(
         "trade_off",
@@ -243,7 +243,9 @@ DRAWINGS = [
             "Up is skill far away, right is skill in short text. The upper right corner has both; a model to the "
             "left of the original has paid with short text."
         ),
-        finding=Extremes(("model",)),
+        finding=Extremes(
+            ("model",), {"short_accuracy": "accuracy in the short window", "long_accuracy": "accuracy far away"}
+        ),
     ),
     Drawing(
         "theta_grid",
@@ -255,7 +257,7 @@ DRAWINGS = [
             "Each cell is a pair of thetas, brighter retrieves better. Go along a row to see what another long "
             "theta does; the line marks where the base bound says that retrieval begins."
         ),
-        finding=Extremes(("head_dim", "steps", "short_theta", "long_theta")),
+        finding=Extremes(("head_dim", "steps", "short_theta", "long_theta"), {"accuracy": "accuracy"}),
     ),
     Drawing(
         "rotations_by_pair",
@@ -267,7 +269,7 @@ DRAWINGS = [
             "Pairs above the line of one turn come around within the window; those below never do. The further right a"
             " curve crosses it, the more of the spectrum is used."
         ),
-        finding=Extremes(("phase", "seq_len", "pair"), ("rotations",)),
+        finding=Extremes(("phase", "seq_len", "pair"), {"rotations": "number of turns over the window"}),
     ),
     Drawing(
         "loss_curves",
@@ -291,7 +293,7 @@ DRAWINGS = [
             "Each cell compares a later copy of the document with the first. A panel is a place in the model, with "
             "deeper layers further down. Brighter differs more; grey differs by rounding alone."
         ),
-        finding=Extremes(("site", "document"), ("rel_l2",)),
+        finding=Extremes(("site", "document"), {"rel_l2": "relative change"}),
     ),
     Drawing(
         "dose_response",
@@ -304,7 +306,7 @@ DRAWINGS = [
             "Further right is a larger move of position, higher is a larger change of the output. A flat curve has "
             "saturated; a curve near the bottom is rounding."
         ),
-        finding=Extremes(("side", "delta_tokens", "radians"), ("kl_nats",)),
+        finding=Extremes(("side", "delta_tokens", "radians"), {"kl_nats": "change of the output"}),
     ),
     Drawing(
         "layer_effects",
@@ -317,7 +319,7 @@ DRAWINGS = [
             "Each point moves positions in one layer alone and measures the output. A high point is a layer that the "
             "output hears position through."
         ),
-        finding=Extremes(("inject_layer", "side"), ("kl_nats",), largest_dose=True, share=True),
+        finding=Extremes(("inject_layer", "side"), {"kl_nats": "change of the output"}, largest_dose=True, share=True),
     ),
     Drawing(
         "head_effects",
@@ -330,7 +332,9 @@ DRAWINGS = [
             "Each cell moves positions in one head alone. Bright cells are the heads that carry position to the "
             "output; the scale is logarithmic, so a step of colour is a factor."
         ),
-        finding=Extremes(("inject_layer", "head", "side"), ("kl_nats",), largest_dose=True, share=True),
+        finding=Extremes(
+            ("inject_layer", "head", "side"), {"kl_nats": "change of the output"}, largest_dose=True, share=True
+        ),
     ),
     Drawing(
         "head_map",
@@ -342,7 +346,7 @@ DRAWINGS = [
             "Each cell is a head, each panel a thing that heads attend to. A head that is bright in one panel "
             "alone does that one thing."
         ),
-        finding=Extremes(("layer", "head"), tuple(heads.PANELS)),
+        finding=Extremes(("layer", "head"), heads.SCORES),
     ),
     Drawing(
         "head_pairs",
@@ -355,7 +359,7 @@ DRAWINGS = [
             "blue ones lower it. A head that looks by position lives on fast pairs, one that looks by content on slow "
             "ones."
         ),
-        finding=Extremes(("layer", "head", "pair"), (heads.PAIR_METRIC,)),
+        finding=Extremes(("layer", "head", "pair"), {heads.PAIR_METRIC: "contribution of a pair to the score"}),
     ),
     Drawing(
         "drift_by_layer",
@@ -367,7 +371,7 @@ DRAWINGS = [
             "Higher is further from the original model. A curve that climbs with depth adds drift layer by layer; "
             "a jump names the layer that adds most."
         ),
-        finding=Extremes(("model", "layer")),
+        finding=Extremes(("model", "layer"), drift.MEASURES),
     ),
     Drawing(
         "injected_by_read",
@@ -379,7 +383,7 @@ DRAWINGS = [
             "Rows are where positions are moved, columns where it is read. Nothing can be read before it is "
             "injected; a row that fades to the right is forgotten by later layers."
         ),
-        finding=Extremes(("inject_layer", "head", "side"), ("rel_l2",), largest_dose=True),
+        finding=Extremes(("inject_layer", "head", "side"), {"rel_l2": "relative change"}, largest_dose=True),
     ),
     Drawing(
         "massive_map",
@@ -392,7 +396,7 @@ DRAWINGS = [
             "Each cell is a rotary pair of a layer, told as a multiple of the median pair of its head. Red pairs are "
             "longer than it, the deep red ones massive values; blue pairs are shorter."
         ),
-        finding=Extremes(("states", "layer", "head", "pair")),
+        finding=Extremes(("states", "layer", "head", "pair"), {"ratio": "length over the median of the head"}),
     ),
     Drawing(
         "positional_shares",
@@ -405,7 +409,7 @@ DRAWINGS = [
             "Shares of content, position and their interaction add up to one at every layer. Position says what a "
             "place does to every content alike."
         ),
-        finding=Extremes(("site", "layer"), ("position_share",)),
+        finding=Extremes(("site", "layer"), {"position_share": "share of position"}),
     ),
     Drawing(
         "lens_by_layer",
@@ -418,7 +422,7 @@ DRAWINGS = [
             "Each line is a layer whose positions are moved; along it the model's own head reads every later layer. "
             "Where it climbs, the change becomes one of the prediction."
         ),
-        finding=Extremes(("inject_layer", "layer"), ("kl_nats",), largest_dose=True),
+        finding=Extremes(("inject_layer", "layer"), {"kl_nats": "change of what the lens reads"}, largest_dose=True),
     ),
     Drawing(
         "sensitivity_by_pair",
@@ -431,7 +435,12 @@ DRAWINGS = [
             "Each point moves one rotary pair alone, fast pairs to the left. A high point is a wavelength that the "
             "output depends on; hollow points are rounding."
         ),
-        finding=Extremes(("pair", "wavelength", "side", "inject_layers"), ("kl_nats",), largest_dose=True, share=True),
+        finding=Extremes(
+            ("pair", "wavelength", "side", "inject_layers"),
+            {"kl_nats": "change of the output"},
+            largest_dose=True,
+            share=True,
+        ),
     ),
     Drawing(
         "transplants",
@@ -443,7 +452,7 @@ DRAWINGS = [
             "Each mark puts a part of one checkpoint's weights into the other. A part that brings or destroys "
             "retrieval alone carries it."
         ),
-        finding=Extremes(("into", "group")),
+        finding=Extremes(("into", "group"), {"accuracy": "accuracy"}),
     ),
     Drawing(
         "causal_curves",
@@ -455,7 +464,7 @@ DRAWINGS = [
             "Spans are moved one after another in the order of a predictor. The earlier a curve leaves the start, "
             "the better that predictor foresees which spans matter."
         ),
-        finding=Extremes(("order", "span_set")),
+        finding=Extremes(("order", "span_set"), {"accuracy": "accuracy"}),
     ),
     Drawing(
         "change_by_part",
@@ -467,7 +476,7 @@ DRAWINGS = [
             "Higher changed more between the two checkpoints. That a part changed much does not say that the "
             "change does anything; see the transplants."
         ),
-        finding=Extremes(("site",)),
+        finding=Extremes(("site",), spans.CHANGES),
     ),
     Drawing(
         "span_heatmap",
@@ -480,7 +489,7 @@ DRAWINGS = [
             "Each cell is a rotary pair of a layer, brighter changed more. Pairs right of a line make no full turn in "
             "the window."
         ),
-        finding=Extremes(("site", "pair", "wavelength")),
+        finding=Extremes(("site", "pair", "wavelength"), spans.CHANGES),
     ),
     Drawing(
         "span_heads",
@@ -493,7 +502,7 @@ DRAWINGS = [
             "As the map of layers, with a line for every head. Compare lines of one layer: a change in few of them is "
             "specialised."
         ),
-        finding=Extremes(("site", "head", "pair")),
+        finding=Extremes(("site", "head", "pair"), spans.CHANGES),
     ),
     Drawing(
         "signal_of_distillation",
@@ -504,7 +513,10 @@ DRAWINGS = [
             "The dotted line is what position contributes to the teacher's logits. A student learns from what its "
             "own loss has of it. The lower panels say what goes from the gradients with it."
         ),
-        finding=Extremes(("model", "site"), ("loss_kl_nats", "signal_kl_nats")),
+        finding=Extremes(
+            ("model", "site"),
+            {"loss_kl_nats": "loss against the teacher", "signal_kl_nats": "change of the teacher"},
+        ),
     ),
     Drawing(
         "trace_cost",
@@ -513,7 +525,7 @@ DRAWINGS = [
         trace_cost,
         per_model=True,
         how_to_read=("Points are measured, lines fitted. A line that is straight here grows as a power of the window."),
-        finding=Extremes(("seq_len", "layers", "perturbations"), ("seconds",)),
+        finding=Extremes(("seq_len", "layers", "perturbations"), {"seconds": "time of a trace"}),
     ),
 ]
 """What the gallery draws, in order."""

@@ -12,6 +12,8 @@ _PANELS = {
     COSINE_DISTANCE: ("1 - cosine of the residual stream after a layer", "1 - cosine"),
     ATTENTION_KL: ("KL of attention, original to extended: mean over heads (line), each head (points)", "nats"),
 }
+MEASURES = {COSINE_DISTANCE: "change of the residual stream (1 - cosine)", ATTENTION_KL: "change of attention (KL)"}
+"""What a sentence calls them."""
 
 
 def is_drift(frame: pd.DataFrame) -> pd.Series:

@@ -2,14 +2,16 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pandas as pd
 
 from rope_probe.gallery.figures.style import listed, short
 from rope_probe.runs.tables import TABLES
 
-_SIDES = {"q": "queries", "k": "keys", "qk": "queries and keys"}
+_SIDES = {"q": "queries", "k": "keys", "qk": "queries and keys", "v": "values"}
+_OF_SIDE = ("side", "states")
+_PLAIN_FROM = 1e4
 _LONGEST_VALUE = 60
 WHERE: Mapping[str, str] = {
     "model": "{}",
@@ -20,8 +22,8 @@ WHERE: Mapping[str, str] = {
     "restriction": "{}",
     "perturbation": "{}",
     "side": "{}",
-    "inject_layers": "layers {}",
-    "inject_layer": "layer {}",
+    "inject_layers": "shift in layers {}",
+    "inject_layer": "shift in layer {}",
     "layer": "layer {}",
     "head": "head {}",
     "pair": "pair {}",
@@ -50,19 +52,23 @@ WHERE: Mapping[str, str] = {
     "perturbations": "{} perturbations",
 }
 """How a finding tells the place of a number, by column."""
+BLOCK = 1024
+"""Positions that losses by position are told as means over."""
+LOSSES = {"ce_nats": "cross-entropy", "kd_nats": "divergence from the teacher"}
 
 
 @dataclass(frozen=True)
 class Extremes:
     """States where a metric is largest and where it is smallest, of means by the columns `by`.
 
-    `metrics` are those to tell of, in order; all that the rows have where it is empty. With `largest_dose`, rows of
-    the largest shift or turn count alone, as in the figures that draw no others. With `share`, it is told what part of
-    the sum over all places the largest one is.
+    `metrics` are those to tell of, in order, and what a sentence calls each: a noun phrase that goes after "largest".
+    Without them it tells of all that the rows have, by their names in the table. With `largest_dose`, rows of the
+    largest shift or turn count alone, as in the figures that draw no others. With `share`, it is told what part of the
+    sum over all places the largest one is.
     """
 
     by: Sequence[str]
-    metrics: Sequence[str] = ()
+    metrics: Mapping[str, str] = field(default_factory=dict)
     largest_dose: bool = False
     share: bool = False
     most: int = 3
@@ -80,12 +86,11 @@ class Extremes:
         return f"{' '.join(told)} {_sample(rows)}".strip()
 
     def _of_metric(self, rows: pd.DataFrame, metric: str, *, named: bool) -> str:
-        meaning, unit = _described(rows, metric)
-        start = f"{meaning}: largest" if named else f"Largest {_lowered(meaning)}:"
+        name, unit = self.metrics.get(metric) or _in_words(metric), _unit(rows, metric)
+        start = f"{_capitalised(name)}: largest," if named else f"Largest {name}:"
         by = [column for column in self.by if column in rows and rows[column].nunique(dropna=False) > 1]
         if not by:
-            start = f"{meaning}: " if named else f"{_capitalised(meaning)}: "
-            return f"{start}{_number(rows['value'].mean(), unit)}."
+            return f"{_capitalised(name)}: {_number(rows['value'].mean(), unit)}."
         means = rows.groupby(by, dropna=False, sort=False)["value"].mean()
         if means.empty or not math.isfinite(means.max()):
             return ""
@@ -94,7 +99,8 @@ class Extremes:
         if self.share and means.min() >= 0 and means.sum() > 0:
             text += f", {means.max() / means.sum():.0%} of the sum over {len(means)}"
         if means.max() > means.min():
-            text += f"; smallest: {_place(by, least)}, {_number(means.min(), unit)}"
+            colon = "," if named else ":"
+            text += f"; smallest{colon} {_place(by, least)}, {_number(means.min(), unit)}"
         return f"{text}."
 
 
@@ -107,7 +113,33 @@ def losses_in_the_end(rows: pd.DataFrame) -> str:
     """States which model ended with the largest loss in each phase, and which with the smallest."""
     keys = ["model", "seed", "phase", "metric"]
     last = rows.groupby(keys, dropna=False)["tokens"].transform("max")
-    return f"At the end of training. {Extremes(('model', 'phase'))(rows[(rows['tokens'] == last).fillna(False)])}"
+    told = Extremes(("model", "phase"), LOSSES)(rows[(rows["tokens"] == last).fillna(False)])
+    return f"At the end of training. {told}"
+
+
+def losses_by_position(rows: pd.DataFrame) -> str:
+    """States where the lines of a loss by position lie closest together, where farthest apart, and which is on top.
+
+    Compared are the blocks of BLOCK positions that every line has. Without two lines and two such blocks it states
+    which line has the largest loss.
+    """
+    arms = [column for column in ("model", "rotation", "temperature") if rows[column].nunique() > 1]
+    blocks = (rows["position"] // BLOCK).astype("Int64")
+    means = rows.groupby([blocks, *arms], dropna=False)["value"].mean() if arms else pd.Series(dtype=float)
+    table = means.unstack(arms).dropna() if arms else pd.DataFrame()
+    if len(table) < 2:
+        return Extremes(("rotation", "temperature"), {"loss_nats": "loss of text"})(rows)
+    apart = table.max(axis=1) - table.min(axis=1)
+    told = [
+        f"{what} at positions {block * BLOCK:,} to {(block + 1) * BLOCK - 1:,}: largest, "
+        f"{_place(arms, table.loc[block].idxmax())}, {_number(table.loc[block].max(), 'nats')}; "
+        f"smallest, {_place(arms, table.loc[block].idxmin())}, {_number(table.loc[block].min(), 'nats')}."
+        for what, block in (
+            ("The lines are closest together", apart.idxmin()),
+            ("They are farthest apart", apart.idxmax()),
+        )
+    ]
+    return f"{' '.join(told)} {_sample(rows)}"
 
 
 def _of_largest_dose(rows: pd.DataFrame) -> pd.DataFrame:
@@ -117,13 +149,16 @@ def _of_largest_dose(rows: pd.DataFrame) -> pd.DataFrame:
     return rows
 
 
-def _described(rows: pd.DataFrame, metric: str) -> tuple[str, str]:
-    """What a metric is, and its unit, as the table declares it that has the metric and these columns."""
+def _unit(rows: pd.DataFrame, metric: str) -> str:
+    """The unit of a metric, as the table declares it that has the metric and these columns."""
     declared = [table for table in TABLES.values() if metric in table.metrics]
     fitting = [table for table in declared if rows.columns[rows.notna().any()].isin(list(table.columns)).all()]
-    for table in fitting or declared:
-        return table.metrics[metric].meaning, table.metrics[metric].unit
-    return short(metric, _LONGEST_VALUE), ""
+    return next((table.metrics[metric].unit for table in fitting or declared), "")
+
+
+def _in_words(metric: str) -> str:
+    """A metric's name in the table as words, without the unit at its end."""
+    return short(metric.removesuffix("_nats").replace("_", " "), _LONGEST_VALUE)
 
 
 def _place(columns: Sequence[str], values: object) -> str:
@@ -131,21 +166,22 @@ def _place(columns: Sequence[str], values: object) -> str:
     row = values if isinstance(values, tuple) else (values,)
     words = []
     for column, value in zip(columns, row, strict=True):
-        if pd.isna(value) or value == "":
+        if pd.isna(value) or value == "" or (column == "temperature" and value == "none"):
             continue
-        shown = _SIDES.get(str(value), str(value)) if column == "side" else value
-        text = f"{shown:,.4g}" if isinstance(shown, float) else short(str(shown), _LONGEST_VALUE)
+        shown = _SIDES.get(str(value), str(value)) if column in _OF_SIDE else value
+        text = _in_digits(shown) if isinstance(shown, float) else short(str(shown), _LONGEST_VALUE)
         words.append(WHERE.get(column, f"{column} {{}}").format(text))
     return ", ".join(words) or "elsewhere"
 
 
+def _in_digits(value: float) -> str:
+    """Four digits of a number that tells a place, without an exponent where it is a theta or a wavelength."""
+    rounded = float(f"{value:.4g}")
+    return f"{rounded:,.0f}" if _PLAIN_FROM <= rounded < 1e9 else f"{rounded:,.4g}"
+
+
 def _number(value: float, unit: str) -> str:
     return f"{value:.3g} {unit}".strip()
-
-
-def _lowered(text: str) -> str:
-    """The text to go on with in a sentence: its first letter small, unless the word is written in capitals."""
-    return text if text[1:2].isupper() else text[:1].lower() + text[1:]
 
 
 def _capitalised(text: str) -> str:

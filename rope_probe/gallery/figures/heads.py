@@ -20,14 +20,20 @@ from rope_probe.gallery.figures.style import (
 )
 from rope_probe.tracing.heads import PAIR_METRIC
 
+_COPIED = "retrieval_head"
 PANELS = {
     "previous_token": "to the token before",
     "induction": "to what followed an earlier copy",
     "duplicate_token": "to an earlier copy",
     "sink": "to the first position",
-    "retrieval_head": "answer tokens copied",
+    _COPIED: "answer tokens copied",
 }
 """Scores that are shares, 0 to 1, and what they say attention goes to."""
+SCORES = {
+    metric: "share of answer tokens copied" if metric == _COPIED else f"attention {what}"
+    for metric, what in PANELS.items()
+}
+"""The same as noun phrases, for a sentence."""
 _COLUMNS = 2
 _LOWEST_PANEL, _HIGHEST_PANEL = 120, 340
 _MOST_HEADS, _PIXELS_OF_HEAD = 40, 15
@@ -76,7 +82,7 @@ def head_map(frame: pd.DataFrame, label: str = "") -> go.Figure:
         coloraxis={"colorscale": SCALE, "cmin": 0, "cmax": 1, "colorbar": bar_of("share")},
     )
     note = "share of a query's attention, mean over queries"
-    if "retrieval_head" in metrics:
+    if _COPIED in metrics:
         note += "; last panel: share of a needle's tokens that the head copies into the answer, mean over trials"
     if seeds := listed(rows["seed"]):
         note += f"; seeds {seeds}"

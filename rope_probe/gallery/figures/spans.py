@@ -31,7 +31,7 @@ from rope_probe.gallery.figures.style import (
 
 _PARTS = {"W_Q": "W_Q", "W_K": "W_K", "W_V": "W_V", "W_O": "W_O", "mlp": "MLP"}
 _ROTARY = ("W_Q", "W_K")
-_CHANGES = {"rel_change": "relative change", "change_norm": "norm of change"}
+CHANGES = {"rel_change": "relative change", "change_norm": "norm of change"}
 _MOST_HEADS, _MOST_LANDMARKS = 40, 4
 _LOWEST_PANEL, _HIGHEST_PANEL, _PIXELS_OF_LAYER, _PIXELS_OF_HEAD = 60, 190, 16, 12
 _HIGHEST_OF_HEADS, _ALL_PANELS = 240, 900
@@ -42,13 +42,13 @@ _ROOM_FOR_GROUP, _LONGEST_GROUP = 150, 44
 def is_change_of_pair(frame: pd.DataFrame) -> pd.Series:
     """Rows that `span_heatmap` and `span_heads` draw: change of a pair in W_Q or W_K, relative and its norm."""
     rotary = frame["site"].str.endswith(_ROTARY).fillna(False)
-    return rotary & frame["pair"].notna() & frame["metric"].isin(_CHANGES)
+    return rotary & frame["pair"].notna() & frame["metric"].isin(CHANGES)
 
 
 def is_change_of_part(frame: pd.DataFrame) -> pd.Series:
     """Rows that `change_by_part` draws: change of a part of a layer, relative and its norm."""
     part = frame["site"].str.split(".").str[-1].isin(list(_PARTS)).fillna(False)
-    return part & frame["layer"].notna() & frame["head"].isna() & frame["metric"].isin(_CHANGES)
+    return part & frame["layer"].notna() & frame["head"].isna() & frame["metric"].isin(CHANGES)
 
 
 def is_landmark(frame: pd.DataFrame) -> pd.Series:
@@ -116,7 +116,7 @@ def _most_changed(rows: pd.DataFrame) -> tuple[pd.DataFrame, str]:
             continue
         most = change.nlargest(_MOST_HEADS).index
         kept.append(mine[pd.MultiIndex.from_frame(mine[["layer", "head"]]).isin(most)])
-        notes.append(f"{part}: the {_MOST_HEADS} of {len(change)} heads with the largest {_CHANGES[metric]} of a pair")
+        notes.append(f"{part}: the {_MOST_HEADS} of {len(change)} heads with the largest {CHANGES[metric]} of a pair")
     return pd.concat(kept), "; ".join(notes)
 
 
@@ -131,7 +131,7 @@ def change_by_part(frame: pd.DataFrame, label: str = "") -> go.Figure:
     if rows.empty:
         raise InputError("these results hold no changes of parts; compare two checkpoints with compare_spans")
     rows = rows.assign(part=rows["site"].str.split(".").str[-1])
-    metrics = [metric for metric in _CHANGES if rows["metric"].eq(metric).any()]
+    metrics = [metric for metric in CHANGES if rows["metric"].eq(metric).any()]
     titles = ["norm of change / norm before" if metric == "rel_change" else "norm of change" for metric in metrics]
     figure = panels(titles, 250, shared=True)
     for row, metric in enumerate(metrics, start=1):
@@ -278,15 +278,15 @@ class _Maps(NamedTuple):
 def _maps(rows: pd.DataFrame, frame: pd.DataFrame, height: int) -> _Maps:
     """Panels one below the other along the same pairs, a colour axis for each measure of change, and landmarks."""
     sites = [part for part in _ROTARY if rows["part"].eq(part).any()]
-    metrics = [metric for metric in _CHANGES if rows["metric"].eq(metric).any()]
+    metrics = [metric for metric in CHANGES if rows["metric"].eq(metric).any()]
     ends = frame[is_landmark(frame)].groupby(["phase", "seq_len"])["value"].first().iloc[:_MOST_LANDMARKS]
-    titles = [f"{site}, {_CHANGES[metric]}" for metric in metrics for site in sites]
+    titles = [f"{site}, {CHANGES[metric]}" for metric in metrics for site in sites]
     figure = panels(titles, height, headroom=headroom_for(len(ends)), shared=True)
     parts = []
     for k, title in enumerate(titles):
         metric, site = metrics[k // len(sites)], sites[k % len(sites)]
         axis = "coloraxis" if metric == metrics[0] else "coloraxis2"
-        figure.update_layout({axis: {"colorscale": SCALE, "colorbar": bar_of(_CHANGES[metric])}})
+        figure.update_layout({axis: {"colorscale": SCALE, "colorbar": bar_of(CHANGES[metric])}})
         parts.append((k + 1, rows[(rows["part"] == site) & (rows["metric"] == metric)]))
         figure.add_trace(go.Heatmap(name=title, coloraxis=axis), row=k + 1, col=1)
     pairs = rows["pair"].nunique()
