@@ -240,20 +240,15 @@ def _perturbations(model: HookedCausalLM, part: Part, window: int) -> dict[str, 
             "pair": sweep("pair", model, window, sides=["q"]),
         }
     if part == "pairs":
-        every_layer = range(len(model.blocks))
-        return {
-            LAYER_PAIR: [
-                turn for layer in every_layer for turn in sweep("pair", model, window, sides=["q"], layers=layer)
-            ]
-        }
+        of_layers = [sweep("pair", model, window, sides=["q"], layers=layer) for layer in range(len(model.blocks))]
+        return {LAYER_PAIR: [turn for turns in of_layers for turn in turns]}
     if part == "long":
-        of_kinds = {
-            f"{LONG}{kind}": [PositionShift("q", SHIFT, layers=layers)] for kind, layers in _kinds(model).items()
+        longer: dict[str, Sequence] = {
+            f"{LONG}{kind}": sweep(kind, model, window, sides=["q"], size=SHIFT) for kind in ("layer", "head")
         }
-        kinds_of_parts = ("layer", "head")
-        return {
-            f"{LONG}{kind}": sweep(kind, model, window, sides=["q"], size=SHIFT) for kind in kinds_of_parts
-        } | of_kinds
+        for kind, layers in _kinds(model).items():
+            longer[f"{LONG}{kind}"] = [PositionShift("q", SHIFT, layers=layers)]
+        return longer
     arms: dict[str, Sequence] = {
         "layer": sweep("layer", model, window, sides=["q"], size=SHIFT),
         "dose": [PositionShift(side, dose) for side in ("q", "k") for dose in TOKENS],

@@ -148,7 +148,8 @@ def test_an_effect_that_goes_with_one_score_is_told_from_one_that_goes_with_anot
         for layer in range(30)
         for head in (0, 8)
         for metric, value in (
-            ("previous_token", (layer + head) / 40), ("retrieval_head", 0.5 - (layer + head) / 80), ("induction", 0.1 * (layer % 2)),
+            ("previous_token", (layer + head) / 40), ("retrieval_head", 0.5 - (layer + head) / 80),
+            ("induction", 0.1 * (layer % 2)),
         )
     ]  # fmt: skip
     table = judged(of_logits("head", effects), heads)
