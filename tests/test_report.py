@@ -758,7 +758,7 @@ def test_the_signal_shows_the_numbers_of_the_frame():
     assert along["1, W_K"] == pytest.approx(of_keys["remaining_gradient_cosine"])
     remaining = frame[(frame["metric"] == "remaining_kl_nats") & frame["occurrence"].notna()]
     remaining = remaining[remaining["perturbation"] == str(shifts[1])]
-    np.testing.assert_allclose(lines["loss of tiny, signal gone"].y, remaining["value"])
+    np.testing.assert_allclose(lines["loss of tiny, teacher perturbed"].y, remaining["value"])
     assert marks["1, W_K"] == pytest.approx(of_keys["signal_gradient"] / of_keys["loss_gradient"])
 
 

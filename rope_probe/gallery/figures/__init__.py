@@ -166,7 +166,7 @@ DRAWINGS = [
         retrieval.is_document_length,
         how_to_read=(
             "A line that stays high to the right finds what lies far back. Compare lines at the farthest distance, "
-            "where the legend ranks them; intervals that overlap do not tell two models apart."
+            "where the legend ranks them; intervals that overlap may not tell two models apart."
         ),
         finding=Extremes(("model", "distance"), {"accuracy": "accuracy"}),
     ),
@@ -177,8 +177,8 @@ DRAWINGS = [
         retrieval_by_task,
         lambda rows: [_phase(rows), _perturbed(rows), "window " + rows["seq_len"].astype("string")],
         how_to_read=(
-            "Each group is a task and each mark a model, higher is better. Marks whose intervals overlap are not told "
-            "apart."
+            "Each group is a task and each mark a model, higher is better. Intervals that overlap may not tell two "
+            "models apart."
         ),
         finding=Extremes(("task", "model"), {"accuracy": "accuracy"}),
     ),
@@ -189,8 +189,8 @@ DRAWINGS = [
         retrieval_by_temperature,
         lambda rows: ["window " + rows["seq_len"].astype("string")],
         how_to_read=(
-            "A line that rises to the right has a skill that flat attention hides. One that is high at 1 needs no "
-            "temperature. What a student gains is its height at 1 over the highest point of the untrained base."
+            "A line that rises to the right has a skill that flat attention hides. A student gains its highest point "
+            "less the untrained base at 1. What the base gains by its own highest point is temperature's part of that."
         ),
         finding=Extremes(("model", "temperature", "distance"), {"accuracy": "accuracy"}),
     ),
@@ -215,8 +215,8 @@ DRAWINGS = [
         lambda rows: [rows["task"].fillna("")],
         per_model=True,
         how_to_read=(
-            "Each panel is a rotation and a temperature, columns are windows, rows distances. Bright cells find the "
-            "needle; a column that fades says that the window is too long, a row that the distance is."
+            "Each panel is a rotation and a temperature, rows are windows, columns distances. Bright cells find the "
+            "needle. A row that is dark throughout says that the window is too long, a column that the distance is."
         ),
         finding=Extremes(("rotation", "temperature", "seq_len"), {"hit": "share of answers found"}),
     ),
@@ -304,7 +304,7 @@ DRAWINGS = [
         per_model=True,
         how_to_read=(
             "Further right is a larger move of position, higher is a larger change of the output. A flat curve has "
-            "saturated; a curve near the bottom is rounding."
+            "saturated. Moves that cancel leave rounding alone, which lies below the axis."
         ),
         finding=Extremes(("side", "delta_tokens", "radians"), {"kl_nats": "change of the output"}),
     ),
@@ -316,8 +316,8 @@ DRAWINGS = [
         lambda rows: [_masked(rows)],
         per_model=True,
         how_to_read=(
-            "Each point moves positions in one layer alone and measures the output. A high point is a layer that the "
-            "output hears position through."
+            "Each point moves positions in one layer alone and measures the output. A high point is a layer that is "
+            "sensitive to position; that it carries most of the effect does not follow."
         ),
         finding=Extremes(("inject_layer", "side"), {"kl_nats": "change of the output"}, largest_dose=True, share=True),
     ),
@@ -329,8 +329,8 @@ DRAWINGS = [
         lambda rows: [_masked(rows)],
         per_model=True,
         how_to_read=(
-            "Each cell moves positions in one head alone. Bright cells are the heads that carry position to the "
-            "output; the scale is logarithmic, so a step of colour is a factor."
+            "Each cell moves positions in one head alone. Bright cells are heads that are sensitive to position; the "
+            "caption tells their share of the sum. The scale is logarithmic, so a step of colour is a factor."
         ),
         finding=Extremes(
             ("inject_layer", "head", "side"), {"kl_nats": "change of the output"}, largest_dose=True, share=True
@@ -419,8 +419,8 @@ DRAWINGS = [
         lambda rows: [_masked(rows)],
         per_model=True,
         how_to_read=(
-            "Each line is a layer whose positions are moved; along it the model's own head reads every later layer. "
-            "Where it climbs, the change becomes one of the prediction."
+            "Each row is a layer whose positions are moved; along it the model's own head reads every later layer. "
+            "Where a row brightens, the change becomes one of the prediction."
         ),
         finding=Extremes(("inject_layer", "layer"), {"kl_nats": "change of what the lens reads"}, largest_dose=True),
     ),
@@ -449,7 +449,7 @@ DRAWINGS = [
         transplants,
         per_model=True,
         how_to_read=(
-            "Each mark puts a part of one checkpoint's weights into the other. A part that brings or destroys "
+            "Each bar puts a part of one checkpoint's weights into the other. A part that brings or destroys "
             "retrieval alone carries it."
         ),
         finding=Extremes(("into", "group"), {"accuracy": "accuracy"}),
@@ -499,8 +499,8 @@ DRAWINGS = [
         context=spans.is_landmark,
         per_model=True,
         how_to_read=(
-            "As the map of layers, with a line for every head. Compare lines of one layer: a change in few of them is "
-            "specialised."
+            "Each row is a head of a layer, each column a rotary pair, brighter changed more. Compare the rows of one "
+            "layer: a change in few of them is specialised."
         ),
         finding=Extremes(("site", "head", "pair"), spans.CHANGES),
     ),
@@ -510,8 +510,8 @@ DRAWINGS = [
         signal.is_signal,
         signal_of_distillation,
         how_to_read=(
-            "The dotted line is what position contributes to the teacher's logits. A student learns from what its "
-            "own loss has of it. The lower panels say what goes from the gradients with it."
+            "Grey is how far the perturbation moves the teacher. Where a student's dotted line lies below its solid "
+            "one, the perturbation takes some of its loss. The lower panels show what it takes from the gradients."
         ),
         finding=Extremes(
             ("model", "site"),

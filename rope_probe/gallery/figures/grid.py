@@ -71,7 +71,7 @@ def theta_grid(frame: pd.DataFrame, label: str = "") -> go.Figure:
     note = (
         f"each cell: accuracy at {distance} tokens, {FAR} times the documents of {documents}, in windows of "
         f"{listed(cells['seq_len'])}; {seeds}; outlined: constant theta; "
-        f"dashed: the base bound of {distance} tokens, reached to its right; "
+        f"dashed: the base bound, which says that {distance} tokens need a long theta to the right of it; "
         f"below each theta: how many of the pairs complete a turn in the window of the phase"
     )
     if missed:

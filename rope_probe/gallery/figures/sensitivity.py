@@ -163,7 +163,7 @@ def sensitivity_by_pair(frame: pd.DataFrame, label: str = "") -> go.Figure:
     values = pd.concat([rows["value"], distance[distance > 0]])
     span = log_range(values, _MOST_DECADES_OF_AXIS)
     figure.update_yaxes(type="log", title="KL(clean || perturbed), nats", exponentformat="power", dtick=1, range=span)
-    return styled(figure, "Which rotary pairs carry position to the output", label, note)
+    return styled(figure, "Which rotary pairs are sensitive to position", label, note)
 
 
 def _pair_ticks(rows: pd.DataFrame) -> dict[str, Any]:
@@ -268,9 +268,9 @@ def injected_by_read(frame: pd.DataFrame, label: str = "") -> go.Figure:
 
 @drawing
 def layer_effects(frame: pd.DataFrame, label: str = "") -> go.Figure:
-    """Logit KL of a shift in one layer at a time, a bar for each layer and side.
+    """Logit KL of a shift in one layer at a time, a point for each layer and side.
 
-    By the largest dose there is. Bars are means over documents and seeds, lines their range. Raises InputError where
+    By the largest dose there is. Points are means over documents and seeds, bars their range. Raises InputError where
     the frame has no such shifts.
     """
     rows = frame[is_effect_of_layer(frame)]
@@ -309,8 +309,8 @@ def layer_effects(frame: pd.DataFrame, label: str = "") -> go.Figure:
     figure.update_xaxes(title="layer of the shift", **({"dtick": 1} if len(layers) <= 10 else {"nticks": 10}))
     span = log_range(rows["value"], _MOST_DECADES_OF_AXIS)
     figure.update_yaxes(type="log", title="KL(clean || perturbed), nats", exponentformat="power", dtick=1, range=span)
-    note = f"shift of {dose:g} tokens in one layer; points: mean, lines: smallest to largest document; {sample(rows)}"
-    return styled(figure, "Which layers carry position to the output", label, note + kinds.note)
+    note = f"shift of {dose:g} tokens in one layer; points: mean, bars: smallest to largest document; {sample(rows)}"
+    return styled(figure, "Which layers are sensitive to position", label, note + kinds.note)
 
 
 @drawing
@@ -365,7 +365,7 @@ def head_effects(frame: pd.DataFrame, label: str = "") -> go.Figure:
     figure.update_layout(coloraxis=logarithmic(rows["shown"], "KL, nats", _MOST_DECADES))
     note = f"shift of {dose:g} tokens in one head; mean over documents; {sample(rows)}; grey: nothing, or rounding"
     note = "; ".join([note, *largest]) + kinds.note
-    return styled(figure, "Which heads carry position to the output", label, note)
+    return styled(figure, "Which heads are sensitive to position", label, note)
 
 
 def _height(lines: int) -> int:

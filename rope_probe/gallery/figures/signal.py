@@ -43,7 +43,9 @@ def signal_of_distillation(frame: pd.DataFrame, label: str = "") -> go.Figure:
     )
     figure = panels(titles, [240, 200, 200])
     signal = rows[rows["metric"] == _KL[1]]
-    figure.add_trace(_by_distance(signal, "signal in the teacher's logits", {"color": GREY, "dash": "dot"}), 1, 1)
+    figure.add_trace(
+        _by_distance(signal, "teacher, before and after it is perturbed", {"color": GREY, "dash": "dot"}), 1, 1
+    )
     for i, (model, part) in enumerate(rows.groupby("model", sort=False)):
         colour, dash, symbol = line_style(i)
         loss = _by_distance(part[part["metric"] == _KL[0]], f"loss of {model}", {"color": colour, "dash": dash})
@@ -51,7 +53,7 @@ def signal_of_distillation(frame: pd.DataFrame, label: str = "") -> go.Figure:
         remaining = part[part["metric"] == _KL[2]]
         if len(remaining):
             line = {"color": colour, "dash": "dot"}
-            figure.add_trace(_by_distance(remaining, f"loss of {model}, signal gone", line), 1, 1)
+            figure.add_trace(_by_distance(remaining, f"loss of {model}, teacher perturbed", line), 1, 1)
             cosines = part[part["metric"] == _COSINE].groupby(["site", "seed"], dropna=False)["value"].mean()
             cosine = _by_matrix(cosines.groupby("site").agg(["mean", "min", "max"]))
             figure.add_trace(_marks(cosine, str(model), colour, symbol), 3, 1)
@@ -76,7 +78,7 @@ def signal_of_distillation(frame: pd.DataFrame, label: str = "") -> go.Figure:
         f"taken from the teacher: {strongest}; window {listed(rows['seq_len'])} tokens, one window a seed, seeds "
         f"{listed(rows['seed'])}; bars: smallest to largest seed"
     )
-    return styled(figure, "What position contributes to distillation", label, note)
+    return styled(figure, "What a perturbation of the teacher changes in distillation", label, note)
 
 
 def _by_matrix(table: pd.DataFrame) -> pd.DataFrame:

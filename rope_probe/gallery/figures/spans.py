@@ -124,7 +124,7 @@ def _most_changed(rows: pd.DataFrame) -> tuple[pd.DataFrame, str]:
 def change_by_part(frame: pd.DataFrame, label: str = "") -> go.Figure:
     """Change of W_Q against W_K, W_V, W_O and the MLP, by layer: the mean over seeds, every seed as a point.
 
-    On the left relative to the norm before, on the right the norm of the change itself. Raises InputError where the
+    Above it is relative to the norm before, below it is the norm of the change itself. Raises InputError where the
     frame has no changes of whole parts.
     """
     rows = frame[is_change_of_part(frame)]
