@@ -15,6 +15,7 @@ import pandas as pd
 import typer
 
 from experiments.stages import Options, Stage, discover, plan, run_all
+from rope_probe.cli.output import Table, as_texts
 from rope_probe.errors import InputError
 from rope_probe.gallery.report import Stages, gallery
 from rope_probe.runs.results import read_tables
@@ -24,6 +25,7 @@ REDRAWN_EVERY_S = 20.0
 """Seconds between two drawings of the gallery while stages run, at the least."""
 _SHARE_OF_TIME = 0.1
 """Drawing takes at most this share of the time."""
+_NUMBER = "{:.4g}"
 
 
 def main(
@@ -126,15 +128,22 @@ def report_all(
 
 def as_text(name: str, section: Section) -> str:
     """A section as it is printed."""
-    parts = [f"\n{name}: {section.question}"]
-    for title, table in section.tables.items():
-        parts.append(f"\n{title}\n{_table(table, index=True)}")
-    parts.append(f"\npredictions, see PREDICTIONS of experiments/{name}.py\n{_table(section.verdicts, index=False)}")
-    return "\n".join(parts)
+    tables = [
+        Table(title, title, _flat(table), _NUMBER, keys=table.index.nlevels) for title, table in section.tables.items()
+    ]
+    tables.append(
+        Table("verdicts", f"predictions, see PREDICTIONS of experiments/{name}.py", section.verdicts, _NUMBER)
+    )
+    return "\n\n".join([f"\n{name}: {section.question}", *map(str.rstrip, as_texts(tables))])
 
 
-def _table(frame: pd.DataFrame, *, index: bool) -> str:
-    return frame.to_string(index=index, float_format="{:.4g}".format, na_rep="-")
+def _flat(frame: pd.DataFrame) -> pd.DataFrame:
+    """The index as columns, where it has names, and a column's names on several levels as one."""
+    flat = frame.reset_index(drop=frame.index.names == [None])
+    flat.columns = [
+        " ".join(str(part) for part in name if part != "") if isinstance(name, tuple) else str(name) for name in flat
+    ]
+    return flat
 
 
 if __name__ == "__main__":

@@ -12,12 +12,14 @@ import pandas as pd
 import pytest
 from transformers import ByT5Tokenizer
 
+from experiments import reproduce
 from rope_probe import cli
-from rope_probe.cli import options, output
+from rope_probe.cli import failures, options, output
 from rope_probe.models.pretrained import MODELS
 from rope_probe.names import MIRRORS, PRETRAINED, SWEEPS
 from rope_probe.runs.provenance import hash_tokens
 from rope_probe.runs.results import read_run
+from rope_probe.runs.verdicts import Section
 from rope_probe.windows.packing import pack
 from tests import zoo
 from tests.test_cli import is_refused, rope_probe
@@ -81,6 +83,7 @@ def test_help_of_the_whole_groups_commands_by_question(capsys, narrow):
     assert code == 0
     assert all(question in stdout for question in cli.QUESTIONS)
     assert "--install-completion" in stdout
+    assert "<" not in stdout  # no name of a Python type
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -91,6 +94,7 @@ def test_every_help_is_grouped_has_its_examples_whole_and_fits_80_columns(capsys
     lines = stdout.splitlines()
     assert max(map(len, lines)) <= 80
     assert "…" not in stdout
+    assert not re.search(r"<(str|bool|path|list)", stdout)
     for example in COMMANDS[command].EXAMPLES:
         assert f" {example}" in map(str.rstrip, lines)
     groups = re.findall(r"─ ([A-Z][\w ]+) ─", stdout)
@@ -138,6 +142,10 @@ def test_names_of_models_complete_and_so_do_folders_and_gguf_files(tmp_path, mon
     assert options.complete_model("runs/") == ["runs/mine/"]
 
 
+def test_every_command_that_runs_a_model_says_what_needs_less_memory():
+    assert set(failures._NEEDS_LESS_MEMORY) == set(COMMANDS) - {"report"}
+
+
 # Tables
 
 
@@ -175,6 +183,30 @@ def test_a_table_wider_than_80_columns_is_cut_into_several_and_loses_no_digit(mo
     assert all(f"{value:.6g}" in words for value in wide.drop(columns="layer").to_numpy().ravel())
     assert words.count("layer") >= 2
     assert not any("…" in word for word in words)
+
+
+def test_long_text_is_written_in_several_lines_beside_its_numbers(monkeypatch, narrow):
+    claims = pd.DataFrame({"prediction": [1], "claim": ["every word of a long claim stands here " * 3], "n": [3]})
+    printed = on_a_terminal(monkeypatch, output.Table("t", "Claims", claims))
+    lines = re.sub(r"\x1b\[[\d;]*m", "", printed).splitlines()
+    assert max(map(len, lines)) <= 80
+    (header,) = [line for line in lines if "prediction" in line]
+    assert header.split() == ["prediction", "claim", "n"]
+
+
+def test_tables_of_an_experiment_have_their_index_as_columns():
+    cells = pd.MultiIndex.from_product([["kl"], ["q", "k"]], names=["metric", "side"])
+    of_two = pd.DataFrame(
+        [[0.12345678, np.nan]], pd.MultiIndex.from_tuples([(2, "base")], names=["seed", "arm"]), cells
+    )
+    plain = pd.DataFrame({"value": [2.0]})
+    text = reproduce.as_text("name", Section(pd.DataFrame({"claim": ["c"]}), {"two": of_two, "plain": plain}, "Why?"))
+    assert text == (
+        "\nname: Why?\n\n"
+        "two\nseed  arm     kl q  kl k\n   2  base  0.1235  -\n\n"
+        "plain\nvalue\n    2\n\n"
+        "predictions, see PREDICTIONS of experiments/name.py\nclaim\nc"
+    )
 
 
 def test_what_a_stream_cannot_write_is_written_otherwise(monkeypatch):

@@ -10,21 +10,26 @@ import typer
 from typer.exceptions import TyperException
 
 from rope_probe.cli import distill, drift, failures, heads, report, retrieval, spans, trace
-from rope_probe.cli.options import Command, as_epilog
+from rope_probe.cli.options import Command, Group, as_epilog
 from rope_probe.cli.output import print_overview, tell
 from rope_probe.errors import InputError, Stopped, is_out_of_memory
 from rope_probe.names import INTERRUPTED, STOPPED
 
 QUESTIONS = {
-    "How does position travel through my model?": {"trace": trace, "heads": heads},
-    "What does it still find far away?": {"retrieval": retrieval},
-    "What changed between my two checkpoints?": {"spans": spans, "drift": drift},
-    "How do I train one for longer windows?": {"distill": distill},
-    "How do I look at it?": {"report": report},
+    "What does a shift of position do in my model?": {"trace": trace},
+    "Which query parameters changed between my checkpoints, and which matter?": {"spans": spans},
+    "How do I distil a checkpoint for longer windows?": {"distill": distill},
+    "Also: where heads look, what is found far away, drift, figures": {
+        "heads": heads,
+        "retrieval": retrieval,
+        "drift": drift,
+        "report": report,
+    },
 }
 """What rope-probe answers, and the commands that do."""
 
 app = typer.Typer(
+    cls=Group,
     invoke_without_command=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,

@@ -8,6 +8,7 @@ from rope_probe.cli.output import tell
 BAD_INPUT = 2
 _NEEDS_LESS_MEMORY = {
     "trace": "a shorter --window, --no-control or --dtype bfloat16 needs less",
+    "heads": "a shorter --window, fewer layers (--layer) or --dtype bfloat16 needs less",
     "spans": "a shorter --window, or no --states, needs less",
     "retrieval": "a shorter --window or --dtype bfloat16 needs less",
     "drift": "a shorter --window, fewer layers (--layer) or --dtype bfloat16 needs less",

@@ -1,12 +1,12 @@
 """Options that commands share: their types, their groups in --help, and what completes them in a shell."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand, TyperOption
+from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
 
 from rope_probe.names import KERNELS, KEY_VALUE, LONGEST_WINDOW, PRETRAINED, SWEEPS, TEXT_TASKS
 
@@ -43,19 +43,35 @@ class Command(TyperCommand):
     What stands for an option's value is one word, and --help itself is in the last group, not in one of its own.
     """
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        for param in self.params:
-            if isinstance(param, TyperOption) and param.metavar is None:
-                param.metavar = "" if param.is_flag else _word_of(str(param.type_descriptor.annotation))
+    def get_params(self, ctx: Any) -> Any:
+        """All of them, shortly named."""
+        return _shortly_named(super().get_params(ctx))
 
     def get_help_option(self, ctx: Any) -> Any:
         """The option, put into its group."""
         option = super().get_help_option(ctx)
         if option is not None:
             option.rich_help_panel = MACHINE
-            option.metavar = ""
         return option
+
+
+class Group(TyperGroup):
+    """All commands; flags among its own options say nothing of types."""
+
+    def get_params(self, ctx: Any) -> Any:
+        """All of them, shortly named."""
+        return _shortly_named(super().get_params(ctx))
+
+
+def _shortly_named(params: Iterable[Any]) -> list[Any]:
+    """The parameters, without the names that Python has for their types."""
+    named = list(params)
+    for param in named:
+        if isinstance(param, TyperArgument):
+            param.display_type_rich = lambda ctx: None  # type: ignore[method-assign]  # its own name is enough
+        elif isinstance(param, TyperOption) and param.metavar is None:
+            param.metavar = "" if param.is_flag else _word_of(str(param.type_descriptor.annotation))
+    return named
 
 
 def _word_of(annotation: str) -> str:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _LONGEST_LINE = 560
 _GAP = "  "
+_NARROWEST_TEXT = 40
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def show(path: Path, parts: Sequence[Part] = (), *, command: str, as_json: bool 
     if as_json:
         text = json.dumps({"command": command, made: str(path), **_as_values(parts)}, allow_nan=False)
     else:
-        text = "\n".join([*_texts(parts), str(path)])
+        text = "\n".join([*as_texts(parts), str(path)])
     encoding = sys.stdout.encoding or "utf-8"
     text = text.encode(encoding, "backslashreplace").decode(encoding)
     try:
@@ -98,7 +99,8 @@ def tell(what: str) -> None:
         print(line, file=sys.stderr)
 
 
-def _texts(parts: Sequence[Part]) -> Iterator[str]:
+def as_texts(parts: Sequence[Part]) -> Iterator[str]:
+    """Each part as it is printed."""
     from rich.console import Console
 
     console = Console()
@@ -154,6 +156,11 @@ class _Column:
         return max(map(len, [self.name, *self.cells]))
 
     @property
+    def least(self) -> int:
+        """Width that it needs: long text can be written in several lines."""
+        return self.width if self.is_number else min(self.width, _NARROWEST_TEXT)
+
+    @property
     def aligned(self) -> list[str]:
         """The name and the cells, of one width."""
         pad = str.rjust if self.is_number else str.ljust
@@ -191,7 +198,7 @@ def _fitting(columns: list[_Column], keys: int, width: int) -> Iterator[list[_Co
     taken: list[_Column] = []
     for column in rest:
         group = [*first, *taken, column]
-        needed = sum(one.width for one in group) + 3 * len(group)
+        needed = sum(one.least for one in group) + 3 * len(group)
         if taken and needed > width:
             yield [*first, *taken]
             taken = []

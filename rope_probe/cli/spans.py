@@ -103,7 +103,8 @@ def command(
 ) -> None:
     """Compare the weights of two checkpoints by layer, head and rotary pair, and their queries and keys if asked.
 
-    Weights are read tensor by tensor from safetensors files, so models of any size fit.
+    Weights are read tensor by tensor from safetensors files, so models of any size fit. Which of the changes matter is
+    measured from Python, by rope_probe.span_effects.
     """
     config = recorded(locals())
     from rope_probe.models.hooked import load_model
