@@ -2,6 +2,8 @@
 
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -40,6 +42,16 @@ def test_every_public_name_is_documented():
     entries = re.findall(r"^\.\. auto\w+:: rope_probe\.(.+)$", (documents.ROOT / "docs" / "api.rst").read_text(), re.M)
     assert set(rope_probe.__all__) <= set(entries)
     assert "gallery.figures" in entries  # with `:members:`, so all that it exports
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    pytest.importorskip("sphinx", reason="the site is built where make docs has set it up")
+    options = ("--fail-on-warning", "--keep-going", "--quiet", "--doctree-dir", str(tmp_path / "doctrees"))
+    folders = (str(documents.ROOT / "docs"), str(tmp_path / "site"))
+    done = subprocess.run(
+        [sys.executable, "-m", "sphinx", *options, *folders], stderr=subprocess.PIPE, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_most_blocks_run():
