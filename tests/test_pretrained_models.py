@@ -133,15 +133,17 @@ def test_shifts_of_queries_are_those_of_a_patch_by_hand(name, double, window, la
     depth = double.config.num_hidden_layers
     chosen = range(depth) if layers == "all" else [layers]
     shift = PositionShift("q", DELTA, layers=None if layers == "all" else layers)
-    sites = ["blocks.4.hook_resid_post", f"blocks.{depth - 1}.hook_resid_post", "logits"]
+    below_last = range(depth - 1)  # transformers gives the last state after the final norm
+    sites = [*(f"blocks.{layer}.hook_resid_post" for layer in below_last), "logits"]
     frame = trace(double, window, shift, sites=sites, by="window").set_index(["site", "metric"])["value"]
     with plain_float64(double) as plain:
         clean = plain(window.tokens, output_hidden_states=True, use_cache=False)
         with queries_turned(plain, MODELING[name], chosen):
             moved = plain(window.tokens, output_hidden_states=True, use_cache=False)
-    difference = (moved.hidden_states[5] - clean.hidden_states[5])[0].norm(dim=-1).mean()
-    assert difference > 0.1
-    assert frame["blocks.4.hook_resid_post", "l2"] == pytest.approx(difference.item(), rel=1e-9)
+    for layer in below_last:
+        difference = (moved.hidden_states[layer + 1] - clean.hidden_states[layer + 1])[0].norm(dim=-1).mean()
+        assert (difference > 0.1) == (layer >= min(chosen)), layer
+        assert frame[f"blocks.{layer}.hook_resid_post", "l2"] == pytest.approx(difference.item(), rel=1e-9), layer
     log_p, log_q = clean.logits[0].log_softmax(-1), moved.logits[0].log_softmax(-1)
     kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
     assert frame["logits", "kl_nats"] == pytest.approx(kl.item(), rel=1e-8)
