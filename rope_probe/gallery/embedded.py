@@ -46,7 +46,7 @@ def embedded(figure: go.Figure) -> Embedded:
     """A figure as it is embedded, with a layout for each width. The figure itself stays as it is."""
     meta = figure.layout.meta if isinstance(figure.layout.meta, dict) else {}
     title = meta.get("title") or (figure.layout.title.text if figure.layout.title else "") or ""
-    wide, narrow = (_laid_out(figure, width) for width in (WIDE, NARROW))
+    wide, narrow = (laid_out(figure, width) for width in (WIDE, NARROW))
     text = as_json({
         "data": [_compact(trace) for trace in wide["data"]],
         "wide": {"layout": _compact(wide["layout"]), "names": _names(wide)},
@@ -62,7 +62,7 @@ def embedded(figure: go.Figure) -> Embedded:
     )
 
 
-def _laid_out(figure: go.Figure, width: int) -> dict[str, Any]:
+def laid_out(figure: go.Figure, width: int) -> dict[str, Any]:
     """The figure in plotly's JSON, for so many pixels and more, without what the page says or decides."""
     spec = json.loads(fitted(figure, width, words=False).to_json(validate=False))
     layout = spec["layout"]

@@ -103,7 +103,7 @@ def _tasks(layers, heads, pairs):
 def _skills(layers, heads, pairs):
     rows = crossed(model=TRAINED, seed=[0, 1], metric=["short_accuracy", "long_accuracy"])
     rows["seq_len"] = rows["metric"].map({"short_accuracy": 64, "long_accuracy": 1024})
-    return [valued(rows, 0.1, 1).assign(query_scale=1.0, low=0.1, high=0.9)]
+    return [valued(rows, 0.1, 1).assign(query_scale=1.0, trials=256, low=0.1, high=0.9)]
 
 
 def _grid(layers, heads, pairs):

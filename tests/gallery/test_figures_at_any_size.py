@@ -5,6 +5,7 @@ from functools import cache
 
 import pytest
 
+from rope_probe.gallery import embedded
 from rope_probe.gallery import figures as plots
 from rope_probe.gallery.figures.layout import NARROW, fitted, roomy, text_width, wrapped
 from rope_probe.gallery.figures.letters import letters_of
@@ -76,6 +77,17 @@ def test_nothing_covers_anything_in_a_browser(size, tmp_path):
         assert {"title", "caption", "plot", "tick"} <= kinds, name
         assert {part["kind"] for part in one["parts"]} & {"legend", "colour bar"} or "theta" in name, name
         assert "scrollbar" not in kinds, name
+    assert {name: faults for name, one in found.items() if (faults := browser.collisions(one))} == {}
+
+
+@pytest.mark.skipif(browser.CHROMIUM is None, reason="needs the browser chromium")
+@pytest.mark.parametrize("size", [SMOLLM, LARGE], ids=str)
+def test_nothing_covers_anything_in_the_layouts_of_a_gallery(size, tmp_path):
+    found = {}
+    for width, shown_at in ((embedded.NARROW, 350), (embedded.WIDE, embedded.WIDE)):
+        figures = {one.name: embedded.laid_out(drawn(one.name, size), width) for one in FIRST_DRAWINGS}
+        found |= browser.parts_of(figures, (shown_at,), tmp_path)
+    assert len(found) == 2 * len(FIRST_DRAWINGS)
     assert {name: faults for name, one in found.items() if (faults := browser.collisions(one))} == {}
 
 

@@ -6,7 +6,7 @@ import plotly.graph_objects as go
 
 from rope_probe import rope
 from rope_probe.errors import InputError
-from rope_probe.gallery.figures.layout import headroom_for, mark_at, panels
+from rope_probe.gallery.figures.layout import ROOM, headroom_for, mark_at, panels, roomy
 from rope_probe.gallery.figures.style import PLAIN, SCALE, bar_of, drawing, in_short, listed, styled
 
 FAR, GATE = 8, 0.95
@@ -125,9 +125,12 @@ def _panel(
     figure.add_trace(trace, **at)
     axes = ((figure.update_xaxes, table.columns, cells["seq_len"].max()), (figure.update_yaxes, table.index, documents))
     for update, thetas, window in axes:
-        ticks = [_tick(theta, head_dim, window) for theta in thetas]
-        place = {"tickvals": list(range(len(thetas))), "range": [-0.5, len(thetas) - 0.5]}
-        update(**place, ticktext=ticks, tickangle=0, **PLAIN, **at)
+        texts = [_tick(theta, head_dim, window) for theta in thetas]
+        ticks = list(range(len(thetas)))
+        if update == figure.update_xaxes:
+            ticks = roomy(ticks, texts, ticks, ROOM * (1 - 1 / len(thetas)))
+        place = {"tickvals": ticks, "ticktext": [texts[tick] for tick in ticks], "range": [-0.5, len(thetas) - 0.5]}
+        update(**place, tickangle=0, **PLAIN, **at)
     for y, short in enumerate(table.index):
         for x in np.flatnonzero(table.columns == short):
             corners = {"x0": x - 0.5, "x1": x + 0.5, "y0": y - 0.5, "y1": y + 0.5}

@@ -17,8 +17,8 @@ from rope_probe.gallery.figures.letters import letters_of
 
 NARROW = 390
 """Pixels of the narrowest page that a figure holds on: a telephone."""
-ROOM = 280
-"""Pixels across that a panel has for its ticks there, alone in its row."""
+ROOM = 230
+"""Pixels across that a panel has for its ticks, alone in its row, on the page of a gallery on a telephone."""
 TITLE, PANEL, TEXT = 16, 13, 12
 """Font sizes in pixels."""
 _LINE = 1.3

@@ -159,7 +159,7 @@ def sensitivity_by_pair(frame: pd.DataFrame, label: str = "") -> go.Figure:
     title = "wavelength in tokens, and pair" if ticks else "wavelength of the pair, tokens"
     if not ticks:
         ticks = {"dtick": 1, "tickformat": "~s"} if is_wide else {"tickformat": "~g"}
-    figure.update_xaxes(title=title, **ticks)
+    figure.update_xaxes(title=title, tickangle=0, **ticks)
     values = pd.concat([rows["value"], distance[distance > 0]])
     span = log_range(values, _MOST_DECADES_OF_AXIS)
     figure.update_yaxes(type="log", title="KL(clean || perturbed), nats", exponentformat="power", dtick=1, range=span)
