@@ -19,8 +19,8 @@ position, each without a temperature, with log n beyond 8,192 tokens, and with Y
 
 Teacher and text come from the hub: `--teacher` and `--dataset` say which, `--window 32768` needs a teacher of that
 length. Flash attention, where it is installed, is `--attn flash_attention_2`. It has not been run on a GPU: the test
-runs every arm for two steps of a tiny model. `make reproduce` trains none of it. It reports the arms that it finds under
-`runs/beyond_train`, if they are complete, of this size, and made by these sources.
+runs every arm for two steps of a tiny model. `make reproduce` trains none of it. It reports the arms that it finds
+under `runs/beyond_train`, if they are complete, of this size, and made by these sources.
 """
 
 import dataclasses
@@ -60,28 +60,29 @@ from rope_probe.runs.tables import Tables
 from rope_probe.runs.verdicts import Section, decided, verdict, verdicts
 
 QUESTION = (
-    "Beyond a pretrained window, what does training on short packed documents add: by a teacher's distribution, by hard "
-    "labels, by the text, over temperature alone?"
+    "Beyond a pretrained window, what does training on short packed documents add over temperature alone: by a "
+    "teacher's distribution, by hard labels, by the text?"
 )
 PREDICTIONS = {
     1: "Temperature alone saves no text: with nothing trained, log n beyond 8,192 tokens and YaRN's temperature each "
     "change natural text at 12,288 to 16,384 by less than .1 nats a token.",
-    2: "A teacher's distribution across documents teaches retrieval far away: in windows of 16,384, answers to passkeys "
-    "are .3 nats a token or more likelier by kd-packed than with nothing trained.",
-    3: "That is not temperature: without one they are .2 nats a token or more likelier by kd-packed than with nothing "
-    "trained and log n, or YaRN's temperature.",
-    4: "It needs attention across documents: the same answers are .2 nats a token or more likelier by kd-packed than by "
+    2: "A teacher's distribution across documents teaches retrieval far away: in windows of 16,384, answers to "
+    "passkeys are .3 nats a token or more likelier by kd-packed than with nothing trained.",
+    3: "That is not temperature: by kd-packed, without one, these answers are .2 nats a token or more likelier than "
+    "with nothing trained and log n, or YaRN's temperature.",
+    4: "It needs attention across documents: the answers are .2 nats a token or more likelier by kd-packed than by "
     "kd-masked.",
-    5: "Inside documents nothing is learnt of it: kd-masked, hard-masked and ce-masked each change these answers by less "
-    "than .2 nats a token.",
+    5: "Inside documents nothing of it is learnt: kd-masked, hard-masked and ce-masked each change the answers by less "
+    "than .2 nats a token against nothing trained.",
     6: "Text alone teaches less: the answers are .2 nats a token or more likelier by kd-packed than by ce-packed.",
-    7: "Hard labels teach less than the distribution: the answers are .1 nats a token or more likelier by kd-packed than "
-    "by hard-packed.",
+    7: "Hard labels teach less than the distribution: the answers are .1 nats a token or more likelier by kd-packed "
+    "than by hard-packed.",
     8: "Hard labels teach more than the text: the answers are .1 nats a token or more likelier by hard-packed than by "
     "ce-packed.",
-    9: "Text is not what changes: at 12,288 to 16,384 no trained arm saves .1 nats a token over nothing trained.",
-    10: "Inside the window little is lost: at 0 to 2,048 no trained arm costs natural text .05 nats a token more than "
+    9: "Natural text far away gains little: at 12,288 to 16,384 every trained arm saves less than .1 nats a token over "
     "nothing trained.",
+    10: "Inside the window little is lost: at 0 to 2,048 every trained arm costs natural text less than .05 nats a "
+    "token more than nothing trained.",
     11: "Likelier is not found: in windows of 16,384 every trained arm finds less than half of the passkeys.",
 }
 """Written before the first run at full size: SmolLM2-135M, YaRN's frequencies by 2, three texts. What untrained
@@ -285,19 +286,19 @@ def config_of(
 
 def full_size_config(arm: str, ways: dict[str, Any]) -> dict[str, Any]:
     """The configuration that predictions speak of; `ways` are device, dtype and attention, which are free."""
-    shape = {"window": WINDOW, "tokens": TOKENS, "batch_tokens": BATCH_TOKENS, "lr": LR}
+    shape: dict[str, Any] = {"window": WINDOW, "tokens": TOKENS, "batch_tokens": BATCH_TOKENS, "lr": LR}
     data, rope = data_of(DATASET, SUBSET, MODEL), ROTATIONS[ROTATION]
-    training = training_config(arm, MODEL, TEACHER, data=data, rope=rope, seed=0, ways=ways, **shape)  # type: ignore[arg-type]
+    training = training_config(arm, MODEL, TEACHER, data=data, rope=rope, seed=0, ways=ways, **shape)
     return config_of(arm, training)
 
 
 def stages(options: Options) -> dict[str, Stage]:
     """The arms that are there at full size, made by these sources: the main job reports them, and trains none."""
-    planned = {}
+    planned, sources = {}, source_hash(Path(__file__))
     for arm in ARMS:
         run = options.out / "beyond_train" / arm
         config = partial(full_size_config, arm, _ways_of(run))
-        if is_complete(run, config(), sources=source_hash(Path(__file__))):
+        if is_complete(run, config(), sources=sources):
             planned[f"beyond_train/{arm}"] = Stage(("beyond_train", arm, str(run)), run, config)
     return planned
 

@@ -1,6 +1,7 @@
 """What is measured beyond a pretrained window, against whole passes and planted rows; and every arm of its training."""
 
 import json
+import sys
 
 import numpy as np
 import pandas as pd
@@ -10,7 +11,8 @@ from transformers import ByT5Tokenizer, LlamaConfig
 
 from experiments import beyond, beyond_train
 from experiments import beyond_verdicts as said
-from experiments.stages import Options
+from experiments.reproduce import report_all, runs_of
+from experiments.stages import Options, discover
 from rope_probe import AttentionTemperature, InputError, head_scores, load_model
 from rope_probe.gallery import figures as plots
 from rope_probe.models import checkpoints
@@ -19,7 +21,7 @@ from rope_probe.retrieval.heads import _copied, needle_of
 from rope_probe.retrieval.reading import Reading
 from rope_probe.retrieval.tasks import Trial
 from rope_probe.runs.intervals import share_interval
-from rope_probe.runs.results import read_run
+from rope_probe.runs.results import new_run, read_run
 from rope_probe.windows.embedded_text import documents
 from rope_probe.windows.packing import pack
 from tests import zoo
@@ -134,7 +136,21 @@ def test_quick_stages_are_two_short_readings_and_full_ones_have_names_of_their_o
 # Verdicts, on planted rows --------------------------------------------------------------------------------------------
 
 
-def planted(losses, hits=()):
+def test_the_full_plan_makes_the_readings_of_the_page_and_every_rotation_by_every_temperature(tmp_path, monkeypatch):
+    monkeypatch.setattr(beyond, "is_available", lambda name: True)
+    full = beyond.stages(Options(tmp_path, full=True))
+    shown = ("own-none_and_log_n", "yarn_2-none", "theta_500000-none")
+    assert {f"beyond/{name}-passkey-0-16384" for name in shown} <= set(full)
+    read = {(arm.rotation, temperature, arm.kind, arm.seed) for arm in beyond.FULL if arm.longest == 16_384
+            for temperature in arm.sharpened.split("_and_")}  # fmt: skip
+    for rotation in ("own", "theta_200000", "theta_500000", "linear_2", "linear_4", "yarn_2", "yarn_4"):
+        for kind in ("passkey", "niah_multikey_2"):
+            assert {(rotation, temperature, kind, 0) for temperature in ("none", "log_n", "yarn")} <= read
+    for rotation in ("own", "yarn_2"):
+        assert {(rotation, "none", kind, seed) for kind in ("passkey", "niah_multikey_2") for seed in (1, 2)} <= read
+
+
+def planted(losses, hits=(), model=said.MODEL):
     """Rows: losses by (rotation, temperature, position), hits by (rotation, window, distance), with a little noise."""
     rng = np.random.default_rng(0)
     of_text = rng.normal(0, 0.05, 64)  # what a text costs, whoever reads it
@@ -149,7 +165,7 @@ def planted(losses, hits=()):
         for unit, value in enumerate(found):
             place = {"rotation": rotation, "temperature": "none", "task": "passkey", "seed": 0, "seq_len": window}
             rows.append({**place, "distance": distance, "unit": unit, "metric": "hit", "value": value})
-    return said.BEYOND.frame(rows)
+    return said.BEYOND.frame(rows).assign(model=model)
 
 
 INSIDE, BEYOND = (4096, 8192), (8192, 12_288)
@@ -210,6 +226,21 @@ def test_what_two_readings_measured_alike_counts_once():
     assert "n=2" in tables["answers found, by window"].iloc[0, 0]
 
 
+def test_two_models_are_two_arms_though_they_rotate_alike():
+    losses, hits = {("yarn_2", "none"): {INSIDE: 2.0}}, [("yarn_2", 4096, 1000, [1, 0])]
+    one, other = planted(losses, hits, "kd-packed"), planted({("yarn_2", "none"): {INSIDE: 3.0}}, hits, "ce-packed")
+    rows = pd.concat([one, other], ignore_index=True)
+    assert len(said.once(rows)) == len(rows)
+    apart = said.losses(rows, ("ce-packed", "yarn_2", "none"), INSIDE).mean()
+    apart -= said.losses(rows, ("kd-packed", "yarn_2", "none"), INSIDE).mean()
+    assert apart == pytest.approx(1, abs=0.05)
+    tables = said.tables_of(rows, ("kd-packed", "yarn_2", "none"))
+    assert tables["answers found, by window"].index.get_level_values("model").tolist() == ["kd-packed", "ce-packed"]
+    (gain,) = (row for row in said.gains(rows, ("kd-packed", "yarn_2", "none")) if "nats of text" in row["claim"])
+    assert gain["claim"].startswith("ce-packed, yarn_2, temperature none")
+    assert gain["measured"] == pytest.approx(-1, abs=0.05)
+
+
 def test_the_map_says_how_many_were_found_at_each_window_and_distance():
     hits = [("own", 4096, 1000, [1, 1, 0, 1]), ("own", 12_288, 1000, [0, 0]), ("own", 12_288, 9000, [1, 0, 0])]
     frame = planted({}, hits).assign(model="tiny")
@@ -234,7 +265,103 @@ def test_the_loss_of_one_text_is_a_line_by_rotation_and_temperature():
     assert [line.name for line in figure.data] == ["own", "yarn_2, temperature yarn"]
 
 
+def test_figures_part_models_that_rotate_alike_and_name_them_where_there_are_several():
+    of_kd, of_ce = {("yarn_2", "none"): {INSIDE: 2.0}}, {("yarn_2", "none"): {INSIDE: 3.0}}
+    one = planted(of_kd, [("yarn_2", 4096, 1000, [1, 1])], "kd-packed")
+    other = planted(of_ce, [("yarn_2", 4096, 1000, [0, 1])], "ce-packed")
+    both = pd.concat([one, other], ignore_index=True)
+    lines = {line.name: np.mean(line.y) for line in plots.loss_by_position(both).data}
+    assert lines == pytest.approx({"kd-packed, yarn_2": 2.0, "ce-packed, yarn_2": 3.0}, abs=0.05)
+    panels = plots.window_by_distance(both)
+    assert [panel.text[0][0] for panel in panels.data] == ["2/2", "1/2"]
+    titles = {note.text.replace("<br>", " ") for note in panels.layout.annotations}
+    assert {"kd-packed, yarn_2", "ce-packed, yarn_2"} <= titles
+    assert [line.name for line in plots.loss_by_position(one).data] == ["yarn_2"]
+    assert "yarn_2" in [note.text for note in plots.window_by_distance(one).layout.annotations]
+
+
 # Training -------------------------------------------------------------------------------------------------------------
+
+
+def trained(far, answers, near=None, found=()):
+    """Rows of arms: loss at 12,288 to 16,384, and at 0 to 2,048, and answers in 16,384 tokens, nats a token.
+
+    `far` and `answers` are by (arm, temperature), `near` by arm; of an arm in `found` all passkeys are found.
+    """
+    rng = np.random.default_rng(0)
+    parts = []
+    for (arm, temperature), loss in far.items():
+        spans = {(12_288, 16_384): loss, **({(0, 2048): near[arm]} if near and temperature == "none" else {})}
+        parts.append(planted({("yarn_2", temperature): spans}, model=arm))
+    for (arm, temperature), mean in answers.items():
+        place = {"rotation": "yarn_2", "temperature": temperature, "task": "passkey", "seq_len": 16_384}
+        rows = []
+        for seed in range(3):
+            for unit in range(8):
+                at = {**place, "seed": seed, "unit": unit, "distance": 1000 * unit}
+                rows.append({**at, "metric": "answer_logprob_nats", "value": mean + rng.normal(0, 0.03)})
+                rows.append({**at, "metric": "hit", "value": float(arm in found)})
+        parts.append(said.BEYOND.frame(rows).assign(model=arm))
+    return pd.concat(parts, ignore_index=True)
+
+
+TRAINS = [arm for arm in beyond_train.ARMS if arm != "temperature"]
+AS_PREDICTED = {"kd-packed": -1.0, "hard-packed": -1.3, "ce-packed": -1.5, "temperature": -1.6}
+
+
+def verdicts_of_training(**changes):
+    """What becomes of each prediction where all come out as predicted, but for these arms."""
+    temperatures = {("temperature", sharp): 0.0 for sharp in ("none", "log_n", "yarn")}
+    arms = {**dict.fromkeys([(arm, "none") for arm in TRAINS], 0.0), **temperatures}
+    far = {arm: 2.5 + changes.get("far", {}).get(arm, 0) for arm in arms}
+    answers = {arm: AS_PREDICTED.get(arm[0], -1.6) + changes.get("answers", {}).get(arm, 0) for arm in arms}
+    near = {arm: 2.7 + changes.get("near", {}).get(arm, 0) for arm in beyond_train.ARMS}
+    frame = beyond_train.judged(trained(far, answers, near, changes.get("found", ())))
+    frame = frame[frame["prediction"].notna()]
+    return {number: part["held"].tolist() for number, part in frame.groupby("prediction")}
+
+
+def test_predictions_of_training_follow_the_intervals():
+    held = verdicts_of_training()
+    assert {number: len(rows) for number, rows in held.items()} == {
+        1: 2, 2: 1, 3: 2, 4: 1, 5: 3, 6: 1, 7: 1, 8: 1, 9: 6, 10: 6, 11: 6
+    }  # fmt: skip
+    assert set(held) == set(beyond_train.PREDICTIONS)
+    assert {verdict for rows in held.values() for verdict in rows} == {"held"}
+    kd, ce, hard = (("kd-packed", "none"), ("ce-packed", "none"), ("hard-packed", "none"))
+    weak = verdicts_of_training(answers={kd: -0.7})
+    assert [weak[number] for number in (2, 4, 6, 7)] == [["not held"]] * 4
+    assert weak[3] == ["not held"] * 2
+    assert verdicts_of_training(answers={("temperature", "yarn"): 0.6})[3] == ["held", "not held"]
+    assert verdicts_of_training(answers={("hard-masked", "none"): 0.5})[5] == ["held", "not held", "held"]
+    assert verdicts_of_training(answers={ce: 0.5})[8] == ["not held"]
+    assert verdicts_of_training(answers={hard: 0.2})[7] == ["undecided"]
+    assert verdicts_of_training(far={("temperature", "log_n"): 0.5})[1] == ["not held", "held"]
+    assert verdicts_of_training(far={kd: -0.5})[9] == ["not held", *["held"] * 5]
+    assert verdicts_of_training(near={"kd-packed": 0.5})[10] == ["not held", *["held"] * 5]
+    assert verdicts_of_training(found=("kd-packed",))[11] == ["not held", *["held"] * 5]
+
+
+def test_arms_that_were_trained_at_full_size_are_reported_and_none_is_planned_else(tmp_path, monkeypatch):
+    assert beyond_train in discover()
+    assert beyond_train.stages(Options(tmp_path, full=True)) == {}
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", beyond_train.__file__, raising=False)
+    rows = trained({(arm, "none"): 2.5 for arm in beyond_train.ARMS}, {})
+    ways = {"device": "cuda", "dtype": "bfloat16", "attn": "sdpa"}
+    for arm in ("kd-packed", "temperature", "ce-packed"):
+        config = beyond_train.full_size_config(arm, ways)
+        if arm == "ce-packed":
+            config["training"]["phases"][0]["steps"] = 2  # a trial
+        with new_run(tmp_path / "beyond_train" / arm, "beyond_train", config) as run:
+            run.record(said.BEYOND, rows[rows["model"] == arm].drop(columns=["run_id", "experiment"]))
+    stages = beyond_train.stages(Options(tmp_path))
+    assert list(stages) == ["beyond_train/kd-packed", "beyond_train/temperature"]
+    section = report_all([beyond_train], runs_of(stages, {}))["beyond_train"]
+    assert section.predictions == beyond_train.PREDICTIONS
+    assert section.verdicts["prediction"].dropna().tolist() == [9]
+    assert set(section.figures) <= set(section.predictions)
+    table = section.tables["loss of natural text, nats a token, by position"]
+    assert set(table.index.get_level_values("model")) == {"kd-packed", "temperature"}
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """A model beyond its window: loss of text by position, and retrieval by window x distance."""
 
 from bisect import bisect_right
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -46,7 +47,7 @@ def window_by_distance(frame: pd.DataFrame, label: str = "") -> go.Figure:
     names = [_between(edges, i) for i in range(len(edges))]
     columns = min(_COLUMNS, len(arms))
     of_several = _has_several_models(rows)
-    titles = [_name(*arm, of_several) for arm, _ in arms]
+    titles = [_name(arm, of_several) for arm, _ in arms]
     height = max(_LOWEST_PANEL, _PIXELS_OF_WINDOW * len(windows))
     figure = panels(titles, height, columns)
     for panel, (_, part) in enumerate(arms):
@@ -117,7 +118,7 @@ def loss_by_position(frame: pd.DataFrame, label: str = "") -> go.Figure:
             go.Scatter(
                 x=mean.index.to_numpy(),
                 y=mean,
-                name=_name(*arm, of_several),
+                name=_name(arm, of_several),
                 mode="lines+markers",
                 line={"color": colour, "dash": dash, "width": 2},
                 marker={"symbol": symbol, "size": 6},
@@ -135,8 +136,9 @@ def _has_several_models(rows: pd.DataFrame) -> bool:
     return rows["model"].nunique(dropna=False) > 1
 
 
-def _name(model: str, rotation: str, sharp: str, of_several: bool) -> str:
-    """What an arm is called; its model is named only where there are several."""
+def _name(arm: Any, of_several: bool) -> str:
+    """What an arm is called, by its values of `_ARM`; its model is named only where there are several."""
+    model, rotation, sharp = arm
     parts = [] if not of_several else ["unnamed" if pd.isna(model) else model]
     parts += [rotation] if sharp == "none" else [rotation, f"temperature {sharp}"]
     return ", ".join(parts)
