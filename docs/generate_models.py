@@ -25,7 +25,7 @@ not be built small.
 
 **Exact** means, on a tiny random model in float64:
 
-- logits are transformers' own to 1e-9, by `sdpa` and by `eager`, in windows longer than its sliding window;
+- logits are transformers' own to 1e-9, by `sdpa` and by `eager`, in windows longer than its sliding window or chunk;
 - `resid_pre + attn_out + mlp_out = resid_post` in every layer, multipliers included, to 1e-10;
 - logits after a shift of all queries are those that transformers' own rotary code gives for queries further on, to
   1e-9;
@@ -37,7 +37,8 @@ A model is recognised by measuring a small random model of its type and config w
 switches than those here may be refused. Types marked *by hand* have an entry in `rope_probe.models.architectures`,
 which `spans` needs: it compares weights by head and pair, and refuses the types that are only measured. Within limits:
 
-- Llama 4 attends in chunks: windows that one chunk holds are read, longer ones are refused.
+- Llama 4 attends in chunks. They are counted from the start of a document where documents are masked from each other,
+  else from that of the window. The temperature of its layers without RoPE counts from the window's start either way.
 - The temperature that some models put on queries far into a window is left as it is by a shift.
 - MiniMax M3 is exact without its layers of sparse attention, and refused with them.
 - Experts of Granite's hybrid type add a third term to the stream, and are refused; without experts it is exact.

@@ -4,8 +4,7 @@ The study builds on MobileLLM-Pro (arXiv 2511.06719). Its teacher has layers wit
 so its logits know the place even where documents are masked from each other. Its student sees far in a few layers only.
 Here the teacher has a local layer with RoPE, which sees 256 tokens back, and a global one without, whose temperature
 rises with the position as Llama 4's does. The student has a local layer of 64 tokens and a global one, both with RoPE.
-Llama 4's own local layers attend in chunks; a chunk that is shorter than the window is not in the seam, so a sliding
-window stands for it.
+Llama 4's own local layers attend in chunks. A sliding window stands for them, or with --chunked they do here too.
 
     teacher, base    the two that the arms start from, trained as those of toy_checkpoints
     theta_swapped    the base at the larger theta, untrained
@@ -22,12 +21,12 @@ import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pandas as pd
 import torch
 import typer
-from transformers import SmolLM3Config
+from transformers import Llama4TextConfig, PreTrainedConfig
 
 from experiments import injection, phase_scaling, positional_channel, toy_checkpoints
 from experiments.injection import INJECTION, placed
@@ -62,7 +61,7 @@ PREDICTIONS = {
 """Written before the first run. Retrieval: accuracy at 512 tokens, 8 times the document length, window 1,024."""
 
 LOCAL = {"teacher": 256, "base": SHORT}
-"""Tokens that the local layer of each sees."""
+"""Tokens that the local layer of each sees, or that a chunk of it has."""
 ROLES = tuple(LOCAL)
 CONTENTS = injection.MEASURED_CONTENTS
 FAR = phase_scaling.FAR
@@ -84,14 +83,33 @@ ARMS = {
 }
 
 
-def architecture(role: str) -> SmolLM3Config:
-    """Two layers of the toy models' size: a local one with RoPE and a global one, which the teacher does not rotate."""
-    return positional_channel.architecture(
+def architecture(role: str, chunked: bool = False) -> PreTrainedConfig:
+    """Two layers of the toy models' size: a local one with RoPE and a global one, which the teacher does not rotate.
+
+    The local one has a sliding window. With `chunked` it attends in chunks of as many tokens: the model is then a Llama
+    4 without experts, and without its own temperature, since hooks set that of both kinds.
+    """
+    sliding = positional_channel.architecture(
         role,
         [True, role != "teacher"],
         layer_types=["sliding_attention", "full_attention"],
         use_sliding_window=True,
         sliding_window=LOCAL[role],
+    )
+    if not chunked:
+        return sliding
+    shared = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+              "max_position_embeddings", "tie_word_embeddings", "rope_parameters", "no_rope_layers", "bos_token_id",
+              "eos_token_id", "pad_token_id", "use_cache")  # fmt: skip
+    return Llama4TextConfig(
+        **{name: getattr(sliding, name) for name in shared},
+        head_dim=sliding.hidden_size // sliding.num_attention_heads,
+        intermediate_size_mlp=sliding.intermediate_size,
+        moe_layers=[],
+        use_qk_norm=False,
+        layer_types=["chunked_attention", "full_attention"],
+        attention_chunk_size=LOCAL[role],
+        attn_temperature_tuning=False,
     )
 
 
@@ -117,22 +135,25 @@ def run(
     seed: int,
     out: Path,
     checkpoints_in: CheckpointsIn = Path("runs"),
+    chunked: Annotated[bool, typer.Option("--chunked", help="a teacher's or base's local layer has chunks")] = False,
 ) -> None:
     """Train the teacher or the base, or extend the base by one arm, into the run directory `out`."""
     torch.set_num_threads(1)
     if what in ROLES:
-        _train(what, seed, out)
+        _train(what, seed, out, chunked)
+    elif what in ARMS and chunked:
+        raise InputError("--chunked goes with teacher and base; an arm has the local layers of its checkpoints")
     elif what in ARMS:
         _extend(what, seed, out, checkpoints_in)
     else:
         raise InputError(f"arm {what!r} is unknown; known are {', '.join((*ROLES, *ARMS))}")
 
 
-def _train(role: str, seed: int, out: Path) -> None:
+def _train(role: str, seed: int, out: Path, chunked: bool) -> None:
     missed = None
     purpose = f"predecessor_{role}"
-    with new_run(out, "predecessor", role_config(role, seed), overwrite=True) as made:
-        model = load_model(checkpoints.build(architecture(role), seed=derive(seed, purpose, "weights")))
+    with new_run(out, "predecessor", role_config(role, seed, chunked), overwrite=True) as made:
+        model = load_model(checkpoints.build(architecture(role, chunked), seed=derive(seed, purpose, "weights")))
         for name, hook in positional_channel.temperature_hooks(model):
             model.add_hook(name, hook)
         for phase in toy_checkpoints.PHASES[role]:
@@ -181,11 +202,11 @@ def needs(name: str) -> tuple[str, ...]:
     return ("base", "teacher") if name.startswith("kd") else ("base",)
 
 
-def role_config(role: str, seed: int) -> dict:
+def role_config(role: str, seed: int, chunked: bool = False) -> dict:
     """The whole configuration of the teacher or the base, as its manifest holds it."""
     phases = [dataclasses.asdict(phase) for phase in toy_checkpoints.PHASES[role]]
     temperature = positional_channel.TEMPERATURE
-    shape = architecture(role).to_diff_dict()
+    shape = architecture(role, chunked).to_diff_dict()
     return {"role": role, "seed": seed, "architecture": shape, "phases": phases, "temperature": temperature}
 
 

@@ -38,9 +38,10 @@ LENGTH = 30
 # A tiny config of every type ------------------------------------------------------------------------------------------
 
 _SIZES = {
-    **zoo.SIZES, "num_hidden_layers": 4, "head_dim": 8, "sliding_window": 8, "num_experts": 4, "num_local_experts": 4,
-    "n_routed_experts": 4, "moe_num_experts": 4, "num_experts_per_tok": 2, "moe_topk": 2, "moe_k": 2, "n_group": 1,
-    "topk_group": 1, "num_expert_group": 1, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
+    **zoo.SIZES, "num_hidden_layers": 4, "head_dim": 8, "sliding_window": 8, "attention_chunk_size": 8,
+    "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "moe_num_experts": 4, "num_experts_per_tok": 2,
+    "moe_topk": 2, "moe_k": 2, "n_group": 1, "topk_group": 1, "num_expert_group": 1, "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
     "n_shared_experts": 1, "num_shared_experts": 1, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
     "qk_nope_head_dim": 8, "v_head_dim": 8, "qk_head_dim": 16,
 }  # fmt: skip
@@ -87,7 +88,7 @@ _OWN: dict[str, dict[str, Any]] = {
 
 
 def tiny_config(model_type: str) -> Any:
-    """A small config of a model type; windows are short, and scales are not one."""
+    """A small config of a model type; windows and chunks are short, and scales are not one."""
     made = CONFIG_MAPPING[model_type]
     given = _entries(made())
     vision = getattr(made(), "vision_config", None)

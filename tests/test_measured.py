@@ -1,7 +1,5 @@
 """What measuring finds and refuses, and what the seam refuses rather than drops."""
 
-import copy
-
 import pytest
 import torch
 import transformers as hf
@@ -67,15 +65,6 @@ def test_an_argument_of_attention_that_the_seam_does_not_know_is_refused(monkeyp
     monkeypatch.setattr(attention, "forward", lambda *args, **told: forward(*args, **told, position_bias=1.0))
     with pytest.raises(InputError, match="llama model is given position_bias"):
         model(zoo.tokens())
-
-
-def test_windows_longer_than_a_chunk_are_refused():
-    config = copy.deepcopy(every_type.tiny_config("llama4_text"))
-    config.attention_chunk_size = 32
-    model = load_model(hf.AutoModelForCausalLM.from_config(config))
-    model(zoo.tokens(1, 32))
-    with pytest.raises(InputError, match=r"chunks of 32 positions.*33 do not fit"):
-        model(zoo.tokens(1, 33))
 
 
 def test_layers_without_attention_are_traced_and_not_masked(hybrid):

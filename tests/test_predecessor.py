@@ -9,15 +9,16 @@ import torch
 from experiments import injection, phase_scaling, predecessor, toy_checkpoints
 from experiments.stages import Options
 from experiments.toy_checkpoints import LONG, SHORT, SHORT_DOCUMENTS
-from rope_probe import load_model
+from rope_probe import InputError, load_model
 from rope_probe.distillation import Gate
 from rope_probe.models import checkpoints
 from rope_probe.runs.results import read_run
 
 
+@pytest.mark.parametrize("chunked", [False, True])
 @pytest.mark.parametrize("role", predecessor.ROLES)
-def test_the_local_layer_sees_so_far_and_the_teachers_global_one_does_not_rotate(role):
-    model = load_model(checkpoints.build(predecessor.architecture(role), seed=0))
+def test_the_local_layer_sees_so_far_and_the_teachers_global_one_does_not_rotate(role, chunked):
+    model = load_model(checkpoints.build(predecessor.architecture(role, chunked), seed=0))
     assert [rotary is None for rotary in model.rotary] == [False, role == "teacher"]
     tokens = SHORT_DOCUMENTS.batch(1, LONG, seed=0).tokens
     changed = tokens.clone()
@@ -26,8 +27,17 @@ def test_the_local_layer_sees_so_far_and_the_teachers_global_one_does_not_rotate
         states = [model.run_with_cache(window)[1]["blocks.0.hook_resid_post"][0] for window in (tokens, changed)]
         logits = [model(window)[0] for window in (tokens, changed)]
     reached = (states[0] != states[1]).any(-1).nonzero().squeeze(1)
-    assert (reached.min(), reached.max()) == (100, 100 + predecessor.LOCAL[role] - 1)
+    local = predecessor.LOCAL[role]
+    end = 100 // local * local + local if chunked else 100 + local
+    assert (reached.min(), reached.max()) == (100, end - 1)
     assert (logits[0][-1] != logits[1][-1]).any()  # the global layer sees all of the window
+
+
+def test_chunks_change_no_size():
+    for role in predecessor.ROLES:
+        models = [checkpoints.build(predecessor.architecture(role, chunked), seed=0) for chunked in (False, True)]
+        sliding, chunked = ([weight.shape for weight in model.parameters()] for model in models)
+        assert sliding == chunked
 
 
 def test_only_the_masked_teacher_knows_its_place():
@@ -95,3 +105,12 @@ def test_the_plan_is_for_a_full_run_and_has_what_arms_need(tmp_path):
     assert predecessor.phase_of("kd_masked").masked
     assert predecessor.phase_of("kd_masked").teacher_masked
     assert not predecessor.phase_of("kd").masked
+
+
+def test_an_arm_starts_from_checkpoints_with_chunks(small, tmp_path):
+    predecessor.run("base", 0, tmp_path / "predecessor_base-0", chunked=True)
+    predecessor.run("theta_swapped", 0, tmp_path / "theta_swapped-0", tmp_path)
+    student = checkpoints.load(tmp_path / "theta_swapped-0" / "checkpoint")
+    assert (student.config.model_type, student.config.attention_chunk_size) == ("llama4_text", SHORT)
+    with pytest.raises(InputError, match="--chunked goes with teacher and base"):
+        predecessor.run("kd_masked", 0, tmp_path / "other", tmp_path, chunked=True)

@@ -4,6 +4,8 @@
   [B, H, T, D] and k, v [B, K, T, D] after rotation. The TransformerLens hook points fire here.
 - No T x T mask is ever built. The seam registers a mask function that returns nothing, and applies causality, documents
   and sliding windows itself: documents run one by one (equal lengths together), sliding windows in blocks of queries.
+- In a layer that attends in chunks (Llama 4's), every chunk of a document runs as a document. Chunks are counted from
+  the document's start, as transformers counts them in packed documents; where none are masked, the window is one.
 - Documents come as `document_bounds` (cu_seqlens as integers), a keyword argument that transformers' layers hand on,
   to the second forward of gradient checkpointing too; never through `position_ids`, where a jump reads as a boundary.
 - Kernels are transformers' own, except "eager": scores and patterns exist only there, with hooks on them, and its
@@ -13,6 +15,7 @@
 """
 
 import copy
+import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -33,7 +36,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rope_probe.errors import InputError
 from rope_probe.models.architectures import attention_modules
-from rope_probe.models.measured import require_no_chunks, unknown_arguments
+from rope_probe.models.measured import unknown_arguments
 from rope_probe.names import KERNELS
 
 QUERY_BLOCK = 512
@@ -48,7 +51,8 @@ class Scoring:
 
     A query's score of a key is `scaling` * q·k, then `softcap` * tanh(score / softcap) where there is a soft cap. It
     looks back over its own document alone (`bounds`, cu_seqlens; None: the whole window), and over no more than
-    `sliding_window` keys, itself included, where there is one. `sinks` are further scores, one a head, that take weight
+    `sliding_window` keys, itself included, where there is one. Where there is a `chunk`, the document is cut every so
+    many positions, and it looks back over its own piece alone. `sinks` are further scores, one a head, that take weight
     in the softmax and give no value.
     """
 
@@ -57,6 +61,7 @@ class Scoring:
     sliding_window: int | None
     bounds: tuple[int, ...] | None
     sinks: Float[Tensor, " H"] | None = None
+    chunk: int | None = None
 
 
 @dataclass
@@ -65,10 +70,10 @@ class Seam:
 
     Shapes are TransformerLens': rot_q, z [B, T, H, D]; rot_k, v [B, T, K, D]; scores, pattern [B, H, T, S]. `handles`
     are the wrapper's hooks on modules of this layer; `hooks_now` tells which hooks are attached to its hook points.
-    are the wrapper's hooks on modules of this layer; `hooks_now` tells which hooks are attached to its hook points.
-    `scoring` is that of the forward pass under way, from before its first hook on. `kept` are the seam's own arguments
-    of a layer that keeps them from its attention. `earlier` are the rotated keys and the values of what was read before
-    the positions of a pass that reads on; without them a pass reads a window from its start.
+    `chunk` is how many positions a chunk has, where the layer attends in chunks. `scoring` is that of the forward pass
+    under way, from before its first hook on. `kept` are the seam's own arguments of a layer that keeps them from its
+    attention. `earlier` are the rotated keys and the values of what was read before the positions of a pass that reads
+    on; without them a pass reads a window from its start.
     """
 
     native: str
@@ -76,6 +81,7 @@ class Seam:
     kept: dict[str, Any] = field(default_factory=dict)
     earlier: tuple[Float[Tensor, "1 K n D"], ...] = ()
     hooks_now: Callable[[], tuple[int, ...]] = tuple
+    chunk: int | None = None
     scoring: Scoring | None = None
     hook_rot_q: HookPoint = field(default_factory=HookPoint)
     hook_rot_k: HookPoint = field(default_factory=HookPoint)
@@ -86,7 +92,8 @@ class Seam:
 
     def keep_arguments(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """A hook before a layer: keep what the layer was told for the seam."""
-        self.kept = {name: kwargs.get(name) for name in ("document_bounds", "tail", "hooks_of_forward")}
+        names = ("document_bounds", "tail", "hooks_of_forward", "window_length")
+        self.kept = {name: kwargs.get(name) for name in names}
 
 
 @dataclass(frozen=True)
@@ -204,11 +211,12 @@ def _attend(
     document_bounds: list[int] | None = None,
     tail: "Tail | None" = None,
     hooks_of_forward: tuple[int, ...] | None = None,
+    window_length: int | None = None,
     **kwargs: Any,
 ) -> tuple[Float[Tensor, "B T H D"], None]:
     seam = module.rope_probe_seam
     if seam.kept:
-        document_bounds, tail, hooks_of_forward = seam.kept.values()
+        document_bounds, tail, hooks_of_forward, window_length = seam.kept.values()
     if attention_mask is not None:
         raise InputError("a 4D attention mask cannot pass the seam; say where documents end with cu_seqlens")
     if hooks_of_forward is not None and hooks_of_forward != seam.hooks_now():
@@ -225,14 +233,23 @@ def _attend(
     if kwargs.get("scaling") is None:
         kwargs["scaling"] = query.shape[-1] ** -0.5
     bounds = None if document_bounds is None else tuple(document_bounds)
-    seam.scoring = Scoring(kwargs["scaling"], kwargs.get("softcap"), sliding_window, bounds, kwargs.get("s_aux"))
+    seam.scoring = Scoring(
+        kwargs["scaling"], kwargs.get("softcap"), sliding_window, bounds, kwargs.get("s_aux"), seam.chunk
+    )
+    length = query.shape[2]
+    if seam.earlier:
+        before = seam.earlier[0].shape[2]
+        tail = Tail([(0, before, before + length)], seam.earlier)
+    query = _at_its_temperature(module, query, tail, window_length)
+    if seam.chunk is not None and tail is not None:
+        tail = dataclasses.replace(tail, segments=_in_chunks(tail.segments, seam.chunk))
+    elif seam.chunk is not None and length > seam.chunk:
+        documents = [(start, start, end) for start, end in pairwise(document_bounds or (0, length))]
+        document_bounds = [0, *(end for _, _, end in _in_chunks(documents, seam.chunk))]
     query = seam.hook_rot_q(query.transpose(1, 2)).transpose(1, 2)
     key = seam.hook_rot_k(key.transpose(1, 2)).transpose(1, 2)
     value = seam.hook_v(value.transpose(1, 2)).transpose(1, 2)
     kwargs.pop("position_ids", None)  # flash attention would infer documents from it
-    if seam.earlier:
-        before = seam.earlier[0].shape[2]
-        tail = Tail([(0, before, before + query.shape[2])], seam.earlier)
     if tail is not None:
         z = _by_segment(_kernel_of(kernel, module, sliding_window, kwargs), query, key, value, tail)
     elif kernel.startswith("flash"):
@@ -242,9 +259,44 @@ def _attend(
     elif document_bounds is None:
         z = _kernel_of(kernel, module, sliding_window, kwargs)(query, key, value)
     else:
-        documents = Tail([(start, start, end) for start, end in pairwise(document_bounds)])
-        z = _by_segment(_kernel_of(kernel, module, sliding_window, kwargs), query, key, value, documents)
+        whole = Tail([(start, start, end) for start, end in pairwise(document_bounds)])
+        z = _by_segment(_kernel_of(kernel, module, sliding_window, kwargs), query, key, value, whole)
     return seam.hook_z(z), None
+
+
+def chunk_bounds(start: int, end: int, chunk: int | None) -> list[int]:
+    """Where the chunks of a document from `start` to `end` begin, and `end`; without chunks it is one."""
+    return [start, end] if chunk is None else [*range(start, end, chunk), end]
+
+
+def _in_chunks(segments: Sequence[tuple[int, int, int]], chunk: int) -> list[tuple[int, int, int]]:
+    """Segments (see `Tail`) cut where chunks end; they read the same positions in the same order."""
+    return [
+        (low, max(low, first), high)
+        for start, first, end in segments
+        for low, high in pairwise(chunk_bounds(start, end, chunk))
+        if first < high
+    ]
+
+
+def _at_its_temperature(module: Any, query: Tensor, tail: Tail | None, window_length: int | None) -> Tensor:
+    """Queries with the temperature of their positions in the window, where the layer has one that rises with them.
+
+    Llama 4's layers without RoPE count positions from the first that they are given. That is right for a whole window,
+    but neither for a part of one nor for windows laid end to end.
+    """
+    by_position = getattr(module, "attn_temperature_tuning", False) and not module.use_rope
+    if not by_position or (tail is None and window_length is None):
+        return query
+
+    def temperature(positions: Tensor) -> Tensor:  # as transformers computes it
+        return torch.log1p(torch.floor((positions.float() + 1.0) / module.floor_scale)) * module.attn_scale + 1.0
+
+    counted = torch.arange(query.shape[2], device=query.device)
+    positions = counted if window_length is None else counted % window_length
+    if tail is not None:
+        positions = torch.cat([torch.arange(first, end) for _, first, end in tail.segments]).to(query.device)
+    return (query * (temperature(positions) / temperature(counted)).unsqueeze(-1)).to(query.dtype)
 
 
 def _flash(
@@ -395,11 +447,7 @@ def _full_mask(query: Tensor, bounds: list[int] | None, sliding_window: int | No
     return mask
 
 
-def _no_mask(
-    *, attention_mask: Tensor | None = None, q_length: int, kv_length: int, config: Any = None, **kwargs: Any
-) -> None:
-    if config is not None:
-        require_no_chunks(config, kv_length)
+def _no_mask(*, attention_mask: Tensor | None = None, q_length: int, kv_length: int, **kwargs: Any) -> None:
     if attention_mask is not None and not attention_mask.all():
         raise InputError("a padding mask cannot pass the seam; pack documents and give cu_seqlens")
     if q_length != kv_length:

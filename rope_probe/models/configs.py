@@ -25,6 +25,12 @@ def attention_kinds(config: PreTrainedConfig) -> list[str | None]:
     return list(getattr(text_config, "layer_types", None) or [None] * text_config.num_hidden_layers)
 
 
+def chunk_of_layer(config: PreTrainedConfig, layer: int) -> int | None:
+    """How many positions a chunk has in a layer whose queries see their own chunk alone; None in any other layer."""
+    chunked = attention_kinds(config)[layer] == "chunked_attention"
+    return getattr(text_config_of(config), "attention_chunk_size", None) if chunked else None
+
+
 def heads_of(config: PreTrainedConfig) -> Heads:
     """The heads of a config's attention; k and v have as many as q where the config names no other number.
 
@@ -46,12 +52,12 @@ def heads_of(config: PreTrainedConfig) -> Heads:
 WIDTH = 32
 """Most dimensions of a head, where the number is free."""
 WINDOW = 6
-"""What sliding windows are shrunk to, so that they show in a few tokens."""
+"""What sliding windows and chunks are shrunk to, so that they show in a few tokens."""
 _SIZES = {
     "vocab_size": 64, "intermediate_size": 32, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
     "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "moe_num_experts": 4, "num_experts_per_tok": 2,
     "moe_topk": 2, "moe_k": 2, "top_k_experts": 2, "n_group": 1, "topk_group": 1, "num_expert_group": 1,
-    "max_position_embeddings": 4096, "sliding_window": WINDOW,
+    "max_position_embeddings": 4096, "sliding_window": WINDOW, "attention_chunk_size": WINDOW,
 }  # fmt: skip
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 

@@ -38,9 +38,9 @@ from rope_probe.models.architectures import (
     output_projection_of,
     rotary_layers,
 )
-from rope_probe.models.configs import text_config_of
+from rope_probe.models.configs import chunk_of_layer, text_config_of
 from rope_probe.models.hook_names import Cache, require_known
-from rope_probe.models.measured import FinalStates, require_no_chunks, returning
+from rope_probe.models.measured import FinalStates, returning
 from rope_probe.models.tokens import plain_ids, prompt_ids
 from rope_probe.precision import promote_float32
 from rope_probe.windows.packing import Batch, Window
@@ -78,6 +78,9 @@ class HookedCausalLM(HookedRootModule):
         self._seam_of = {
             layer: attention.Seam(native, hooks_now=self._hooks_now) for layer in layers if architecture.attends(layer)
         }
+        if architecture.by_measurement is not None:  # no type that is known by hand heeds its config's chunks
+            for layer, seam in self._seam_of.items():
+                seam.chunk = chunk_of_layer(model.config, layer)
         self._seams = list(self._seam_of.values())
         self.hook_embed = HookPoint()
         self.blocks = nn.ModuleList(
@@ -328,9 +331,12 @@ class HookedCausalLM(HookedRootModule):
         vocabulary, for `masked` without documents (plain tokens do not say where they end), and for positions past the
         length up to which a dynamic or longrope model's frequencies stand still.
         """
+        told: dict[str, Any] = {}
+        shape: tuple[int, ...] = ()
+        if isinstance(tokens, Batch) and masked:
+            shape, tokens = tokens.tokens.shape, tokens.end_to_end
+            told["window_length"] = shape[1]
         if isinstance(tokens, Batch):
-            if masked:
-                return self.hidden(tokens.end_to_end, masked=True).view(*tokens.tokens.shape, -1)
             ids, positions, bounds = tokens.tokens, tokens.position_ids, None
         elif isinstance(tokens, Window):
             ids, positions = tokens.tokens.expand(rows, -1), tokens.position_ids
@@ -356,9 +362,11 @@ class HookedCausalLM(HookedRootModule):
                 use_cache=False,
                 return_dict=True,
                 document_bounds=bounds,
+                **told,
                 **self._for_recomputation(),
             ).last_hidden_state
-            return self.ln_final.hook_out(state)
+            final = self.ln_final.hook_out(state)
+            return final.view(*shape, -1) if shape else final
 
     def hidden_after(
         self,
@@ -379,7 +387,6 @@ class HookedCausalLM(HookedRootModule):
             raise InputError(f"keys and values are needed of layers 0..{len(self.blocks) - 1}, but are of {[*earlier]}")
         before = earlier[0][0].shape[2]
         positions = torch.arange(before, before + len(tokens)).unsqueeze(0)
-        require_no_chunks(self.original_model.config, before + len(tokens))
         with self._one_thread, self._precision():
             self._check(tokens, positions)
             try:

@@ -7,7 +7,8 @@
 - **Residual stream.** Of all submodules of a layer, two must add up with its input to its output, each times a number.
   Noise put on what they return must come out of the layer as it went in.
 - **Attention.** Each layer must call transformers' attention interface once, with a mask that is causal (inside a
-  window, where it says so), and hand keyword arguments on to it, which is how documents are masked.
+  window, where it says so, and inside a chunk, where its config does), and hand keyword arguments on to it, which is
+  how documents are masked.
 
 What holds to rounding is told to `architectures`. What does not raises InputError with the misfit.
 """
@@ -36,7 +37,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.utils import logging as transformers_logging
 
 from rope_probe.errors import InputError, is_out_of_memory, reason
-from rope_probe.models.configs import heads_of, shrunk, text_config_of
+from rope_probe.models.configs import chunk_of_layer, heads_of, shrunk, text_config_of
 from rope_probe.precision import promote_float32
 from rope_probe.rope import Layout, rotate
 
@@ -364,7 +365,8 @@ class _Measurement:
         self.drops_arguments = False
         config = text_config_of(self.config)
         query_heads, key_heads, width = heads_of(config)
-        distance = torch.arange(LENGTH).unsqueeze(1) - torch.arange(LENGTH)
+        positions = torch.arange(LENGTH)
+        distance = positions.unsqueeze(1) - positions
         for layer, module in enumerate(self.attentions):
             if module is None:
                 continue
@@ -383,6 +385,8 @@ class _Measurement:
                 raise InputError(f"its attention has {unknown[0]}, which the seam does not know")
             window = call.told.get("sliding_window")
             wanted = (distance >= 0) & (distance < (LENGTH if window is None else window))
+            if (chunk := chunk_of_layer(config, layer)) is not None:
+                wanted &= (positions // chunk).unsqueeze(1) == positions // chunk
             if call.mask is None:
                 raise InputError(f"layer {layer} has no attention mask")
             if call.mask.shape != (1, 1, LENGTH, LENGTH):
@@ -741,20 +745,10 @@ class FinalStates(MoeModelOutputWithPast):
             raise AttributeError(name)
 
 
-def require_no_chunks(config: PreTrainedConfig, length: int) -> None:
-    """Raises InputError for windows longer than the chunks that a model attends in, which the seam does not know."""
-    chunk = getattr(text_config_of(config), "attention_chunk_size", None)
-    if chunk is not None and length > chunk:
-        raise InputError(
-            f"a {config.model_type} model attends in chunks of {chunk} positions, and the seam knows only windows that "
-            f"one chunk holds; {length} do not fit"
-        )
-
-
 HARMLESS = frozenset(
     {
         "scaling", "dropout", "softcap", "s_aux", "sliding_window", "document_bounds", "tail", "hooks_of_forward",
-        "position_ids",
+        "position_ids", "window_length",
         "is_causal", "use_cache", "cache_position", "output_attentions", "output_hidden_states", "return_dict",
         "output_router_logits", "position_embeddings",
     }

@@ -218,9 +218,8 @@ def _compare_layers(
 
 def _sum_divergence(layer: int, original: _Attention, extended: _Attention) -> Float[Tensor, " H"]:
     """KL(A_original || A_extended) of each head in nats, summed over queries, in float64."""
-    spans = [attention.scoring.sliding_window for attention in (original, extended)]
-    if spans[0] != spans[1]:
-        before, after = ("all" if span is None else span for span in spans)
+    before, after = (_reach(attention.scoring) for attention in (original, extended))
+    if before != after:
         raise InputError(
             f"layer {layer} looks back over {before} tokens in the original and {after} in the extended model; "
             "attention is compared over the same keys"
@@ -235,6 +234,13 @@ def _sum_divergence(layer: int, original: _Attention, extended: _Attention) -> F
     for clean, drifted in pairs:
         total += _divergence(clean, drifted).sum(1).double()
     return total
+
+
+def _reach(scoring: Scoring) -> str:
+    """How many tokens a layer looks back over, in words."""
+    if scoring.chunk is not None:
+        return f"chunks of {scoring.chunk}"
+    return "all" if scoring.sliding_window is None else str(scoring.sliding_window)
 
 
 def _divergence(original: Block, extended: Block) -> Float[Tensor, "H q"]:

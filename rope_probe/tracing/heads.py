@@ -12,8 +12,8 @@ entropy            of the attention, in nats; all queries
 sink               attention to the first position, where BOS stands; all other queries
 
 Bins of distance begin at 0, 1, 2, 4, 8, ... tokens, counted along the window, whatever position_ids say. With `masked`,
-a document is all there is: its first position, the copies in it, the token before. A sliding window hides keys, which
-then count with no attention, so that layers are compared on the same queries.
+a document is all there is: its first position, the copies in it, the token before. A sliding window or a chunk hides
+keys, which then count with no attention, so that layers are compared on the same queries.
 """
 
 from collections.abc import Callable, Sequence

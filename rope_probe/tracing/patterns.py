@@ -1,9 +1,9 @@
 """Attention patterns block by block of queries, from rotated q and k: what a head attends to, in linear memory.
 
 - A block is some queries of one document, and the keys that they can see: never the pattern of a whole window.
-- Scaling, soft cap, sliding window and documents are those that the layer itself asked for (`attention.Scoring`), so a
-  block is what `attn="eager"` would show at hook_pattern, whatever kernel the model runs by. Hooks of the user's own on
-  q and k hold; those on scores and patterns, which only eager has, do not.
+- Scaling, soft cap, sliding window, chunks and documents are the layer's own (`attention.Scoring`), so a block is what
+  `attn="eager"` would show at hook_pattern, whatever kernel the model runs by. Hooks of the user's own on q and k hold;
+  those on scores and patterns, which only eager has, do not.
 - Where a layer has attention sinks, scores of no key, a query's attention is what they leave: it sums to less than 1.
 - Scores and patterns are float32, or float64 where q and k are.
 """
@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rope_probe.errors import InputError
-from rope_probe.models.attention import Scoring
+from rope_probe.models.attention import Scoring, chunk_bounds
 from rope_probe.models.hooked import HookedCausalLM
 from rope_probe.windows.packing import Window
 
@@ -100,17 +100,19 @@ def row_blocks(
     device: torch.device,
     *,
     sliding_window: int | None = None,
+    chunk: int | None = None,
     first: int = 0,
 ) -> Iterator[Rows]:
-    """The queries from `first` on in blocks, for documents with these bounds (cu_seqlens)."""
-    for start, end in pairwise(documents):
-        size = max(1, BLOCK_ELEMENTS // (heads * (end - start)))
-        if sliding_window is not None:  # n queries see fewer than n + sliding_window keys between them
-            size = max(size, (math.isqrt(sliding_window**2 + 4 * BLOCK_ELEMENTS // heads) - sliding_window) // 2)
-        for begin in range(max(start, first), end, size):
-            stop = min(begin + size, end)
-            seen_from = start if sliding_window is None else max(start, begin - sliding_window + 1)
-            yield Rows(start, slice(begin, stop), slice(seen_from, stop), device, sliding_window)
+    """The queries from `first` on in blocks, for documents with these bounds (cu_seqlens), of one chunk each."""
+    for document, end_of_document in pairwise(documents):
+        for start, end in pairwise(chunk_bounds(document, end_of_document, chunk)):
+            size = max(1, BLOCK_ELEMENTS // (heads * (end - start)))
+            if sliding_window is not None:  # n queries see fewer than n + sliding_window keys between them
+                size = max(size, (math.isqrt(sliding_window**2 + 4 * BLOCK_ELEMENTS // heads) - sliding_window) // 2)
+            for begin in range(max(start, first), end, size):
+                stop = min(begin + size, end)
+                seen_from = start if sliding_window is None else max(start, begin - sliding_window + 1)
+                yield Rows(document, slice(begin, stop), slice(seen_from, stop), device, sliding_window)
 
 
 def blocks(
@@ -120,7 +122,8 @@ def blocks(
     length, heads, _ = query.shape
     documents = (0, length) if scoring.bounds is None else scoring.bounds
     query, key = query.transpose(0, 1) * scoring.scaling, key.transpose(0, 1)  # [H, T, D], [K, T, D]
-    for rows in row_blocks(documents, heads, query.device, sliding_window=scoring.sliding_window, first=first):
+    limits = {"sliding_window": scoring.sliding_window, "chunk": scoring.chunk}
+    for rows in row_blocks(documents, heads, query.device, **limits, first=first):
         scores = by_key_head(query[:, rows.queries], key[:, rows.keys].transpose(1, 2))
         if scoring.softcap is not None:
             scores = torch.tanh(scores / scoring.softcap) * scoring.softcap

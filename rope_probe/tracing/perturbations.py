@@ -337,9 +337,9 @@ class AttentionTemperature(Perturbation):
     for layers without RoPE that are named with `pairs`.
 
     It acts in layers without RoPE too, but for one restricted to `pairs`. "log_n" counts positions, not the keys that
-    masks leave: a sliding window and masked documents let a query see fewer than i + 1 keys, and its factor is that of
-    i + 1 all the same. Restrict it to the global `layers` of a model with local ones, and reset the positions of masked
-    documents: it then counts from the start of each.
+    masks leave: a sliding window, chunks and masked documents let a query see fewer than i + 1 keys, and its factor is
+    that of i + 1 all the same. Restrict it to the global `layers` of a model with local ones, and reset the positions
+    of masked documents: it then counts from the start of each.
     """
 
     factor: float | Literal["log_n"]
