@@ -126,6 +126,7 @@ def test_text_is_wrapped_after_words_then_hyphens_then_anywhere():
     assert wrapped("one two", 1e6) == "one two"
     assert wrapped("one two", 1.2 * text_width("one")) == "one<br>two"
     assert wrapped("one-two", 1.2 * text_width("one-")) == "one-<br>two"
+    assert wrapped("theta 10,000", 1.2 * text_width("theta 10,")) == "theta<br>10,000"
     letters = wrapped("x" * 50, 100).split("<br>")
     assert "".join(letters) == "x" * 50
     assert max(map(text_width, letters)) <= 100
@@ -139,6 +140,17 @@ def test_ticks_that_would_touch_are_left_out_but_for_the_ends():
     assert roomy(values, [f"{value}" for value in values], values, 100) == [1, 100]
     assert roomy([7], ["7"], [7.0]) == [7]
     assert roomy([], [], []) == []
+
+
+@pytest.mark.parametrize("name", ["head_pairs", "massive_map", "rotations_by_pair", "sensitivity_by_pair",
+                                  "span_heads", "span_heatmap"])  # fmt: skip
+def test_the_wavelength_stands_beside_the_pair(name):
+    figure = drawn(name, SMOLLM)
+    texts = [text for axis in figure.select_xaxes() if axis.showticklabels is not False for text in axis.ticktext]
+    assert {"0", "31"} <= {word for text in texts for word in text.replace("pair ", "").split("<br>")}
+    assert all("<br>" in text for text in texts)
+    assert any("6.28" in text for text in texts)
+    assert "wavelength" in " ".join(axis.title.text or "" for axis in figure.select_xaxes())
 
 
 @pytest.mark.parametrize("name", ["head_effects", "head_map", "layer_effects", "injected_by_read", "copy_heatmap",

@@ -1,15 +1,18 @@
 """How a phase uses the rotary spectrum: the turns that each pair makes over its window."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
 from rope_probe.errors import InputError
-from rope_probe.gallery.figures.layout import panels
-from rope_probe.gallery.figures.style import DASHES, GREY, PALETTE, SYMBOLS, drawing, listed, styled
+from rope_probe.gallery.figures.layout import panels, roomy
+from rope_probe.gallery.figures.style import DASHES, GREY, PALETTE, SYMBOLS, drawing, in_short, listed, styled
 
+_MOST_SPECTRA = 3
+"""Of so many at the most the axis tells the wavelengths, of more the hover alone."""
 _PHASE = ["model", "phase", "seq_len"]
 
 
@@ -41,7 +44,8 @@ def rotations_by_pair(frame: pd.DataFrame, label: str = "") -> go.Figure:
         line = (*at[1:], *(tuple(pairs[column]) for column in ("pair", "wavelength", "value")))
         lines.setdefault(line, []).append(at)
     phases = list(dict.fromkeys(line[:2] for line in lines))
-    spectra = sorted({line[3] for line in lines})
+    pairs_of = {line[3]: line[2] for line in sorted(lines, key=lambda line: line[3])}
+    spectra = list(pairs_of)
     figure = panels([""], 380)
     ordered = sorted(lines.items(), key=lambda line: (phases.index(line[0][:2]), line[0][3]))
     for (phase, window, pairs, lengths, turns), shared in ordered:
@@ -63,13 +67,32 @@ def rotations_by_pair(frame: pd.DataFrame, label: str = "") -> go.Figure:
     figure.add_hline(y=1, line={"color": GREY, "width": 1})
     at = {"x": 0.005, "xref": "paper", "xanchor": "left", "y": 0, "yanchor": "bottom", "showarrow": False}
     figure.add_annotation(text="one full turn", font={"size": 12}, **at)
-    figure.update_xaxes(title="rotary pair, fastest first", nticks=12, rangemode="tozero")
+    figure.update_xaxes(**_pair_axis(pairs_of), tickangle=0)
     figure.update_yaxes(type="log", title="full turns over the window", exponentformat="power", dtick=1)
     note = (
         f"turns over the window of each phase ({listed(rows['seq_len'])} tokens); a pair under the line does not "
         f"complete one there; {rows['model'].nunique()} models, those with the same window and wavelengths share a line"
     )
     return styled(figure, "Rotations by pair", label, note)
+
+
+def _pair_axis(pairs_of: Mapping[Sequence[float], Sequence[int]]) -> dict[str, Any]:
+    """Ticks and title of an axis of pairs: each with its wavelength in every spectrum, where these are few."""
+    pairs = sorted({pair for pairs in pairs_of.values() for pair in pairs})
+    spectra = [dict(zip(pairs, lengths, strict=True)) for lengths, pairs in pairs_of.items()]
+    if len(spectra) > _MOST_SPECTRA:
+        spectra = []
+    texts = {
+        pair: "<br>".join([f"{pair}", *(in_short(one[pair]) if pd.notna(one.get(pair)) else "-" for one in spectra)])
+        for pair in pairs
+    }
+    kept = roomy(pairs, list(texts.values()), pairs)
+    title = "rotary pair, 0 fastest"
+    if len(spectra) == 1:
+        title += "<br>its wavelength in tokens"
+    elif spectra:
+        title += f"<br>its wavelength in tokens:<br>{'<br>'.join(map(_spectrum, pairs_of))}"
+    return {"tickvals": kept, "ticktext": [texts[pair] for pair in kept], "title": title}
 
 
 def _spectrum(wavelengths: Sequence[float]) -> str:

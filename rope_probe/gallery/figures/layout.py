@@ -73,7 +73,8 @@ def _pieces(word: str, width: float, size: float) -> Iterator[str]:
     piece, letters = "", letters_of(word)
     for letter, following in zip(letters, [*letters[1:], ""], strict=True):
         piece += letter
-        if letter in _ENDS or text_width(piece + following, size) > width:
+        is_end = letter in _ENDS and not (letter == "," and following.isdigit())  # no number is cut in two
+        if is_end or text_width(piece + following, size) > width:
             yield piece
             piece = ""
     if piece:

@@ -1,17 +1,21 @@
 """Where queries, keys and values are long: layer x rotary pair maps of massive values."""
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
 from rope_probe.errors import InputError
-from rope_probe.gallery.figures.layout import ROOM, missing_is_grey, panels
-from rope_probe.gallery.figures.style import PLAIN, SIGNED_SCALE, across, bar_of, down, drawing, listed, styled
+from rope_probe.gallery.figures.layout import ROOM, missing_is_grey, panels, roomy
+from rope_probe.gallery.figures.style import PLAIN, SIGNED_SCALE, bar_of, down, drawing, in_short, listed, styled
 from rope_probe.tracing.massive import STATES
 
 PANELS = dict(zip(STATES, ("queries", "keys", "values"), strict=True))
 _LOWEST_PANEL, _HIGHEST_PANEL, _PIXELS_OF_LAYER = 140, 460, 14
 """Pixels down of a panel at the least and at the most, and of one of its layers where there is room."""
+_BESIDE = 20
+"""Pixels across that the layers' numbers take of a panel's share."""
 
 
 def is_ratio(frame: pd.DataFrame) -> pd.Series:
@@ -69,11 +73,19 @@ def massive_map(frame: pd.DataFrame, label: str = "") -> go.Figure:
     )
     figure.update_yaxes(autorange="reversed", tickvals=down(layers, height), **PLAIN)
     figure.update_yaxes(title="layer", col=1)
-    figure.update_xaxes(title="pair", tickvals=across(pairs, ROOM / len(PANELS)), tickangle=0, **PLAIN)
+    figure.update_xaxes(title="pair<br>wavelength", **_pair_ticks(rows, pairs), tickangle=0, **PLAIN)
     note = (
-        f"mean over heads and positions; window {listed(rows['seq_len'])} tokens; pair 0 is the fastest; "
-        + "; ".join(largest)
+        f"mean over heads and positions; window {listed(rows['seq_len'])} tokens; pair 0 is the fastest, and below "
+        f"each pair is its wavelength in tokens; {'; '.join(largest)}"
     )
     if seeds := listed(rows["seed"]):
         note += f"; seeds {seeds}"
     return styled(figure, "Where queries, keys and values are long", label, note)
+
+
+def _pair_ticks(rows: pd.DataFrame, pairs: list[int]) -> dict[str, Any]:
+    """Ticks that tell the pair, and below it its wavelength, of as many pairs as there is room for."""
+    lengths = rows.groupby("pair")["wavelength"].first()
+    texts = {pair: f"{pair}<br>{in_short(lengths[pair])}" if pd.notna(lengths[pair]) else f"{pair}" for pair in pairs}
+    kept = roomy(pairs, list(texts.values()), pairs, ROOM / len(PANELS) - _BESIDE)
+    return {"tickvals": kept, "ticktext": [texts[pair] for pair in kept]}
