@@ -5,7 +5,18 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from rope_probe import InputError, PositionShift, load_model, repeated_window, trace
+from rope_probe import (
+    Batch,
+    InputError,
+    PositionShift,
+    copy_deltas,
+    drift,
+    head_scores,
+    load_model,
+    pair_contributions,
+    repeated_window,
+    trace,
+)
 from tests import zoo
 
 TEXT = "w5 w9 w7 w8 w5 w9"
@@ -107,6 +118,37 @@ def test_text_and_token_ids_are_read_where_a_window_is():
             model(given)
     with pytest.raises(InputError, match="tokenizer"):
         trace(load_model(zoo.llama()), TEXT, shift)
+
+
+@pytest.mark.parametrize("measure", [head_scores, pair_contributions, lambda *given: drift(given[0], *given)],
+                         ids=["head_scores", "pair_contributions", "drift"])  # fmt: skip
+def test_heads_pairs_and_drift_are_measured_on_text_and_token_ids(measure):
+    model = reader()
+    ids = model.to_tokens(TEXT)
+    wanted = measure(model, model.as_window(TEXT))
+    for given in (TEXT, ids, ids[0]):
+        assert measure(model, given).equals(wanted)
+    with pytest.raises(InputError, match="token ids must be"):
+        measure(model, ids.expand(2, -1))
+    with pytest.raises(InputError, match="tokenizer"):
+        measure(load_model(zoo.llama()), TEXT)
+
+
+def test_drift_is_measured_on_several_texts_and_a_batch_is_refused():
+    model = reader()
+    texts = [TEXT, "w5 w6 w7"]
+    windows = [model.as_window(text) for text in texts]
+    assert drift(model, model, texts).equals(drift(model, model, windows))
+    with pytest.raises(InputError, match="a Batch holds several"):
+        drift(model, model, Batch.continuous(torch.full((2, 6), 5), torch.tensor([0, 6, 12])))
+
+
+def test_copies_are_compared_in_a_window_of_them_and_one_text_is_refused():
+    model = reader()
+    assert not copy_deltas(model, repeated_window(model.to_tokens(TEXT)[0], 2)).empty
+    for given in (TEXT, model.to_tokens(TEXT)):
+        with pytest.raises(InputError, match=r"one length; make one with repeated_window\(token_ids, copies\)"):
+            copy_deltas(model, given)
 
 
 def test_generated_text_is_transformers_own_greedy_one():

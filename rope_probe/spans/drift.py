@@ -30,7 +30,7 @@ from rope_probe.spans.stored import require_alike
 from rope_probe.tracing.cone import LOGITS, logit_block
 from rope_probe.tracing.deltas import logit_deltas, vector_deltas
 from rope_probe.tracing.patterns import Block, blocks, chosen_layers, read_layers
-from rope_probe.windows.packing import Window
+from rope_probe.windows.packing import Batch, Window
 
 COSINE_DISTANCE, ATTENTION_KL = "cosine_distance", "attention_kl_nats"
 ORIGINAL_LOSS, EXTENDED_LOSS, LOGIT_KL = "original_loss_nats", "extended_loss_nats", "kl_nats"
@@ -104,7 +104,7 @@ class _Means:
 def drift(
     original: HookedCausalLM,
     extended: HookedCausalLM,
-    windows: Window | Iterable[Window],
+    windows: Window | str | Tensor | Iterable[Window | str | Tensor],
     *,
     masked: bool = False,
     layers: int | Sequence[int] | None = None,
@@ -114,9 +114,10 @@ def drift(
 
     Rows of `blocks.{i}.hook_resid_post` and `ln_final.hook_out` have the cosine distance of hidden states, rows of
     `blocks.{i}.attn.hook_pattern` the KL of attention of each head, rows of `logits` the KL of next-token distributions
-    and the loss of both models; all as the module says. `layers` (None: all) says whose attention and residual stream
-    are compared. `masked` keeps attention inside documents, of both models. `progress` is called with the layers just
-    compared.
+    and the loss of both models; all as the module says. A window can be text too, or token ids: one document, by the
+    tokenizer of `original` (see `HookedCausalLM.as_window`). `layers` (None: all) says whose attention and residual
+    stream are compared. `masked` keeps attention inside documents, of both models. `progress` is called with the layers
+    just compared.
 
     Attention is compared in blocks of queries, logits in blocks of positions. Of the original, all layers' rotated
     queries and keys and residual streams are held, [T, (H + K) D + M] a layer: memory is linear in the window.
@@ -124,19 +125,20 @@ def drift(
     layers that are out of range, and for what `hidden` refuses.
     """
     require_alike(original.config, extended.config)
-    windows = [windows] if isinstance(windows, Window) else list(windows)
-    if not windows:
+    given = [windows] if isinstance(windows, Window | Batch | str | Tensor) else list(windows)
+    if not given:
         raise InputError("drift is measured on windows, but there are none")
+    read = [original.as_window(one) for one in given]
     of_states = range(len(original.blocks)) if layers is None else chosen_layers(original, layers)
     of_attention = chosen_layers(original, layers)
     sites = [*(f"blocks.{layer}.hook_resid_post" for layer in of_states), FINAL_NORM]
     means = _Means()
-    for window in windows:
+    for window in read:
         before = _read(original, window, sites, of_attention, masked)
         final = before.hidden[FINAL_NORM]
         final_extended = _compare_layers(extended, window, before, means, sites, of_attention, masked, progress)
         _compare_next_tokens(original, extended, window, final, final_extended, means)
-    lengths = {len(window) for window in windows}
+    lengths = {len(window) for window in read}
     length = lengths.pop() if len(lengths) == 1 else None
     return DRIFT.frame([{**row, "seq_len": length, "masked": masked} for row in means.rows()])
 

@@ -81,7 +81,7 @@ def distance_edges(length: int) -> list[int]:
 
 def head_scores(
     model: HookedCausalLM,
-    window: Window,
+    window: Window | str | Tensor,
     *,
     masked: bool = False,
     layers: int | Sequence[int] | None = None,
@@ -89,12 +89,14 @@ def head_scores(
 ) -> pd.DataFrame:
     """What every head of `layers` (None: all) attends to in `window`, by the scores that the module lists.
 
+    `window` can be text too, or token ids: one document (see `HookedCausalLM.as_window`).
     Columns: `layer`, `head`, `metric`, `distance` (tokens, a bin's lower edge; null for scores that have none),
     `value`, and `queries`, over how many of them it is a mean; null where there are none. `masked` keeps attention
     inside documents. One forward pass by whatever kernel the model has, patterns in blocks of queries: memory is linear
     in the window. `progress` is called with the layers just done.
     Raises InputError for what `hidden` refuses, for layers that are out of range, and q or k that are not finite.
     """
+    window = model.as_window(window)
     chosen = chosen_layers(model, layers)
     tokens = window.tokens[0].to(model.device)
     bounds = window.cu_seqlens.tolist() if masked else [0, len(window)]
@@ -205,7 +207,7 @@ def _count_queries(tokens: Tensor, bounds: list[int], edges: list[int]) -> dict[
 
 def pair_contributions(
     model: HookedCausalLM,
-    window: Window,
+    window: Window | str | Tensor,
     *,
     masked: bool = False,
     layers: int | Sequence[int] | None = None,
@@ -222,8 +224,9 @@ def pair_contributions(
     `distance` take in the keys from there to the next bin alone (see `head_scores`); those where it is null all keys,
     and are the mean of the bins by their attention. A bin without attention is null. What dimensions without rotation
     contribute has the metric "unrotated_contribution" and no pair, so that all values of a head and distance add up to
-    the score. Memory is linear in the window; options and errors as in `head_scores`.
+    the score. Memory is linear in the window; window, options and errors as in `head_scores`.
     """
+    window = model.as_window(window)
     chosen = chosen_layers(model, layers)
     edges = distance_edges(len(window))
     parts = []

@@ -195,7 +195,7 @@ class _Means:
 
 def copy_deltas(
     model: HookedCausalLM,
-    window: Window,
+    window: Window | str | Tensor,
     *,
     reference: int = 0,
     lens: bool = False,
@@ -209,11 +209,16 @@ def copy_deltas(
     left between copies came in through the layers below; with `lens` also the logit lens of every layer. `reference` is
     the document that counts as the first copy; those before it may be something else. `control` as in `trace`.
 
-    Raises InputError for a window whose documents from `reference` on are not copies of one.
+    Raises InputError for a window whose documents from `reference` on are not copies of one. Text and token ids are one
+    document, so that they are refused too: make copies of them with `repeated_window`.
     """
+    window = model.as_window(window)
     length = int(window.cu_seqlens.diff()[0])
     if not (window.cu_seqlens.diff() == length).all() or not 0 <= reference < window.documents - 1:
-        raise InputError(f"copies are compared in a window of {reference + 2} or more documents of one length")
+        raise InputError(
+            f"copies are compared in a window of {reference + 2} or more documents of one length; "
+            "make one with repeated_window(token_ids, copies)"
+        )
     copies = window.tokens.view(-1, length)[reference:]
     if not (copies == copies[0]).all():
         raise InputError("the documents of this window are not copies of one; make it with repeated_window")
