@@ -160,7 +160,10 @@ def foresight(effects: pd.DataFrame, predictors: pd.DataFrame) -> pd.DataFrame:
 
 
 def contrasts(spans: pd.DataFrame) -> pd.DataFrame:
-    """How many times as much the query spans changed in one arm as in another, the geometric mean; and agreement."""
+    """How many times as much the query spans changed in one arm as in another, the geometric mean.
+
+    Arms of one seed start from the same weights, so ratios of relative changes are those of their norms.
+    """
     rows = []
     for arm, other in (
         (MAIN, "ce_adamw"),
@@ -270,7 +273,7 @@ def judged(results: Tables) -> pd.DataFrame:
         held = decided(low, high, least, most) if has_interval else least <= mean <= most
         rows.append(verdict(number, what, mean, held if also else False, n=len(values), low=low, high=high))
 
-    changes = part_changes(spans)
+    changes, norms = part_changes(spans), part_changes(spans, "change_norm")
     for number, arm in ((1, MAIN), (2, "kd_phase_wise")):
         if arm not in changes.index:
             continue
@@ -280,6 +283,11 @@ def judged(results: Tables) -> pd.DataFrame:
             wanted = "within .8 to 1.25" if even else "above 1"
             bounds = (0.8, 1.25) if even else (1.0, math.inf)
             judge(number, f"{arm}: change of W_Q over {other} {wanted}", mine["W_Q"] / mine[other], *bounds)
+            if arm in norms.index:
+                of_norms = norms.loc[arm]["W_Q"] / norms.loc[arm][other]
+                low, high = student_interval(of_norms)
+                claim = f"{arm}: the same of the norms of the changes, to compare with"
+                rows.append(beside(claim, of_norms.mean(), n=len(of_norms), low=low, high=high))
     if MAIN in changes.index:
         _judge_spectrum(spans, judge, rows.append)
         for number, other, low, high in ((5, "ce_more_short_adamw", 2, math.inf), (6, "ce_adamw", 1 / 1.5, 1.5)):

@@ -269,6 +269,9 @@ def test_predictions_on_query_spans_are_judged_by_the_interval_and_not_by_the_me
     assert row["measured"] == pytest.approx(5 / 3)
     assert row["low"] < 1 < row["high"]
     assert row["held"] == "undecided"
+    norms = pd.concat([spans, spans.assign(metric="change_norm", value=spans["value"] ** 2)], ignore_index=True)
+    beside = query_span_verdicts.judged(Tables({"spans": norms})).query("prediction.isna()")
+    assert beside["measured"].iloc[0] == pytest.approx((4 + 16 / 9) / 2)
     one = query_span_verdicts.judged(Tables({"spans": spans[spans["seed"] == 0]}))
     assert one[one["claim"].str.contains("W_Q over W_K")].iloc[0]["held"] == "not as predicted"
 
