@@ -17,12 +17,15 @@ import transformers as hf
 from accelerate.utils.offload import OffloadedWeightsLoader
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from rope_probe import (
     InputError,
     PositionShift,
     cli,
     compare_spans,
+    copy_deltas,
+    head_scores,
     load_model,
     repeated_window,
     trace,
@@ -327,6 +330,65 @@ def test_an_fp8_checkpoint_is_read_as_its_kernels_allow(folder, tmp_path):
     assert trace(loaded, WINDOW, SHIFTS)["value"].max() > 0
     with pytest.raises(InputError, match="quantised"):
         compare_spans(folder, checkpoint)
+
+
+class Int8Linear(nn.Module):
+    """Rows of int8 with a scale each, made float where they are multiplied, as kernels of quantised models do."""
+
+    def __init__(self, linear):
+        super().__init__()
+        weight = linear.weight.detach()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.scale = nn.Parameter(weight.abs().amax(1, keepdim=True) / 127)
+        self.weight = nn.Parameter((weight / self.scale).round().to(torch.int8), requires_grad=False)
+
+    def dequantised(self):
+        return self.weight * self.scale
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.dequantised())
+
+
+def quantised_and_plain():
+    """A Llama with int8 layers, marked as transformers marks one it quantised, and the same weights in float32."""
+    quantised, plain = zoo.llama(), zoo.llama()
+    for name, linear in plain.model.named_modules():
+        if isinstance(linear, nn.Linear):
+            layer = Int8Linear(linear)
+            quantised.model.set_submodule(name, layer)
+            linear.weight.data = layer.dequantised().detach()
+    quantised.is_quantized, quantised.quantization_method = True, "int8"
+    return quantised, plain
+
+
+def test_a_quantised_model_is_traced_as_the_weights_its_kernels_read():
+    quantised, plain = map(load_model, quantised_and_plain())
+    assert quantised.dtype == torch.float32
+    assert torch.equal(quantised(zoo.tokens()), plain(zoo.tokens()))
+    for masked in (False, True):
+        frames = [trace(model, WINDOW, SHIFTS, masked=masked, control=False) for model in (quantised, plain)]
+        assert frames[0].equals(frames[1])
+        assert frames[0]["value"].max() > 0
+    assert head_scores(quantised, WINDOW).equals(head_scores(plain, WINDOW))
+    controlled = [trace(model, WINDOW, SHIFTS, control=plain.double()) for model in (quantised, plain)]
+    assert controlled[0].equals(controlled[1])
+
+
+def test_what_a_quantised_model_cannot_do_is_told_in_a_line(adapter):
+    model, plain = quantised_and_plain()
+    quantised = load_model(model)
+    for run in (trace, lambda *given, **options: copy_deltas(*given[:2], **options)):
+        with pytest.raises(InputError, match=r"quantised model has no float64 copy; .*--no-control"):
+            run(quantised, WINDOW, SHIFTS, control=True)
+    with pytest.raises(InputError, match=r"stays in torch\.float32"):
+        load_model(model, dtype=torch.float64)
+    for pair in ((plain, quantised), (model, plain)):
+        with pytest.raises(InputError, match="comparing weights needs plain weights, but this llama model is quantis"):
+            compare_spans(*pair)
+        with pytest.raises(InputError, match="transplant of spans needs plain weights, but this llama model is quanti"):
+            transplant_spans(*pair, [(0, None, None)])
+    with pytest.raises(InputError, match="merging an adapter needs plain weights"):
+        load_model(model, adapter=adapter)
 
 
 # Adapters

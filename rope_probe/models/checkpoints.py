@@ -333,12 +333,22 @@ def is_quantised(model: PreTrainedModel) -> bool:
     return bool(getattr(model, "is_quantized", False))
 
 
+def require_unquantised(model: PreTrainedModel, what: str) -> None:
+    """Raises InputError for a quantised model where `what` reads or changes weights by their plain values."""
+    if is_quantised(model):
+        raise InputError(
+            f"{what} needs plain weights, but this {model.config.model_type} model is quantised; give the checkpoint "
+            "that it was quantised from"
+        )
+
+
 def with_adapter(model: PreTrainedModel, adapter: str | os.PathLike[str]) -> PreTrainedModel:
     """A plain model with the change of a PEFT adapter merged into its weights; `model` is changed in place.
 
     Raises InputError for a folder that holds no adapter in safetensors, for an adapter that does not merge into
-    weights, and for one of another model: every tensor of it must find its place.
+    weights, and for one of another model: every tensor of it must find its place. A quantised model is refused too.
     """
+    require_unquantised(model, "merging an adapter")
     folder = _require_adapter(adapter)
     from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 

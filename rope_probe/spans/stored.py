@@ -89,15 +89,16 @@ def weights_of(model: Model, role: str = "") -> Weights:
     `role` tells two models in memory apart. Safetensors files are read tensor by tensor; a GGUF file is loaded, since
     its weights have to be dequantised. The experts of a mixture have other names in memory than in files.
 
-    Raises InputError for a model in memory that accelerate dispatched; for a checkpoint that is not there, has no
-    safetensors files, lacks one of them or has a corrupt one, lacks a weight that its config asks for or has it in
-    another shape, or is quantised; and for an architecture whose layout of rotary pairs is unknown.
+    Raises InputError for a model in memory that accelerate dispatched, or that is quantised; for a checkpoint that is
+    not there, has no safetensors files, lacks one of them or has a corrupt one, lacks a weight that its config asks for
+    or has it in another shape, or is quantised; and for an architecture whose layout of rotary pairs is unknown.
     """
     if isinstance(model, HookedCausalLM):
         model = model.original_model
     if isinstance(model, PreTrainedModel):
         architecture_of(model.config)
         offloaded.require_in_memory(model, "comparing weights", "give the checkpoint by its folder")
+        checkpoints.require_unquantised(model, "comparing weights")
         return _Loaded(model, f"the {model.config.model_type} model {role}".rstrip())
     name = os.fspath(model)
     if gguf_files.is_gguf(weight_files.place_of(name)):

@@ -26,7 +26,8 @@ def transplant_spans(before: Model, after: Model, spans: Iterable[Span | tuple])
     common (a pair of W_Q turned or scaled, and that of W_K turned or scaled back, is the same model), so parts trained
     together may only work together.
 
-    Raises InputError for a span that is not there, and for models of different architecture or shape.
+    Raises InputError for a span that is not there, for models of different architecture or shape, and for quantised
+    ones.
     """
     named = [Span(*span) for span in spans]
     donor = plain_model(resolved(after, before))
@@ -76,6 +77,8 @@ def transplanted(
 def _matched(host: PreTrainedModel, donor: PreTrainedModel, spans: Iterable[Span]) -> list[tuple[torch.Tensor, Piece]]:
     """Where to write, and what."""
     require_alike(host.config, donor.config)
+    for model in (host, donor):
+        checkpoints.require_unquantised(model, "a transplant of spans")
     theirs = dict(donor.named_parameters(remove_duplicate=False))
     projections = projections_of(host)
     matched = []
