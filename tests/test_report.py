@@ -80,7 +80,7 @@ def test_captions_say_what_was_drawn(run):
     frame = read_run(run)[0]["deltas"]
     for draw in (plots.copy_heatmap, plots.dose_response):
         caption = draw(frame).layout.annotations[-1].text.replace("<br>", " ")
-        assert "seeds 0" in caption
+        assert "seed 0" in caption
         assert "window 40 tokens" in caption
 
 

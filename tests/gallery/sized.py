@@ -110,7 +110,7 @@ def _grid(layers, heads, pairs):
     thetas = [300.0, 1e4, 2e4, 1e5, 5e5, 1e6]
     base = crossed(head_dim=[16, 2 * pairs], short_theta=thetas, seed=[0, 1])
     cells = crossed(head_dim=[16, 2 * pairs], short_theta=thetas, long_theta=thetas, steps=[75, 250], seed=[0, 1])
-    cells = valued(cells, 0.1, 1).assign(metric="accuracy", distance=512, seq_len=1024, phase="extension")
+    cells = valued(cells, 0.1, 1).assign(metric="accuracy", distance=512, seq_len=1024, phase="extension", trials=64)
     return [cells, base.assign(metric="gate_accuracy", phase="short", seq_len=64, value=0.94)]
 
 
@@ -174,13 +174,14 @@ def _of_layers(layers, heads, pairs):
 
 
 def _of_heads(layers, heads, pairs):
-    rows = crossed(side=["q", "k"], inject_layer=range(layers), head=range(heads))
+    rows = crossed(side=["q", "k"], inject_layer=range(layers), head=range(heads), document=range(2))
     rows = rows.assign(kind="PositionShift", seq_len=1024, delta_tokens=16.0, metric="kl_nats", site="logits")
     return [valued(rows.assign(attention=_kinds(rows["inject_layer"])), 1e-7, 1)]
 
 
 def _scores(layers, heads, pairs):
     rows = crossed(metric=list(plots.heads.PANELS), layer=range(layers), head=range(heads))
+    rows = rows.assign(queries=900, trials=np.where(rows["metric"] == "retrieval_head", 48, None))
     return [valued(rows.assign(attention=_kinds(rows["layer"])), 0.01, 1)]
 
 
@@ -238,13 +239,13 @@ def _curves(layers, heads, pairs):
     named = crossed(**at, order=["by single effect", "greedy", "by gradient", LONG_NAME], moved=range(0, 33, 4))
     random = crossed(**at, order=["random"], draw=range(4), moved=range(0, 33, 4))
     rows = valued(pd.concat([named, random]), 0.05, 1)
-    return [rows.assign(movable=32, metric="accuracy", seq_len=1024)]
+    return [rows.assign(movable=32, metric="accuracy", seq_len=1024, trials=16)]
 
 
 def _groups(layers, heads, pairs):
     groups = ["nothing", "W_Q", "W_K", "W_Q and W_K", LONG_NAME, "everything but the embedding and the norms"]
     rows = crossed(seed=[0, 1], into=["start", "end"], group=groups, seq_len=[64, 1024], distance=[8, 32])
-    return [valued(rows, 0.05, 1).assign(metric="accuracy")]
+    return [valued(rows, 0.05, 1).assign(metric="accuracy", trials=32)]
 
 
 def _signal(layers, heads, pairs):

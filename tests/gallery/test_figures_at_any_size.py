@@ -1,6 +1,7 @@
 """Every drawing holds from 2 layers, 2 heads and 8 pairs to 80, 128 and 128, on a telephone and on a wide page."""
 
 import json
+import re
 from functools import cache
 
 import pytest
@@ -18,6 +19,8 @@ HIGHEST = 1600
 _MOST_TICKS = 45
 _WEIGHTS = {"head_pairs", "massive_map", "span_heatmap", "span_heads"}
 """Their tables have a row for each pair of each head: at the largest size, of eight heads here."""
+_TOLD_BY_THE_PANELS = {"transplants", "retrieval_map", "trade_off", "trace_cost"}
+"""Axes or titles of panels tell their windows."""
 FIRST_DRAWINGS = list(plots.DRAWINGS)
 
 
@@ -56,8 +59,21 @@ def test_heights_ticks_and_margins_hold_at_any_size(name, size):
 
 @pytest.mark.parametrize("name", [drawing.name for drawing in FIRST_DRAWINGS])
 def test_captions_say_what_a_figure_is_a_sample_of(name):
+    """Seeds and n, each where the rows have it."""
     caption = drawn(name, SMOLLM).layout.meta["caption"]
-    assert "seed" in caption or "n = " in caption or "models" in caption
+    (drawing,) = [one for one in FIRST_DRAWINGS if one.name == name]
+    frame = frame_for(name, *SMOLLM)
+    rows = frame[drawing.rows(frame)]
+    seeds = [f"{seed}" for seed in sorted(rows["seed"].dropna().unique())]
+    if name != "trace_cost":  # a time has no seed
+        assert f"{'seeds' if len(seeds) > 1 else 'seed'} {', '.join(seeds)}" in caption
+    for column in ("trials", "queries"):
+        if column in rows and rows[column].notna().any():
+            assert re.search(rf"\d {column}", caption), column
+    for column, what in (("document", "document"), ("seq_len", "window")):
+        if column in rows and rows[column].notna().any() and name not in _TOLD_BY_THE_PANELS:
+            assert what in caption, column
+    assert rows["seed"].nunique() > 1 or "seeds" not in caption
 
 
 @pytest.mark.parametrize("name", ["copy_heatmap", "dose_response", "layer_effects", "head_effects",

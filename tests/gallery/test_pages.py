@@ -79,7 +79,7 @@ def test_figures_are_embedded_as_they_are_but_for_title_caption_and_template():
     spec = json.loads(shown.data)
     assert shown.title == "Which layers are sensitive to position: a <b> & c"
     assert "window 64 tokens" in shown.caption
-    assert "seeds 0" in shown.caption
+    assert "seed 0" in shown.caption
     for width, height in (("wide", shown.height), ("narrow", shown.narrow_height)):
         layout = spec[width]["layout"]
         assert not {"template", "title", "width", "meta"} & set(layout)

@@ -5,7 +5,7 @@ import plotly.graph_objects as go
 
 from rope_probe.errors import InputError
 from rope_probe.gallery.figures.layout import panels
-from rope_probe.gallery.figures.style import drawing, line_style, listed, styled
+from rope_probe.gallery.figures.style import drawing, line_style, listed, seeds_of, styled
 from rope_probe.spans.drift import ATTENTION_KL, COSINE_DISTANCE
 
 _PANELS = {
@@ -54,7 +54,7 @@ def drift_by_layer(frame: pd.DataFrame, label: str = "") -> go.Figure:
         figure.update_yaxes(title=unit, rangemode="tozero", row=panel, col=1)
     figure.update_xaxes(title="layer", row=2, col=1)
     note = (
-        f"windows of {listed(rows['seq_len']) or 'several lengths of'} tokens, seeds {listed(rows['seed'])}; "
+        f"windows of {listed(rows['seq_len']) or 'several lengths of'} tokens, {seeds_of(rows)}; "
         f"means over {listed(rows['positions'])} positions"
     )
     return styled(figure, "Drift from the original model", label, note)

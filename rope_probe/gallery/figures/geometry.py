@@ -9,7 +9,18 @@ import plotly.graph_objects as go
 
 from rope_probe.errors import InputError
 from rope_probe.gallery.figures.layout import panels, roomy
-from rope_probe.gallery.figures.style import DASHES, GREY, PALETTE, SYMBOLS, drawing, in_short, listed, styled
+from rope_probe.gallery.figures.style import (
+    DASHES,
+    GREY,
+    PALETTE,
+    SYMBOLS,
+    drawing,
+    in_short,
+    joined,
+    listed,
+    seeds_of,
+    styled,
+)
 
 _MOST_SPECTRA = 3
 """Of so many at the most the axis tells the wavelengths, of more the hover alone."""
@@ -73,6 +84,7 @@ def rotations_by_pair(frame: pd.DataFrame, label: str = "") -> go.Figure:
         f"turns over the window of each phase ({listed(rows['seq_len'])} tokens); a pair under the line does not "
         f"complete one there; {rows['model'].nunique()} models, those with the same window and wavelengths share a line"
     )
+    note = joined(note, seeds_of(rows), by="; ")
     return styled(figure, "Rotations by pair", label, note)
 
 

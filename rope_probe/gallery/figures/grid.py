@@ -7,7 +7,18 @@ import plotly.graph_objects as go
 from rope_probe import rope
 from rope_probe.errors import InputError
 from rope_probe.gallery.figures.layout import ROOM, headroom_for, mark_at, panels, roomy
-from rope_probe.gallery.figures.style import PLAIN, SCALE, bar_of, drawing, in_short, listed, styled
+from rope_probe.gallery.figures.style import (
+    PLAIN,
+    SCALE,
+    bar_of,
+    drawing,
+    in_short,
+    joined,
+    listed,
+    seeds_of,
+    styled,
+    trials_of,
+)
 
 FAR, GATE = 8, 0.95
 _HEAD_DIMS, _THETAS, _DISTANCES = (4, 1024), (1.0, 1e99), (1, 2**20)
@@ -64,13 +75,14 @@ def theta_grid(frame: pd.DataFrame, label: str = "") -> go.Figure:
     bar = bar_of("accuracy", {share: f"{share:g}" for share in (0, 0.25, 0.5, 0.75, 1)})
     figure.update_layout(coloraxis={"colorscale": SCALE, "cmin": 0, "cmax": 1, "colorbar": bar})
     cell = cells.groupby(["head_dim", "steps", "short_theta", "long_theta"])["accuracy"]
-    seeds = f"seed {listed(cells['seed'])}"
+    seeds = seeds_of(cells)
     if cells["seed"].nunique() > 1:
         apart = (cell.max() - cell.min()).max()
-        seeds = f"mean over seeds {listed(cells['seed'])}, which are apart by {apart:.2f} at most"
+        seeds = f"mean over {seeds}, which are apart by {apart:.2f} at most"
+    trials = trials_of(frame[is_cell(frame) & (frame["distance"] == distance)], "cell and seed")
     note = (
         f"each cell: accuracy at {distance} tokens, {FAR} times the documents of {documents}, in windows of "
-        f"{listed(cells['seq_len'])}; {seeds}; outlined: constant theta; "
+        f"{listed(cells['seq_len'])}; {joined(seeds, trials, by='; ')}; outlined: constant theta; "
         f"dashed: the base bound, which says that {distance} tokens need a long theta to the right of it; "
         f"below each theta: how many of the pairs complete a turn in the window of the phase"
     )

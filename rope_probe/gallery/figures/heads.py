@@ -14,7 +14,9 @@ from rope_probe.gallery.figures.style import (
     down,
     drawing,
     in_short,
-    listed,
+    joined,
+    number_of,
+    seeds_of,
     signed,
     styled,
 )
@@ -81,12 +83,17 @@ def head_map(frame: pd.DataFrame, label: str = "") -> go.Figure:
     figure.update_layout(
         coloraxis={"colorscale": SCALE, "cmin": 0, "cmax": 1, "colorbar": bar_of("share")},
     )
-    note = "share of a query's attention, mean over queries"
+    note = f"share of a query's attention, mean over {_of_several(rows, 'queries')}"
     if _COPIED in metrics:
-        note += "; last panel: share of a needle's tokens that the head copies into the answer, mean over trials"
-    if seeds := listed(rows["seed"]):
-        note += f"; seeds {seeds}"
+        note += "; last panel: share of a needle's tokens that the head copies into the answer, mean over "
+        note += _of_several(rows[rows["metric"] == _COPIED], "trials")
+    note = joined(note, seeds_of(rows), by="; ")
     return styled(figure, "What each head attends to", label, note + kinds.note)
+
+
+def _of_several(rows: pd.DataFrame, what: str) -> str:
+    """Queries or trials with their number, where the rows tell it."""
+    return joined(number_of(rows, what), what, by=" ")
 
 
 def is_contribution(frame: pd.DataFrame) -> pd.Series:
@@ -142,6 +149,5 @@ def head_pairs(frame: pd.DataFrame, label: str = "") -> go.Figure:
     )
     if count > _MOST_HEADS:
         note += f"; the {_MOST_HEADS} of {count} heads whose pairs add and take most"
-    if seeds := listed(rows["seed"]):
-        note += f"; seeds {seeds}"
+    note = joined(note, seeds_of(rows), by="; ")
     return styled(figure, "By which rotary pairs heads attend", label, note)

@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 
 from rope_probe.errors import InputError
 from rope_probe.gallery.figures.layout import ROOM, missing_is_grey, panels, roomy
-from rope_probe.gallery.figures.style import PLAIN, SCALE, bar_of, down, drawing, listed, styled
+from rope_probe.gallery.figures.style import PLAIN, SCALE, bar_of, down, drawing, joined, seeds_of, styled
 from rope_probe.runs.intervals import share_interval
 
 _PIXELS_OF_LINE, _LOWEST_PANEL, _HIGHEST_PANEL = 30, 140, 460
@@ -91,8 +91,7 @@ def retrieval_map(frame: pd.DataFrame, label: str = "") -> go.Figure:
     )
     trials = [f"{count:.0f}" for count in (cells["trials"].min(), cells["trials"].max()) if math.isfinite(count)]
     note = f"{' to '.join(dict.fromkeys(trials)) or 'unknown numbers of'} trials a cell"
-    if seeds := listed(rows["seed"]):
-        note += f", seeds {seeds}"
+    note = joined(note, seeds_of(rows))
     note += "; intervals in the hover; grey: the distance has no room in the window, or was not measured"
     return styled(figure, "Retrieval by window and distance", label, note)
 

@@ -8,7 +8,18 @@ import plotly.graph_objects as go
 
 from rope_probe.errors import InputError
 from rope_probe.gallery.figures.layout import ROOM, missing_is_grey, panels, roomy
-from rope_probe.gallery.figures.style import PLAIN, SIGNED_SCALE, bar_of, down, drawing, in_short, listed, styled
+from rope_probe.gallery.figures.style import (
+    PLAIN,
+    SIGNED_SCALE,
+    bar_of,
+    down,
+    drawing,
+    in_short,
+    joined,
+    listed,
+    seeds_of,
+    styled,
+)
 from rope_probe.tracing.massive import STATES
 
 PANELS = dict(zip(STATES, ("queries", "keys", "values"), strict=True))
@@ -76,10 +87,8 @@ def massive_map(frame: pd.DataFrame, label: str = "") -> go.Figure:
     figure.update_xaxes(title="pair<br>wavelength", **_pair_ticks(rows, pairs), tickangle=0, **PLAIN)
     note = (
         f"mean over heads and positions; window {listed(rows['seq_len'])} tokens; pair 0 is the fastest, and below "
-        f"each pair is its wavelength in tokens; {'; '.join(largest)}"
+        f"each pair is its wavelength in tokens; {joined(*largest, seeds_of(rows), by='; ')}"
     )
-    if seeds := listed(rows["seed"]):
-        note += f"; seeds {seeds}"
     return styled(figure, "Where queries, keys and values are long", label, note)
 
 

@@ -6,7 +6,7 @@ import plotly.graph_objects as go
 
 from rope_probe.errors import InputError
 from rope_probe.gallery.figures.layout import panels, roomy
-from rope_probe.gallery.figures.style import drawing, line_style, listed, styled
+from rope_probe.gallery.figures.style import drawing, line_style, listed, seeds_of, styled
 from rope_probe.tracing.cone import LOGITS
 from rope_probe.tracing.positional import BY_CHANCE, SHARES
 
@@ -81,7 +81,7 @@ def positional_shares(frame: pd.DataFrame, label: str = "") -> go.Figure:
     figure.update_xaxes(title="layer", row=len(shown), col=1)
     note = (
         f"{listed(rows['contents'])} contents of {listed(rows['content_length'])} tokens at {listed(rows['places'])} "
-        f"places of a window of {listed(rows['seq_len'])} tokens, seeds {listed(rows['seed'])}; shares of the sum of "
+        f"places of a window of {listed(rows['seq_len'])} tokens, {seeds_of(rows)}; shares of the sum of "
         f"squares about the mean, below {_SMALLEST:g} drawn there. By chance: interaction / (contents - 1)"
     )
     return styled(figure, "Content, position, interaction", label, note)

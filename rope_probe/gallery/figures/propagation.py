@@ -7,7 +7,17 @@ import plotly.graph_objects as go
 from rope_probe.errors import InputError
 from rope_probe.gallery.figures.kinds import global_layers
 from rope_probe.gallery.figures.layout import mark_layers, missing_is_grey, panels, roomy
-from rope_probe.gallery.figures.style import GREY, PLAIN, down, drawing, listed, log_range, logarithmic, styled
+from rope_probe.gallery.figures.style import (
+    GREY,
+    PLAIN,
+    down,
+    drawing,
+    listed,
+    log_range,
+    logarithmic,
+    seeds_of,
+    styled,
+)
 from rope_probe.tracing.propagation import COPY, is_rounding
 
 SIDES = {
@@ -214,9 +224,9 @@ def sample(rows: pd.DataFrame) -> str:
     """Window, documents, seeds and noise floor, as a caption tells them; documents where they were measured singly."""
     told = [f"window {listed(rows['seq_len'])} tokens"]
     if documents := rows["document"].nunique():
-        told.append(f"{documents} documents")
-    if seeds := listed(rows["seed"]):
-        told.append(f"seeds {seeds}")
+        told.append(f"{documents} document{'s' if documents > 1 else ''}")
+    if seeds := seeds_of(rows):
+        told.append(seeds)
     off = (rows["value"] - rows["value_float64"]).abs()
     known = off.notna().any()
     told.append(f"noise floor {off.mean():.1g} (mean distance to float64)" if known else "no float64 control")

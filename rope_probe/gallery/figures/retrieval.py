@@ -8,7 +8,17 @@ import plotly.graph_objects as go
 
 from rope_probe.errors import InputError
 from rope_probe.gallery.figures.layout import ROOM, headroom_for, mark_at, panels, roomy, text_width
-from rope_probe.gallery.figures.style import GREY, drawing, line_style, listed, short, styled
+from rope_probe.gallery.figures.style import (
+    GREY,
+    drawing,
+    joined,
+    line_style,
+    listed,
+    seeds_of,
+    short,
+    styled,
+    trials_of,
+)
 from rope_probe.runs.intervals import share_interval
 
 _MARGIN = 1.15
@@ -90,10 +100,12 @@ def retrieval_by_distance(frame: pd.DataFrame, label: str = "") -> go.Figure:
     figure.update_yaxes(title="accuracy", range=[-0.03, 1.03])
     seeds = rows.groupby("model")["seed"].nunique()
     uneven = f" ({seeds.min()} to {seeds.max()} of them for a model)" if seeds.min() < seeds.max() else ""
-    note = (
-        f"window {listed(rows['seq_len'])} tokens, seeds {listed(rows['seed'])}{uneven}; lines: mean over seeds, "
-        f"points: seeds, bars: 95% over seeds and trials"
+    what = joined(
+        f"window {listed(rows['seq_len'])} tokens",
+        f"{seeds_of(rows)}{uneven}",
+        trials_of(rows, "distance, model and seed"),
     )
+    note = f"{what}; lines: mean over seeds, points: seeds, bars: 95% over seeds and trials"
     if len(order) > 1:
         note += f"; listed from the best to the worst at {distances[-1]:,} tokens"
     return styled(figure, "Retrieval by distance", label, note)
@@ -146,7 +158,7 @@ def retrieval_by_task(frame: pd.DataFrame, label: str = "") -> go.Figure:
     figure.update_yaxes(title="accuracy", range=[-0.03, 1.03])
     several = rows.groupby("model")["seed"].nunique()
     note = "; ".join([
-        f"window {listed(rows['seq_len'])} tokens, seeds {listed(rows['seed'])}",
+        joined(f"window {listed(rows['seq_len'])} tokens", seeds_of(rows), trials_of(rows, "task, model and seed")),
         *(["points: mean over seeds, small ones: seeds"] if several.max() > 1 else []),
         "lines: 95% over seeds and trials",
     ])  # fmt: skip

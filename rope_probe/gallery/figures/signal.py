@@ -5,7 +5,7 @@ import plotly.graph_objects as go
 
 from rope_probe.errors import InputError
 from rope_probe.gallery.figures.layout import panels
-from rope_probe.gallery.figures.style import GREY, across, drawing, line_style, listed, styled
+from rope_probe.gallery.figures.style import GREY, across, drawing, line_style, listed, seeds_of, styled
 
 _KL = ("loss_kl_nats", "signal_kl_nats", "remaining_kl_nats")
 _GRADIENTS = ("loss_gradient", "signal_gradient")
@@ -75,8 +75,8 @@ def signal_of_distillation(frame: pd.DataFrame, label: str = "") -> go.Figure:
     figure.update_yaxes(title="norm / norm of<br>the loss's", type="log", tickformat="~g", nticks=6, row=2, col=1)
     figure.update_yaxes(title="cosine", range=[-1.05, 1.05], row=3, col=1)
     note = (
-        f"taken from the teacher: {strongest}; window {listed(rows['seq_len'])} tokens, one window a seed, seeds "
-        f"{listed(rows['seed'])}; bars: smallest to largest seed"
+        f"taken from the teacher: {strongest}; window {listed(rows['seq_len'])} tokens, one window a seed, "
+        f"{seeds_of(rows)}; bars: smallest to largest seed"
     )
     return styled(figure, "What a perturbation of the teacher changes in distillation", label, note)
 

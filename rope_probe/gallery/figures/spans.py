@@ -23,10 +23,13 @@ from rope_probe.gallery.figures.style import (
     down,
     drawing,
     in_short,
+    joined,
     line_style,
     listed,
+    seeds_of,
     short,
     styled,
+    trials_of,
 )
 
 _PARTS = {"W_Q": "W_Q", "W_K": "W_K", "W_V": "W_V", "W_O": "W_O", "mlp": "MLP"}
@@ -165,6 +168,9 @@ def causal_curves(frame: pd.DataFrame, label: str = "") -> go.Figure:
     rows = frame[is_curve(frame) & (frame["seq_len"] == frame.loc[is_curve(frame), "seq_len"].max())]
     if rows.empty:
         raise InputError("these results hold no curves of transplanted spans; see experiments/query_spans.py")
+    what = joined(
+        f"window {listed(rows['seq_len'])} tokens", seeds_of(rows), trials_of(rows, "point, distance and seed")
+    )
     share = (rows["moved"] / rows["movable"]).astype(float)
     rows = rows.assign(share=share, is_random=rows["draw"].notna(), draw=rows["draw"].fillna(-1))
     keys = ["span_set", "order", "draw", "is_random", "seed", "share"]
@@ -204,8 +210,7 @@ def causal_curves(frame: pd.DataFrame, label: str = "") -> go.Figure:
     figure.update_xaxes(title="share of the query spans", tickformat=".0%", range=[-0.02, 1.02])
     figure.update_yaxes(title="accuracy", range=[-0.03, 1.03])
     note = (
-        f"lines: orders of the spans, mean over distances and seeds {listed(rows['seed'])}; "
-        "grey: random orders, their mean and range"
+        f"{what}; lines: orders of the spans, mean over distances and seeds; grey: random orders, their mean and range"
     )
     return styled(figure, "How many query spans carry the skill", label, note)
 
@@ -220,6 +225,7 @@ def transplants(frame: pd.DataFrame, label: str = "") -> go.Figure:
     rows = frame[is_transplant(frame)]
     if rows.empty:
         raise InputError("these results hold no transplants; see experiments/query_spans.py")
+    what = joined(seeds_of(rows), trials_of(rows, "bar, distance and seed"))
     keys = ["into", "group", "seed", "seq_len"]
     rows = rows.groupby(keys, sort=False, as_index=False, dropna=False)["value"].mean()
     windows = sorted(rows["seq_len"].unique(), reverse=True)
@@ -257,7 +263,7 @@ def transplants(frame: pd.DataFrame, label: str = "") -> go.Figure:
         tickvals=ticks,
         ticktext=[text for group, text in zip(order, texts, strict=True) if group in ticks],
     )
-    note = f"mean over distances and seeds {listed(rows['seed'])}; lines: smallest to largest seed"
+    note = joined("bars: mean over distances and seeds", "lines: smallest to largest seed", what, by="; ")
     return styled(figure, "What transplanted weights do", label, note)
 
 
@@ -331,12 +337,7 @@ def _pair_ticks(rows: pd.DataFrame) -> tuple[dict[str, Any], str]:
 
 
 def _note(rows: pd.DataFrame, how: str) -> str:
-    seeds = listed(rows["seed"])
-    return "; ".join(
-        part
-        for part in ("relative change: norm of the change over the norm before", how, f"seeds {seeds}" if seeds else "")
-        if part
-    )
+    return joined("relative change: norm of the change over the norm before", how, seeds_of(rows), by="; ")
 
 
 def _pair_note(rows: pd.DataFrame, how: str) -> str:

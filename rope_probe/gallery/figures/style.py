@@ -144,6 +144,29 @@ def listed(values: pd.Series) -> str:
     return ", ".join(map(str, sorted(values.dropna().unique().tolist())))
 
 
+def seeds_of(rows: pd.DataFrame) -> str:
+    """The seeds of some rows, as a caption tells them: "seed 0", "seeds 0, 1"; "" where none is told."""
+    seeds = listed(rows["seed"])
+    return f"{'seeds' if rows['seed'].nunique() > 1 else 'seed'} {seeds}" if seeds else ""
+
+
+def number_of(rows: pd.DataFrame, column: str) -> str:
+    """How many of something each row is a mean over, "64" or "16 to 64", by the column; "" where none is told."""
+    told = rows[column].dropna() if column in rows else rows["value"].iloc[:0]
+    return " to ".join(dict.fromkeys(f"{int(count):,}" for count in (told.min(), told.max()))) if len(told) else ""
+
+
+def trials_of(rows: pd.DataFrame, of: str) -> str:
+    """How many trials each number is of, as a caption tells it; "" where the rows do not tell. `of` is one number."""
+    trials = number_of(rows, "trials")
+    return f"n = {trials} trials for each {of}" if trials else ""
+
+
+def joined(*parts: str, by: str = ", ") -> str:
+    """Those parts of a caption that are not empty, one after the other."""
+    return by.join(part for part in parts if part)
+
+
 def styled(figure: go.Figure, title: str, label: str, caption: str) -> go.Figure:
     """Give a figure that `panels` made its title, its caption, the fonts of all, and every part its place.
 

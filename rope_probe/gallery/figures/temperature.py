@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 from rope_probe.errors import InputError
 from rope_probe.gallery.figures.layout import panels
 from rope_probe.gallery.figures.retrieval import pooled
-from rope_probe.gallery.figures.style import drawing, line_style, listed, styled
+from rope_probe.gallery.figures.style import drawing, joined, line_style, listed, seeds_of, styled, trials_of
 
 _HEIGHT = 150
 JUDGING = "judging"
@@ -80,10 +80,8 @@ def retrieval_by_temperature(frame: pd.DataFrame, label: str = "") -> go.Figure:
         title="queries multiplied by",
     )
     figure.update_yaxes(range=[-0.03, 1.03], title="accuracy")
-    note = (
-        f"window {listed(rows['seq_len'])} tokens, seeds {listed(rows['seed'])}; lines: mean over seeds, points: "
-        "seeds, bars: 95% over seeds and trials"
-    )
+    what = joined(f"window {listed(rows['seq_len'])} tokens", seeds_of(rows), trials_of(rows, "point of a seed"))
+    note = f"{what}; lines: mean over seeds, points: seeds, bars: 95% over seeds and trials"
     return styled(figure, "Retrieval by temperature", label, note)
 
 

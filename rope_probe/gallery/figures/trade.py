@@ -5,7 +5,7 @@ import plotly.graph_objects as go
 
 from rope_probe.errors import InputError
 from rope_probe.gallery.figures.layout import panels
-from rope_probe.gallery.figures.style import drawing, line_style, listed, styled
+from rope_probe.gallery.figures.style import drawing, joined, line_style, listed, seeds_of, styled, trials_of
 from rope_probe.runs.intervals import share_interval
 
 _SHORT, _LONG = "short_accuracy", "long_accuracy"
@@ -52,7 +52,8 @@ def trade_off(frame: pd.DataFrame, label: str = "") -> go.Figure:
     figure.update_yaxes(title=f"accuracy far away in a window<br>of {windows[_LONG]} tokens", range=[-0.03, 1.03])
     several = rows.groupby("model")["seed"].nunique().max() > 1
     bars = "over seeds and trials" if several else "over trials"
-    note = f"points: means over distances and seeds {listed(rows['seed'])}; bars: 95%, {bars}"
+    what = joined(seeds_of(rows), trials_of(rows, "window, model and seed"))
+    note = joined("points: means over distances and seeds", f"bars: 95%, {bars}", what, by="; ")
     return styled(figure, "Long skill against short skill", label, note)
 
 

@@ -5,7 +5,7 @@ import plotly.graph_objects as go
 
 from rope_probe.errors import InputError
 from rope_probe.gallery.figures.layout import panels as panels_of
-from rope_probe.gallery.figures.style import drawing, line_style, listed, styled
+from rope_probe.gallery.figures.style import drawing, joined, line_style, listed, seeds_of, styled
 
 LOSSES = {"ce_nats": ("cross-entropy, nats", "linear"), "kd_nats": ("KD divergence, nats", "log")}
 _LOWEST_PANEL, _HIGHEST_PANEL, _ALL_PANELS = 90, 240, 900
@@ -47,9 +47,9 @@ def loss_curves(frame: pd.DataFrame, label: str = "") -> go.Figure:
         figure.update_yaxes(title="nats", type=scale, tickformat="~g", nticks=6, **same, row=row, col=1)
         figure.update_xaxes(rangemode="tozero", tickformat="~s", row=row, col=1)
     figure.update_xaxes(title="tokens trained on in the phase", row=len(places), col=1)
-    windows = f"windows of {windows} tokens, " if (windows := listed(rows["seq_len"])) else ""
+    windows = f"windows of {windows} tokens" if (windows := listed(rows["seq_len"])) else ""
     note = (
-        f"loss of each measured step, {windows}seeds {listed(rows['seed'])}; "
+        f"{joined('loss of each measured step', windows, seeds_of(rows))}; "
         "thin: seeds as logged; bold: their mean, as far as all of them went"
     )
     return styled(figure, "Losses in training", label, note)
