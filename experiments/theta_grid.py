@@ -15,10 +15,11 @@ Beside the base bound stands its rival, a cutoff that knows no head dim.
 import dataclasses
 import itertools
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 import typer
@@ -34,9 +35,10 @@ from rope_probe.errors import InputError
 from rope_probe.gallery.figures.grid import read_cells
 from rope_probe.models import checkpoints
 from rope_probe.retrieval.probe import RETRIEVAL
+from rope_probe.runs.intervals import student_interval
 from rope_probe.runs.results import new_run, read_manifest
 from rope_probe.runs.tables import Column, Tables, declare
-from rope_probe.runs.verdicts import Section, beside, verdict, verdicts
+from rope_probe.runs.verdicts import Section, beside, decided, verdict, verdicts
 from rope_probe.seeds import derive
 
 QUESTION = "Which short theta goes with which long theta, and what foresees it?"
@@ -192,30 +194,66 @@ def report(results: Mapping[str, Tables]) -> Section:
     return Section(judged(frame), tables)
 
 
+Figure = Callable[[pd.DataFrame], float]
+"""Of the cells of one seed."""
+BELOW_0 = float(np.nextafter(0, -1))
+
+
 def judged(frame: pd.DataFrame) -> pd.DataFrame:
-    """Each prediction with its figures and whether it held."""
+    """Each prediction: a figure of each seed's whole grid, their mean, and Student's interval over seeds.
+
+    Cells of a seed share bases and a teacher, so a seed is the unit. One seed has no interval.
+    """
     table, rows = cells(frame), []
     larger = table[table["steps"] == max(BUDGETS)]
-    agree = ((larger["accuracy"] >= 0.5) == larger["reaches"]).mean()
-    rows.append(verdict(1, "share of cells the base bound sorts right, larger budget, .8 or more", agree, agree >= 0.8))
-    trivial = ((larger["accuracy"] >= 0.5) == (larger["long_theta"] >= CUTOFF)).mean()
+
+    def over_seeds(of: pd.DataFrame, figure: Figure) -> tuple[float, float, float, int]:
+        values = pd.Series([figure(part) for _, part in of.groupby("seed")], dtype=float).dropna()
+        return float(values.mean()), *student_interval(values), len(values)
+
+    def judge(
+        number: int, claim: str, figure: Figure, least: float = -np.inf, most: float = np.inf, of: pd.DataFrame = larger
+    ) -> None:
+        mean, low, high, n = over_seeds(of, figure)
+        held = decided(low, high, least, most) if n > 1 else bool(least <= mean <= most)
+        rows.append(verdict(number, claim, mean, held, n=n, low=low, high=high))
+
+    judge(1, "share of cells the base bound sorts right, larger budget, .8 or more", _sorted_by_bound, 0.8)
+    mean, low, high, n = over_seeds(larger, _sorted_by_cutoff)
     what = f"the same of its rival, one cutoff for both head dims: a long theta of {CUTOFF:,.0f} or more"
-    rows.append(beside(what, trivial, n=larger["seed"].nunique()))
-    high = larger[larger["long_theta"] >= 20_000]
-    for dim, part in high.groupby("head_dim"):
-        constant = part[part["short_theta"] == part["long_theta"]]["accuracy"].mean()
-        gap = part[part["short_theta"] < part["long_theta"]]["accuracy"].mean() - constant
-        wanted, held = ("within .1", abs(gap) <= 0.1) if dim == 32 else ("above .1", gap > 0.1)
-        rows.append(verdict(2, f"head dim {dim}: phase-wise less constant large theta {wanted}", gap, held))
-    for name, column, sign in (("base bound", "reaches", 1), ("spectrum use", "use_long", -1)):
-        rank = stats.spearmanr(larger[column], larger["accuracy"]).statistic
-        wanted = "above 0" if sign > 0 else "below 0"
-        rows.append(verdict(3, f"rank correlation of {name} with accuracy {wanted}", rank, sign * rank > 0))
-    work = table[table["accuracy"] >= 0.5].groupby("steps")["accuracy"].size()
-    few, many = (int(work.get(steps, 0)) for steps in BUDGETS)
+    rows.append(beside(what, mean, n=n, low=low, high=high))
+    for dim, part in larger[larger["long_theta"] >= 20_000].groupby("head_dim"):
+        wanted, bounds = ("within .1", (-0.1, 0.1)) if dim == 32 else ("above .1", (0.1, np.inf))
+        judge(2, f"head dim {dim}: phase-wise less constant large theta {wanted}", _gap, *bounds, of=part)
+    judge(3, "rank correlation of base bound with accuracy above 0", partial(_rank, "reaches"), -BELOW_0)
+    judge(3, "rank correlation of spectrum use with accuracy below 0", partial(_rank, "use_long"), most=BELOW_0)
     claim = f"cells at .5 or more with {BUDGETS[0]} steps, less those with {BUDGETS[1]}, below 0"
-    rows.append(verdict(4, claim, few - many, few < many))
+    judge(4, claim, _fewer_that_work, most=BELOW_0, of=table)
     return verdicts(rows)
+
+
+def _sorted_by_bound(grid: pd.DataFrame) -> float:
+    return float(((grid["accuracy"] >= 0.5) == grid["reaches"]).mean())
+
+
+def _sorted_by_cutoff(grid: pd.DataFrame) -> float:
+    return float(((grid["accuracy"] >= 0.5) == (grid["long_theta"] >= CUTOFF)).mean())
+
+
+def _gap(grid: pd.DataFrame) -> float:
+    """Accuracy with a smaller short theta, less that with one theta for both."""
+    constant = grid.loc[grid["short_theta"] == grid["long_theta"], "accuracy"]
+    return float(grid.loc[grid["short_theta"] < grid["long_theta"], "accuracy"].mean() - constant.mean())
+
+
+def _rank(column: str, grid: pd.DataFrame) -> float:
+    return float(stats.spearmanr(grid[column], grid["accuracy"]).statistic)
+
+
+def _fewer_that_work(grid: pd.DataFrame) -> float:
+    working = grid[grid["accuracy"] >= 0.5].groupby("steps").size()
+    few, many = (int(working.get(steps, 0)) for steps in BUDGETS)
+    return float(few - many)
 
 
 if __name__ == "__main__":

@@ -357,6 +357,41 @@ def test_rivals_of_spans_are_measured_and_recorded(extended, monkeypatch):
     assert rows.loc[rows["metric"] == "accuracy", "state"].nunique() == 8
 
 
+def test_the_theta_grid_is_judged_over_seeds():
+    """Of three seeds two sort every cell by the base bound, and one half of them: their mean is above .8, no more."""
+    few, many = theta_grid.BUDGETS
+    at = {
+        "model": "student",
+        "head_dim": 32,
+        "short_theta": 300.0,
+        "phase": "extension",
+        "metric": "accuracy",
+        "seq_len": 1024,
+    }
+    rows = [
+        {
+            **at,
+            "steps": steps,
+            "seed": seed,
+            "long_theta": theta,
+            "distance": 512,
+            "value": value if steps == many else 0.0,
+        }
+        for steps in (few, many)
+        for seed, values in enumerate(((0.0, 1.0), (0.0, 1.0), (1.0, 1.0)))
+        for theta, value in zip((300.0, 20_000.0), values, strict=True)
+    ]
+    frame = theta_grid.THETA_GRID.frame(rows)
+    table = theta_grid.judged(frame)
+    bound = table[table["prediction"] == 1].iloc[0]
+    assert (bound["measured"], bound["n"], bound["held"]) == (pytest.approx(5 / 6), 3, "undecided")
+    assert bound["low"] < 0.8 < bound["high"]
+    fewer = table[table["prediction"] == 4].iloc[0]
+    assert (fewer["measured"], fewer["held"]) == (pytest.approx(-4 / 3), "undecided")
+    one = theta_grid.judged(frame[frame["seed"] == 0])
+    assert set(one.query("prediction in (1, 4)")["held"]) == {"as predicted"}
+
+
 def test_a_row_of_the_theta_grid_is_trained_and_recorded(extended, monkeypatch):
     gate = Gate(SHORT, (8,), accuracy=0.0, every=1, trials=2)
     short = dataclasses.replace(toy_checkpoints.short_phase(300.0), steps=1, gate=gate)
