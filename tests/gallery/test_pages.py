@@ -11,6 +11,7 @@ import pytest
 
 from experiments import beyond, longred, phase_scaling, rivals, theta_grid  # noqa: F401 (tables that drawings read)
 from rope_probe.gallery import figures as plots
+from rope_probe.gallery.drawn import Drawn
 from rope_probe.gallery.embedded import as_json, embedded
 from rope_probe.gallery.figures.findings import losses_by_position
 from rope_probe.gallery.numbers import MOST_ROWS, numbers, write_numbers
@@ -169,6 +170,16 @@ def test_the_finding_of_losses_by_position_says_where_lines_part():
     assert "largest, own" not in said
 
 
+def test_a_figure_without_a_finding_refers_to_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(Drawn, "finding", "")
+    rows = [{"metric": "accuracy", "value": 0.5, "distance": distance, "seq_len": 64} for distance in (8, 16)]
+    with new_run(tmp_path / "run", "trace", {}) as run:
+        run.record(RETRIEVAL, rows, model="tiny", seed=0)
+    gallery([tmp_path / "run"], tmp_path / "gallery")
+    for page in pages_of(tmp_path / "gallery").values():
+        assert set(page.referred) <= set(page.ids)
+
+
 def test_claims_stand_with_their_prediction_figure_numbers_and_command(made):
     (page,) = [page for name, page in pages_of(made).items() if name.startswith("propagation")]
     text = page.path.read_text()
@@ -227,6 +238,9 @@ CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 DRAWN = """[...document.querySelectorAll('.plot')].filter(plot => plot.offsetParent)
            .every(plot => plot.dataset.drawn && plot.querySelector('.main-svg'))"""
 
+OPEN_ALL = "document.querySelectorAll('[role=tabpanel]').forEach(panel => { panel.hidden = false; })"
+SHOWN_TABLES = "[...document.querySelectorAll('table')].filter(table => table.offsetParent).length"
+
 
 @pytest.fixture(scope="module")
 def browser():
@@ -277,6 +291,7 @@ def names(made):
 def test_every_figure_is_drawn_without_an_error_and_nothing_runs_over_the_side(seen, names, width, scheme):
     for name in names:
         page = seen(name, width, scheme)
+        page.evaluate(OPEN_ALL)
         assert page.said == []
         assert page.evaluate("window.hacked") is None
         assert page.evaluate("document.documentElement.scrollWidth") <= width
@@ -368,6 +383,8 @@ def test_axe_finds_nothing_serious(seen, names, width, scheme):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs axe-playwright-python").Axe()
     for name in names:
         page = seen(name, width, scheme)
+        page.evaluate(OPEN_ALL)
+        assert page.evaluate(SHOWN_TABLES) == page.locator("table").count()
         found = axe.run(page).response["violations"]
         grave = [
             f"{one['id']}: {one['help']}: {one['nodes'][0]['html'][:200]}"
