@@ -41,7 +41,7 @@ _SIZES = {
     **zoo.SIZES, "num_hidden_layers": 4, "head_dim": 8, "sliding_window": 8, "attention_chunk_size": 8,
     "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "moe_num_experts": 4, "num_experts_per_tok": 2,
     "moe_topk": 2, "moe_k": 2, "n_group": 1, "topk_group": 1, "num_expert_group": 1, "moe_intermediate_size": 16,
-    "shared_expert_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16, "vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 8,
     "n_shared_experts": 1, "num_shared_experts": 1, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
     "qk_nope_head_dim": 8, "v_head_dim": 8, "qk_head_dim": 16,
 }  # fmt: skip
@@ -69,8 +69,32 @@ _OWN: dict[str, dict[str, Any]] = {
             kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("full_attention", "sliding_attention")
         }
     },
+    "blt": {
+        "encoder_hash_byte_group_vocab": 64,
+        **{
+            f"{part}_config": {"hidden_size": width, "hidden_size_global": 64, "intermediate_size": 32,
+                               "num_attention_heads": 4, "num_hidden_layers": 2}
+            for part, width in {"patcher": 32, "encoder": 32, "decoder": 32, "global": 64}.items()
+        },
+    },
+    "dbrx": {
+        "d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 128,
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
+    },
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "dots3_note": {
+        "vision_config": {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+                          "per_layer_config": {}, "moe_intermediate_size": 32, "adapter_in_dim": 32,
+                          "adapter_out_dim": 32},
+        "audio_config": {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+                         "adapter_input_size": 32, "adapter_out_dim": 32},
+    },
     "falcon_h1": {"num_hidden_layers": 1},
+    "gemma3n_text": {
+        "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2, "laurel_rank": 8,
+    },
+    **_alike("gemma4_text gemma4_unified_text", head_dim=8, global_head_dim=16),
     "granitemoehybrid": {
         "num_hidden_layers": 2, "layer_types": ["mamba", "attention"], "mamba_n_heads": 8, "mamba_d_head": 8,
         "position_embedding_type": "rope", "num_local_experts": 0,
@@ -82,7 +106,20 @@ _OWN: dict[str, dict[str, Any]] = {
         "audio_config": {"hidden_size": 32, "intermediate_size": 32, "num_blocks": 1, "num_attention_heads": 2,
                          "ext_pw_out_channel": 32, "depthwise_separable_out_channel": 32, "nemo_conv_channels": 32},
     },
+    **_alike(
+        "qwen4_exp_text",
+        indexer_n_heads=4,
+        indexer_kv_heads=1,
+        indexer_head_dim=8,
+        indexer_budget=8,
+        indexer_compress_ratio=4,
+        ngram_vocab_size_base=64,
+    ),
     "recurrent_gemma": {"num_hidden_layers": 3, "lru_width": 32, "attention_window_size": 8},
+    "zamba2": {
+        "num_hidden_layers": 2, "layers_block_type": ["linear_attention", "hybrid"], "use_mem_rope": True,
+        "n_mamba_heads": 8,
+    },
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
 
@@ -103,6 +140,9 @@ def tiny_config(model_type: str) -> Any:
 
 def _entries(default: Any) -> dict[str, Any]:
     def known(name: str) -> bool:
+        entry = getattr(type(default), name, None)
+        if isinstance(entry, property) and entry.fset is None:  # computed from others
+            return False
         try:
             return getattr(default, name) is not None or name == "num_key_value_heads"
         except Exception:  # not there, or another one in every layer

@@ -484,6 +484,32 @@ def test_of_a_multimodal_checkpoint_the_text_part_is_loaded(tmp_path):
         compare_spans(tmp_path / "whole", tmp_path / "whole")
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (hf.Qwen2VLConfig, "of type 'qwen2_vl_text', of which transformers has no causal LM; .* such as a qwen2 one"),
+        (hf.Qwen3VLConfig, "of type 'qwen3_vl_text', of which transformers has no causal LM; .* such as a qwen3 one"),
+        (hf.T5Config, "of type 't5', of which transformers has no causal LM; give a checkpoint that reads .* alone$"),
+    ],
+)
+def test_a_type_without_a_causal_lm_is_refused_by_its_name(config, message, tmp_path):
+    config().save_pretrained(tmp_path)
+    for read in (load_model, checkpoints.read_config):
+        with pytest.raises(InputError, match=message):
+            read(tmp_path)
+
+
+def test_configs_whose_entries_differ_between_layers_are_read(tmp_path):
+    """Gemma 4 has other heads in global layers, and Gemma 3n a width of the MLP for each layer."""
+    for config in (hf.Gemma4TextConfig(attention_k_eq_v=True, num_global_key_value_heads=2), hf.Gemma3nTextConfig()):
+        config.save_pretrained(tmp_path)
+        assert type(checkpoints.read_config(tmp_path)) is type(config)
+    config.intermediate_size[3] = 0
+    config.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"intermediate_size .* but it is 0"):
+        checkpoints.read_config(tmp_path)
+
+
 def test_float64_is_the_same_however_it_is_come_by(tmp_path):
     """Gemma 3 rounds the scale of its embeddings to the dtype it is made in: 5.656854... to 2.4e-7 in float32."""
     model = zoo.model(zoo.CONFIGS["gemma3"]())

@@ -318,7 +318,9 @@ def rotary_layers(model: PreTrainedModel) -> list[Rotary | None]:
                 f"layer {layer} has rotary frequencies that are not positive and finite; check the model's rope_theta"
             )
         _require_factors(config)
-        scaling = float(getattr(embedding, f"{prefix}attention_scaling", 1.0))
+        rope = getattr(config, "rope_parameters", None) or {}
+        own_scaling = rope.get("short_mscale") if rope.get("rope_type") != "default" else None  # PhiMoE's
+        scaling = float(getattr(embedding, f"{prefix}attention_scaling", 1.0) if own_scaling is None else own_scaling)
         found = architecture.by_measurement
         if found is None:
             return Rotary(frequencies, scaling, architecture.layout)

@@ -22,6 +22,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import (
     CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -30,11 +31,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers import logging as transformers_logging
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.quantization_config import QuantizationMethod
 
 from rope_probe.errors import InputError, is_out_of_memory, reason
 from rope_probe.models import attention, gguf_files, offloaded, weight_files
 from rope_probe.models.architectures import architecture_of, backbone_of, rotary_module_of, set_rotary_module
+from rope_probe.models.configs import layer_configs
 from rope_probe.runs.folders import whole_folder
 
 _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
@@ -109,13 +112,14 @@ def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     return model
 
 
-def read_config(model: str, revision: str | None = None) -> PreTrainedConfig:
+def read_config(model: str | os.PathLike[str], revision: str | None = None) -> PreTrainedConfig:
     """The config of a checkpoint by folder, GGUF file, name or hub id; of a multimodal one, that of its text part.
 
-    Raises InputError for what is not there, for a config that transformers does not take, and for one without layers,
-    vocabulary or positions.
+    Raises InputError for what is not there, for a config that transformers does not take or has no causal LM of, and
+    for one without layers, vocabulary or positions.
     """
-    return _read_config(model, weight_files.place_of(model), revision)
+    name = os.fspath(model)
+    return _read_config(name, weight_files.place_of(name), revision)
 
 
 def _read_config(name: str, place: str, revision: str | None) -> PreTrainedConfig:
@@ -135,9 +139,22 @@ def _read_config(name: str, place: str, revision: str | None) -> PreTrainedConfi
         config = text
         if quantised is not None:
             config.quantization_config = quantised
+    _require_causal(config, name)
     _require_sensible(config, f"the config of {name!r}")
     _require_known_quantisation(config, name)
     return config
+
+
+def _require_causal(config: PreTrainedConfig, name: str) -> None:
+    """Raises InputError for a type of which transformers has no causal LM, such as the text part of Qwen2-VL."""
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return
+    family = config.model_type.partition("_")[0]
+    of_family = f", such as a {family} one" if family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else ""
+    raise InputError(
+        f"checkpoint {name!r} has a text model of type {config.model_type!r}, of which transformers has no causal LM; "
+        f"give a checkpoint that reads and writes text alone{of_family}"
+    )
 
 
 def _require_known_quantisation(config: PreTrainedConfig, name: str) -> None:
@@ -152,13 +169,16 @@ def _require_known_quantisation(config: PreTrainedConfig, name: str) -> None:
 
 def _require_sensible(config: PreTrainedConfig, whose: str) -> None:
     """Raises InputError for counts and shares that no model has, which transformers itself takes."""
-    for entry, most in _COUNTS.items():
-        count = getattr(config, entry, None)
-        if count is not None and not (type(count) is int and 1 <= count <= most):
-            raise InputError(f"{entry} in {whose} must be a whole number in 1..{most}, but it is {count!r}")
-    heads, groups = (getattr(config, entry, None) for entry in ("num_attention_heads", "num_key_value_heads"))
-    if heads is not None and groups is not None and heads % groups:
-        raise InputError(f"num_key_value_heads in {whose} must divide the {heads} heads, but it is {groups}")
+    for one in layer_configs(config):
+        for entry, most in _COUNTS.items():
+            told = getattr(one, entry, None)
+            by_layer = entry == "intermediate_size" and isinstance(told, list) and told  # Gemma 3n's
+            for count in told if by_layer else [told]:
+                if count is not None and not (type(count) is int and 1 <= count <= most):
+                    raise InputError(f"{entry} in {whose} must be a whole number in 1..{most}, but it is {count!r}")
+        heads, groups = (getattr(one, entry, None) for entry in ("num_attention_heads", "num_key_value_heads"))
+        if heads is not None and groups is not None and heads % groups:
+            raise InputError(f"num_key_value_heads in {whose} must divide the {heads} heads, but it is {groups}")
     for entry, share in config.to_dict().items():
         if "drop" in entry and isinstance(share, int | float) and not 0 <= share < 1:
             raise InputError(f"{entry} in {whose} must be at least 0 and below 1, but it is {share!r}")

@@ -40,7 +40,7 @@ from rope_probe.models.architectures import (
 )
 from rope_probe.models.configs import chunk_of_layer, text_config_of
 from rope_probe.models.hook_names import Cache, require_known
-from rope_probe.models.measured import FinalStates, returning
+from rope_probe.models.measured import FinalStates, prepare_for_double, returning
 from rope_probe.models.tokens import plain_ids, prompt_ids
 from rope_probe.precision import promote_float32
 from rope_probe.windows.packing import Batch, Window
@@ -95,7 +95,7 @@ class HookedCausalLM(HookedRootModule):
         architecture = architecture_of(model.config)
         if self.dtype == torch.float64:
             offloaded.keep_stored_dtype(model)
-            model.set_experts_implementation("eager")  # the grouped kernels of mixtures of experts stop at float32
+            prepare_for_double(model)
         attention.attach(model, self.attn, self._seams)
         on_embedding = partial(_on_output, self.hook_embed)
         for seam in self._seams:

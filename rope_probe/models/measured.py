@@ -37,8 +37,8 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.utils import logging as transformers_logging
 
 from rope_probe.errors import InputError, is_out_of_memory, reason
-from rope_probe.models.configs import chunk_of_layer, heads_of, shrunk, text_config_of
-from rope_probe.precision import promote_float32
+from rope_probe.models.configs import chunk_of_layer, heads_of, layer_configs, shrunk, text_config_of
+from rope_probe.precision import keep_float32, promote_float32
 from rope_probe.rope import Layout, rotate
 
 TOLERANCE = 1e-9
@@ -139,8 +139,17 @@ def backbone_of(model: PreTrainedModel) -> Any:
 def to_double(model: PreTrainedModel) -> PreTrainedModel:
     """The model in float64, in place; mixtures of experts too."""
     model = model.to(torch.float64)
-    model.set_experts_implementation("eager")  # the grouped kernels of mixtures of experts stop at float32
+    prepare_for_double(model)
     return model
+
+
+def prepare_for_double(model: PreTrainedModel) -> None:
+    """Have a float64 model run in float64 throughout, with the rotary frequencies that it was built with."""
+    model.set_experts_implementation("eager")  # the grouped kernels of mixtures of experts stop at float32
+    for module in model.modules():
+        compute = module.__dict__.get("rope_init_fn")
+        if compute is not None and not hasattr(compute, "__wrapped__"):  # PhiMoE's forward computes them anew each time
+            module.__dict__["rope_init_fn"] = keep_float32()(compute)
 
 
 # Reading --------------------------------------------------------------------------------------------------------------
@@ -271,6 +280,10 @@ class _Measurement:
     def __init__(self, config: PreTrainedConfig) -> None:
         if getattr(config, "is_encoder_decoder", False):
             raise InputError("it is an encoder and a decoder")
+        if not hasattr(text_config_of(config), "num_hidden_layers"):
+            raise InputError("its config has no num_hidden_layers: it is not one stack of layers")
+        if len(layer_configs(config)) > 1:
+            heads_of(config)  # refuses heads that differ, before they are shrunk to the same
         self.config = shrunk(config)
         self.model = _random_model(self.config)
         if not [name for name, _ in self.model.named_buffers() if name.endswith("inv_freq")]:
