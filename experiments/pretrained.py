@@ -113,6 +113,7 @@ FIGURES = {
     10: ("dose_response",),
     12: ("head_map",),
     14: ("layer_effects", "head_effects"),
+    15: ("pair_effects",),
     16: ("dose_response",),
 }
 """The drawings that show what a prediction is about, by its number."""

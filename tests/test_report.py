@@ -642,6 +642,23 @@ def test_effects_of_heads_show_the_numbers_of_the_frame():
     assert np.isnan(np.asarray(rounding.z, dtype=float)).all()
 
 
+def test_effects_of_pairs_show_the_numbers_of_the_frame_and_wavelengths():
+    """Of the largest angle, the mean over documents."""
+    rows = [
+        {"kind": "PairTurn", "side": "q", "radians": radians, "inject_layer": layer, "pair": pair, "document": document,
+         "wavelength": 6.0 * 10**pair, "site": "logits", "metric": "kl_nats", "model": "tiny", "seq_len": 96,
+         "value": radians * (1 + layer + 10 * pair + document)}
+        for radians in (0.1, 1.0) for layer in range(3) for pair in range(2) for document in range(2)
+    ]  # fmt: skip
+    figure = plots.pair_effects(rows_for("pair_effects", rows), "tiny")
+    (panel,) = figure.data
+    np.testing.assert_allclose(panel.customdata, [[1.5, 11.5], [2.5, 12.5], [3.5, 13.5]])
+    assert list(figure.layout.xaxis.ticktext) == ["0<br>6", "1<br>60"]
+    assert "pair 1 of layer 2" in notes(figure)[-1]
+    with pytest.raises(InputError, match="single pairs of a layer"):
+        plots.pair_effects(rows_for("pair_effects", rows[:0]))
+
+
 def test_effects_of_heads_have_room_for_large_models():
     rows = shifted_heads(80, 128)
     figure = plots.head_effects(rows)
@@ -880,6 +897,10 @@ def what_each_drawing_draws(name):
         "head_effects": every(
             1, **shifts, metric=["kl_nats"], site=["logits"], inject_layer=[0, 1], head=[0, 1], delta_tokens=[4.0]
         ),
+        "pair_effects": every(
+            1, **{**shifts, "kind": ["PairTurn"]}, metric=["kl_nats"], site=["logits"], inject_layer=[0, 1],
+            pair=[0, 1], wavelength=[6.0], radians=[1.0],
+        ),
         "retrieval_by_task": every(
             0, **runs, metric=["accuracy"], task=[name, "vt"], seq_len=[64], low=[0.0], high=[1.0]
         ),
@@ -922,7 +943,7 @@ def numbers(figure):
 ODD_NAME = '<a href="#">odd</a>&lt;%{y}$z$'
 ODD_NAME_AS_TEXT = '&lt;a href="#"&gt;odd&lt;/a&gt;&amp;lt;&#37;{y}&#36;z&#36;'
 NAMELESS = {"theta_grid", "copy_heatmap", "dose_response", "injected_by_read", "sensitivity_by_pair", "change_by_part",
-            "positional_shares", "trace_cost", "head_map", "layer_effects", "head_effects",
+            "positional_shares", "trace_cost", "head_map", "layer_effects", "head_effects", "pair_effects",
             "lens_by_layer", "massive_map", "retrieval_map", "head_pairs"}  # fmt: skip
 
 

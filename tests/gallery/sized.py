@@ -179,6 +179,13 @@ def _of_heads(layers, heads, pairs):
     return [valued(rows.assign(attention=_kinds(rows["inject_layer"])), 1e-7, 1)]
 
 
+def _pairs_of_layers(layers, heads, pairs):
+    rows = crossed(side=["q", "k"], inject_layer=range(layers), pair=range(pairs), document=range(2))
+    rows = rows.assign(kind="PairTurn", seq_len=1024, radians=1.0, metric="kl_nats", site="logits")
+    rows = rows.assign(wavelength=rows["pair"].map(dict(enumerate(_wavelengths(pairs)))))
+    return [valued(rows.assign(attention=_kinds(rows["inject_layer"])), 1e-7, 1)]
+
+
 def _scores(layers, heads, pairs):
     rows = crossed(metric=list(plots.heads.PANELS), layer=range(layers), head=range(heads))
     rows = rows.assign(queries=900, trials=np.where(rows["metric"] == "retrieval_head", 48, None))
@@ -283,6 +290,7 @@ _PARTS = {
     "dose_response": _doses,
     "layer_effects": _of_layers,
     "head_effects": _of_heads,
+    "pair_effects": _pairs_of_layers,
     "head_map": _scores,
     "head_pairs": _contributions,
     "massive_map": _massive,

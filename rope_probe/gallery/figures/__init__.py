@@ -45,6 +45,7 @@ from rope_probe.gallery.figures.sensitivity import (
     head_effects,
     injected_by_read,
     layer_effects,
+    pair_effects,
     sensitivity_by_pair,
 )
 from rope_probe.gallery.figures.signal import signal_of_distillation
@@ -74,6 +75,7 @@ __all__ = [
     "loss_by_position",
     "loss_curves",
     "massive_map",
+    "pair_effects",
     "positional_shares",
     "register",
     "retrieval_by_distance",
@@ -334,6 +336,21 @@ DRAWINGS = [
         ),
         finding=Extremes(
             ("inject_layer", "head", "side"), {"kl_nats": "change of the output"}, largest_dose=True, share=True
+        ),
+    ),
+    Drawing(
+        "pair_effects",
+        ("deltas",),
+        sensitivity.is_effect_of_pair,
+        pair_effects,
+        lambda rows: [_masked(rows)],
+        per_model=True,
+        how_to_read=(
+            "Each cell turns one rotary pair of one layer, all by the same angle. Bright cells are pairs that the "
+            "layer uses; a column that is bright in few layers is used there alone. The scale is logarithmic."
+        ),
+        finding=Extremes(
+            ("inject_layer", "pair", "wavelength", "side"), {"kl_nats": "change of the output"}, share=True
         ),
     ),
     Drawing(

@@ -1,22 +1,20 @@
 """Where queries, keys and values are long: layer x rotary pair maps of massive values."""
 
-from typing import Any
-
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
 from rope_probe.errors import InputError
-from rope_probe.gallery.figures.layout import ROOM, missing_is_grey, panels, roomy
+from rope_probe.gallery.figures.layout import ROOM, missing_is_grey, panels
 from rope_probe.gallery.figures.style import (
     PLAIN,
     SIGNED_SCALE,
     bar_of,
     down,
     drawing,
-    in_short,
     joined,
     listed,
+    pair_ticks,
     seeds_of,
     styled,
 )
@@ -84,17 +82,11 @@ def massive_map(frame: pd.DataFrame, label: str = "") -> go.Figure:
     )
     figure.update_yaxes(autorange="reversed", tickvals=down(layers, height), **PLAIN)
     figure.update_yaxes(title="layer", col=1)
-    figure.update_xaxes(title="pair<br>wavelength", **_pair_ticks(rows, pairs), tickangle=0, **PLAIN)
+    figure.update_xaxes(
+        title="pair<br>wavelength", **pair_ticks(rows, ROOM / len(PANELS) - _BESIDE), tickangle=0, **PLAIN
+    )
     note = (
         f"mean over heads and positions; window {listed(rows['seq_len'])} tokens; pair 0 is the fastest, and below "
         f"each pair is its wavelength in tokens; {joined(*largest, seeds_of(rows), by='; ')}"
     )
     return styled(figure, "Where queries, keys and values are long", label, note)
-
-
-def _pair_ticks(rows: pd.DataFrame, pairs: list[int]) -> dict[str, Any]:
-    """Ticks that tell the pair, and below it its wavelength, of as many pairs as there is room for."""
-    lengths = rows.groupby("pair")["wavelength"].first()
-    texts = {pair: f"{pair}<br>{in_short(lengths[pair])}" if pd.notna(lengths[pair]) else f"{pair}" for pair in pairs}
-    kept = roomy(pairs, list(texts.values()), pairs, ROOM / len(PANELS) - _BESIDE)
-    return {"tickvals": kept, "ticktext": [texts[pair] for pair in kept]}

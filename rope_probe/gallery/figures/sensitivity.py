@@ -27,6 +27,7 @@ from rope_probe.gallery.figures.style import (
     in_short,
     log_range,
     logarithmic,
+    pair_ticks,
     short,
     styled,
 )
@@ -52,6 +53,13 @@ def is_of_pair(frame: pd.DataFrame) -> pd.Series:
     turn = (frame["kind"] == "PairTurn").fillna(False) & frame["side"].isin(SIDES)
     of_logits = (frame["metric"] == "kl_nats") & frame["layer"].isna()  # not of a logit lens
     return (is_shift(frame) | turn) & narrow & of_logits
+
+
+def is_effect_of_pair(frame: pd.DataFrame) -> pd.Series:
+    """Rows that `pair_effects` draws: logit KL of a turn of one pair, in all heads of one layer."""
+    turn = (frame["kind"] == "PairTurn").fillna(False) & frame["side"].isin(SIDES) & frame["radians"].notna()
+    of_logits = (frame["site"] == "logits").fillna(False) & (frame["metric"] == "kl_nats")
+    return turn & of_logits & frame["inject_layer"].notna() & frame["pair"].notna() & frame["head"].isna()
 
 
 def is_of_layer(frame: pd.DataFrame) -> pd.Series:
@@ -324,6 +332,35 @@ def head_effects(frame: pd.DataFrame, label: str = "") -> go.Figure:
     if rows.empty:
         raise InputError("these results hold no logit KL of shifts in single heads; trace some with layers=l, heads=h")
     rows, dose = _of_largest_dose(rows)
+    heads = sorted(rows["head"].unique())
+    sides = rows["side"].nunique()
+    ticks = {"tickvals": across([str(head) for head in heads], ROOM / sides), "title": "head"}
+    return _map_by_layer(rows, "head", ticks, f"shift of {dose:g} tokens in one head", label)
+
+
+@drawing
+def pair_effects(frame: pd.DataFrame, label: str = "") -> go.Figure:
+    """Layer x rotary pair map of the logit KL of a turn of one pair in one layer at a time, a panel for each side.
+
+    By the largest angle there is, the same for all pairs; one logarithmic colour scale, the mean over documents and
+    seeds. What is zero, or rounding by the float64 control, is grey. Raises InputError where the frame has no such
+    turns.
+    """
+    rows = frame[is_effect_of_pair(frame)]
+    if rows.empty:
+        raise InputError(
+            "these results hold no logit KL of turns of single pairs of a layer; trace PairTurn(layers=l, pairs=p)"
+        )
+    angle = rows["radians"].max()
+    rows = rows[rows["radians"] == angle]
+    ticks = pair_ticks(rows, ROOM / rows["side"].nunique())
+    ticks = {**ticks, "tickvals": [str(pair) for pair in ticks["tickvals"]], "title": "pair<br>wavelength"}
+    how = f"one pair of one layer turned by {angle:g} radians; below each pair its wavelength in tokens"
+    return _map_by_layer(rows, "pair", ticks, how, label)
+
+
+def _map_by_layer(rows: pd.DataFrame, what: str, ticks: dict[str, Any], how: str, label: str) -> go.Figure:
+    """Logit KL of something done in one layer, and in one of the column `what`; a panel for each side."""
     rows = rows.assign(shown=rows["value"].where(~is_rounding(rows) & (rows["value"] > 0)))
     sides = [side for side in SIDES if (rows["side"] == side).any()]
     layers = sorted(rows["inject_layer"].unique())
@@ -333,39 +370,38 @@ def head_effects(frame: pd.DataFrame, label: str = "") -> go.Figure:
     kinds = global_layers(rows, "inject_layer")
     largest = []
     for column, side in enumerate(sides, start=1):
-        axes = {"index": "inject_layer", "columns": "head", "dropna": False}
+        axes = {"index": "inject_layer", "columns": what, "dropna": False}
         part = rows[rows["side"] == side]
         table = part.pivot_table(values="shown", **axes).reindex(layers)
-        heads = [str(head) for head in table.columns]
-        gap = 1 if max(len(heads), len(layers)) <= _MOST_SPACED else 0
+        parts = [str(number) for number in table.columns]
+        gap = 1 if max(len(parts), len(layers)) <= _MOST_SPACED else 0
         trace = go.Heatmap(
             z=np.log10(table),
-            x=heads,
+            x=parts,
             y=names,
             customdata=table,
             coloraxis="coloraxis",
             xgap=gap,
             ygap=gap,
-            hovertemplate="layer %{y}, head %{x}: %{customdata:.4g} nats<extra></extra>",
+            hovertemplate=f"layer %{{y}}, {what} %{{x}}: %{{customdata:.4g}} nats<extra></extra>",
         )
         figure.add_trace(trace, row=1, col=column)
-        ticks = across(heads, ROOM / len(sides))
-        figure.update_xaxes(type="category", tickvals=ticks, tickangle=0, title="head", row=1, col=column)
+        figure.update_xaxes(type="category", tickangle=0, **ticks, row=1, col=column)
         mark_layers(figure, column, "y", [place for place, layer in enumerate(layers) if layer in kinds.layers])
-        effects = part.groupby(["inject_layer", "head"])["value"].mean()
-        layer, head = effects.idxmax()
-        share = f", {effects.max() / effects.sum():.0%} of the sum over heads" if effects.sum() > 0 else ""
+        effects = part.groupby(["inject_layer", what])["value"].mean()
+        layer, number = effects.idxmax()
+        share = f", {effects.max() / effects.sum():.0%} of the sum over {what}s" if effects.sum() > 0 else ""
         largest.append(
-            f"{SIDES[side][0]}: the largest is head {head} of layer {layer}, {effects.max():.2g} nats{share}"
+            f"{SIDES[side][0]}: the largest is {what} {number} of layer {layer}, {effects.max():.2g} nats{share}"
         )
     figure.update_yaxes(type="category", autorange="reversed", tickvals=down(names, height), **PLAIN)
     figure.update_yaxes(title="layer", col=1)
     figure.update_xaxes(**PLAIN)
     missing_is_grey(figure)
     figure.update_layout(coloraxis=logarithmic(rows["shown"], "KL, nats", _MOST_DECADES))
-    note = f"shift of {dose:g} tokens in one head; mean over documents; {sample(rows)}; grey: nothing, or rounding"
+    note = f"{how}; mean over documents; {sample(rows)}; grey: nothing, or rounding"
     note = "; ".join([note, *largest]) + kinds.note
-    return styled(figure, "Which heads are sensitive to position", label, note)
+    return styled(figure, f"Which {what}s are sensitive to position", label, note)
 
 
 def _height(lines: int) -> int:

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from rope_probe.gallery.figures.layout import NARROW, ROOM, even, lay_out, text_width
+from rope_probe.gallery.figures.layout import NARROW, ROOM, even, lay_out, roomy, text_width
 from rope_probe.gallery.figures.letters import LONGEST_LABEL, LONGEST_NAME, literal, short
 
 __all__ = ["LONGEST_LABEL", "LONGEST_NAME", "PALETTE", "drawing", "listed", "literal", "measured", "short", "styled"]
@@ -119,6 +119,16 @@ def in_short(number: float) -> str:
         if unit <= number < 1e9:
             return f"{number / unit:.3g}{letter}"
     return f"{number:.3g}"
+
+
+def pair_ticks(rows: pd.DataFrame, room: float) -> dict[str, Any]:
+    """Ticks that tell a rotary pair, and below it its wavelength, of as many pairs as `room` pixels hold."""
+    lengths = rows.groupby("pair")["wavelength"].first()
+    texts = {
+        pair: f"{pair}<br>{in_short(tokens)}" if pd.notna(tokens) else f"{pair}" for pair, tokens in lengths.items()
+    }
+    kept = roomy(list(texts), list(texts.values()), list(texts), room)
+    return {"tickvals": kept, "ticktext": [texts[pair] for pair in kept]}
 
 
 def log_range(values: pd.Series, most_decades: float) -> tuple[float, float] | None:
