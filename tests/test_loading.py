@@ -445,6 +445,11 @@ def test_an_adapter_for_another_model_is_refused(folder, adapter, tmp_path):
     for model, of_another in ((wider, adapter), (zoo.llama(), deeper), (zoo.model(zoo.CONFIGS["gpt_neox"]()), adapter)):
         with pytest.raises(InputError, match=r"adapter .* (does not fit|is of another model)"):
             load_model(model, adapter=of_another)
+    first = r"q_proj\.lora_A\.default\.weight is \[2, 32\] in the adapter, but the model asks for \[2, 64\]$"
+    with pytest.raises(InputError, match=first):
+        load_model(wider, adapter=adapter)
+    with pytest.raises(InputError, match=r"this llama model has no place for its .*layers\.2\..*lora_A"):
+        load_model(zoo.llama(), adapter=deeper)
     with pytest.raises(InputError, match="is an adapter, not a model"):
         load_model(adapter)
     with pytest.raises(InputError, match=r"no adapter at .* it has no adapter_config\.json"):
@@ -578,5 +583,8 @@ def test_an_offload_that_fills_the_disk_is_told_in_a_line(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.stderr == ""
-    assert done.stdout.startswith("cannot load")
+    assert done.stdout.startswith("cannot offload")
+    assert "no room in" in done.stdout
+    assert "rope_probe_offload_" in done.stdout
+    assert "set TMPDIR to a place with room" in done.stdout
     assert done.stdout.count("\n") == 1

@@ -330,10 +330,22 @@ def _from_pretrained(
     except Exception as error:  # a checkpoint can be wrong in as many ways as transformers has classes of errors
         if is_out_of_memory(error):
             raise
+        if "offload_folder" in options and _says_disk_is_full(error):
+            raise InputError(
+                f"cannot offload {name!r}: there is no room in {options['offload_folder']!r}, where weights that have "
+                f"to be rewritten go ({reason(error)}); set TMPDIR to a place with room"
+            ) from error
         quantised = options.get("quantization_config") or getattr(config, "quantization_config", None)
         remedy = "" if quantised is None else "; it is to be read quantised, which needs its own package and kernels"
         raise InputError(f"cannot load {name!r} as a causal LM: {reason(error)}{remedy}") from error
     return loaded, info
+
+
+def _says_disk_is_full(error: Exception) -> bool:
+    full = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
+    by_safetensors = re.search(r"\(os error (\d+)\)", str(error))  # whose errors have no errno
+    number = int(by_safetensors.group(1)) if by_safetensors else getattr(error, "errno", None)
+    return number in full
 
 
 def _require_all_used(name: str, info: Mapping[str, Any]) -> None:
@@ -383,11 +395,12 @@ def with_adapter(model: PreTrainedModel, adapter: str | os.PathLike[str]) -> Pre
     except Exception as error:  # an adapter can be wrong in as many ways as peft has kinds
         if is_out_of_memory(error):
             raise
-        raise InputError(f"adapter {label} does not fit {base}: {reason(error)}") from error
+        raise InputError(f"adapter {label} does not fit {base}: {_first_mismatch(error) or reason(error)}") from error
     with weight_files.opened(os.fspath(adapter), str(folder / weight_files.ADAPTER_WEIGHTS)) as file:
         stored = set(file.keys())
     if apart := sorted(stored ^ set(wanted)):
-        raise InputError(f"adapter {label} is of another model: {apart[0]} of it and {base} do not match")
+        where = f"has no place for its {apart[0]}" if apart[0] in stored else f"asks for {apart[0]}, which it lacks"
+        raise InputError(f"adapter {label} is of another model: {base} {where}")
     if not hasattr(adapted, "merge_and_unload"):
         raise InputError(f"adapter {label} is a {config.peft_type}, which cannot be merged into weights; give a LoRA")
     try:
@@ -397,6 +410,15 @@ def with_adapter(model: PreTrainedModel, adapter: str | os.PathLike[str]) -> Pre
         if is_out_of_memory(error):
             raise
         raise InputError(f"adapter {label} cannot be merged into {base}: {reason(error)}") from error
+
+
+_MISMATCH = re.compile(r"size mismatch for (\S+): .*?torch\.Size\((\[.*?\])\).*?torch\.Size\((\[.*?\])\)", re.DOTALL)
+
+
+def _first_mismatch(error: Exception) -> str | None:
+    """Of peft's list of all weights whose shapes differ, the first one with both shapes."""
+    found = _MISMATCH.search(str(error))
+    return found and f"{found[1]} is {found[2]} in the adapter, but the model asks for {found[3]}"
 
 
 def _require_adapter(adapter: str | os.PathLike[str]) -> Path:
