@@ -9,8 +9,8 @@ a text. A *seed* here is a document of its own.
 - `heads`: a shift of q by 16 tokens in one head alone, and each pair turned by 1 radian in all layers; what share of a
   passkey each head copies (the retrieval-head score of arXiv 2404.15574).
 - `pairs`: each pair turned by 1 radian in one layer alone; what pairs add to the scores of attended keys.
-- `long`: layers, heads and kinds of layers once more, on a longer document: 192 tokens three times over, where Gemma's
-  local layers no longer see everything.
+- `long`: once more on a longer document, 192 tokens three times over: layers, and heads; or where there are local and
+  global layers, whose local ones no longer see everything, layers and their kinds.
 - `silence`: the heads with the largest effect, chosen on another document, are silenced, and random heads of the same
   layers; what is left of the effect of a shift, of the gain of later copies over the first, and of passkey retrieval.
 - `kinds`, where there are local and global layers: passkeys beyond the local window, with layers of either kind
@@ -244,10 +244,12 @@ def _perturbations(model: HookedCausalLM, part: Part, window: int) -> dict[str, 
         of_layers = [sweep("pair", model, window, sides=["q"], layers=layer) for layer in range(len(model.blocks))]
         return {LAYER_PAIR: [turn for turns in of_layers for turn in turns]}
     if part == "long":
+        kinds = _kinds(model)
         longer: dict[str, Sequence] = {
-            f"{LONG}{kind}": sweep(kind, model, window, sides=["q"], size=SHIFT) for kind in ("layer", "head")
+            f"{LONG}{of}": sweep(of, model, window, sides=["q"], size=SHIFT)
+            for of in (("layer",) if kinds else ("layer", "head"))
         }
-        for kind, layers in _kinds(model).items():
+        for kind, layers in kinds.items():
             longer[f"{LONG}{kind}"] = [PositionShift("q", SHIFT, layers=layers)]
         return longer
     arms: dict[str, Sequence] = {
@@ -471,16 +473,16 @@ def shares_of_carriers(logits: pd.DataFrame, arm: str) -> list[float]:
     return [float(effects[list(CARRIERS)].sum() / effects.sum()) for effects in of_seed]
 
 
-def correlations_with_effect(logits: pd.DataFrame, scores: pd.DataFrame, metric: str) -> list[float]:
-    """Of each document, the rank correlation over heads of what a shift of one costs and of one of its scores."""
-    found = []
+def correlations_with_effect(logits: pd.DataFrame, scores: pd.DataFrame, metric: str) -> pd.Series:
+    """Rank correlation over heads of what a shift of one costs and one of its scores, by document (`seed`)."""
+    found = {}
     for seed, rows in logits[logits["arm"] == "head"].groupby("seed"):
         effects = head_effects(rows)
         of_metric = scores[(scores["seed"] == seed) & (scores["metric"] == metric)]
         if len(of_metric):
             score = of_metric.set_index(["layer", "head"])["value"].reindex(effects.index)
-            found.append(float(stats.spearmanr(effects, score).statistic))
-    return found
+            found[seed] = float(stats.spearmanr(effects, score).statistic)
+    return pd.Series(found, dtype=float)
 
 
 def judged(mine: Tables) -> pd.DataFrame:
@@ -523,19 +525,19 @@ def judged(mine: Tables) -> pd.DataFrame:
     judge(
         4, "rank correlation of effect and attention to the token before, above .3", correlations["previous_token"], 0.3
     )
-    apart = np.subtract(correlations["previous_token"], correlations[RETRIEVAL_HEAD] or np.nan)
-    if np.isfinite(apart).all():
-        claim = "rank correlation of effect and attention to the token before, less that of effect and copying, above 0"
-        judge(12, claim, apart.tolist(), low=0.0)
+    apart = (correlations["previous_token"] - correlations[RETRIEVAL_HEAD]).dropna()  # documents that have both
+    claim = "rank correlation of effect and attention to the token before, less that of effect and copying, above 0"
+    judge(12, claim, apart.tolist(), low=0.0)
     copied = of_heads[of_heads["metric"] == RETRIEVAL_HEAD].groupby(["layer", "head", "seed"])["value"].mean()
     for layer, head in CARRIERS if len(copied) else ():
         judge(
             12, f"share of a passkey that head {head} of layer {layer} copies, below .1", copied[layer, head], high=0.1
         )
-    if of_induction := correlations["induction"]:
-        claim = "rank correlation of effect and induction, to compare with"
-        low, high = student_interval(pd.Series(of_induction))
-        rows.append(beside(claim, float(np.mean(of_induction)), n=len(of_induction), low=low, high=high))
+    for metric, name in (("induction", "induction"), (RETRIEVAL_HEAD, "copying a passkey")):
+        if len(found := correlations[metric]):
+            low, high = student_interval(found)
+            claim = f"rank correlation of effect and {name}, to compare with"
+            rows.append(beside(claim, float(found.mean()), n=len(found), low=low, high=high))
     left = mine["silence"].query("model == @MODELS[0]").groupby(["metric", "silenced", "seed"])["value"].mean()
     if len(left):
         gain = left["copy_gain_nats"]
