@@ -43,7 +43,7 @@ which `spans` needs: it compares weights by head and pair, and refuses the types
 - MiniMax M3 is exact without its layers of sparse attention, and refused with them.
 - Experts of Granite's hybrid type add a third term to the stream, and are refused; without experts it is exact.
 
-Most used reasons of refusal:
+Reasons of refusal, and the best-known models that each is about:
 
 {reasons}
 
@@ -51,19 +51,39 @@ Most used reasons of refusal:
 |---|---|---|
 """
 REASONS = {
-    "another form of layer or stream": (
-        "residual stream",
-        "runs",
-        "list of",
-        "takes",
-        "calls attention",
-        "another form",
-    ),
-    "no plain rotation of queries and keys": ("not rotations", "do not turn", "no rotary frequencies"),
-    "masks or arguments that the seam does not know": ("the mask", "a mask", "the seam does not know", "indices"),
-    "heads that differ between layers": ("query heads", "per-layer attribute"),
+    "heads that differ between layers, or from what the config says": ("query heads",),
+    "no buffer of rotary frequencies; some of these have no RoPE at all": ("no rotary frequencies",),
+    "no plain rotation of queries and keys": ("not rotations", "do not turn"),
+    "masks or arguments that the seam does not know": ("the mask", "a mask", "the seam does not know"),
     "no call of transformers' attention interface": ("none of its layers calls", "has no attention"),
+    "another form of layer or stream": ("",),
 }
+"""Classes of reasons by words in them; a refusal is of the first class that has one."""
+NAMES = {
+    "blt": "BLT", "codegen": "CodeGen", "dbrx": "DBRX", "deepseek_v32": "DeepSeek-V3.2", "deepseek_v4": "DeepSeek-V4",
+    "diffllama": "DiffLlama", "dots3_note_text": "Dots 3", "falcon": "Falcon", "falcon_h1": "Falcon-H1",
+    "gemma3n_text": "Gemma 3n", "gemma4_text": "Gemma 4", "glm_moe_dsa": "GLM-5",
+    "gpt_neox_japanese": "GPT-NeoX Japanese", "gptj": "GPT-J", "hrm_text": "HRM",
+    "hunyuan_v1_dense": "Hunyuan", "jamba": "Jamba", "lfm3": "LFM3",
+    "longcat_flash": "LongCat-Flash", "mimo_v2_flash": "MiMo-V2-Flash", "minimax": "MiniMax-01",
+    "mllama": "Llama 3.2 Vision", "nemotron_h": "Nemotron-H", "phimoe": "Phi-3.5-MoE", "qwen4_exp_text": "Qwen4-Exp",
+    "roformer": "RoFormer", "zamba2": "Zamba2", "zaya": "ZAYA",
+}  # fmt: skip
+"""What people call the types that may be refused."""
+
+
+def reasons_told(outcomes: dict[str, Outcome]) -> str:
+    """How many types are refused for each class of reasons, the most used first, and the known ones by name."""
+    of_class: dict[str, list[str]] = {}
+    for model_type, outcome in outcomes.items():
+        if outcome.status == "refused":
+            told = next(told for told, words in REASONS.items() if any(word in outcome.why for word in words))
+            of_class.setdefault(told, []).append(model_type)
+    lines = []
+    for told, types in sorted(of_class.items(), key=lambda one: -len(one[1])):
+        known = ", ".join(NAMES[one] for one in types if one in NAMES)
+        lines.append(f"- {told}, {len(types)} types{': ' * bool(known)}{known}")
+    return "\n".join(lines)
 
 
 def row(model_type: str, outcome: Outcome) -> str:
@@ -75,17 +95,13 @@ def row(model_type: str, outcome: Outcome) -> str:
 def page(outcomes: dict[str, Outcome]) -> str:
     """The page for the outcomes of all types."""
     counts = Counter(outcome.status for outcome in outcomes.values())
-    refused = [outcome.why for outcome in outcomes.values() if outcome.status == "refused"]
-    shares = {reason: sum(any(word in why for word in words) for why in refused) for reason, words in REASONS.items()}
-    most = sorted(shares.items(), key=lambda one: -one[1])[:3]
-    reasons = "\n".join(f"- {reason}: {n}" for reason, n in most)
     introduction = INTRODUCTION.format(
         version=transformers.__version__,
         total=len(outcomes),
         exact=counts["exact"],
         refused=counts["refused"],
         unbuilt=counts["cannot be built small"],
-        reasons=reasons,
+        reasons=reasons_told(outcomes),
     )
     rows = "\n".join(row(model_type, outcome) for model_type, outcome in outcomes.items())
     without = ", ".join(WITHOUT_ROPE)

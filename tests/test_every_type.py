@@ -3,9 +3,11 @@
 import re
 
 import pytest
+import torch
 import transformers
 
 from docs.generate_models import PAGE, page, row
+from rope_probe import load_model
 from rope_probe.models.architectures import ARCHITECTURES, Architecture
 from rope_probe.models.measured import measure
 from tests import zoo
@@ -41,6 +43,20 @@ def test_the_page_is_what_its_rows_make_and_none_is_wrong():
     statuses = [outcome.status for outcome in outcomes.values()]
     assert set(statuses) == {"exact", "refused", "cannot be built small"}
     assert statuses.count("exact") >= 90
+
+
+def test_phimoe_scales_by_its_own_number_and_keeps_its_frequencies():
+    """Its forward makes frequencies anew, and scales by `short_mscale` where there are short and long ones."""
+    lengths = {"original_max_position_embeddings": 128, "short_mscale": 1.25, "long_mscale": 1.5}
+    longrope = {**zoo.ROPE_TYPES["longrope"], **lengths}
+    model = load_model(zoo.model(transformers.PhimoeConfig(**zoo.SIZES, num_local_experts=4, rope_parameters=longrope)))
+    twin = model.double()
+    assert {rotary.scaling for rotary in twin.rotary} == {1.25}
+    _, cache = twin.run_with_cache(torch.full((1, 30), 5))
+    unrotated = twin.rotary[0].undo(cache["rot_q", 0][0], torch.arange(30))
+    plain = model.release().double().model.layers[0]
+    projected = plain.self_attn.q_proj(plain.input_layernorm(cache["resid_pre", 0]))[0].view_as(unrotated)
+    torch.testing.assert_close(unrotated, projected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", zoo.CONFIGS)

@@ -171,7 +171,7 @@ def _require_sensible(config: PreTrainedConfig, whose: str) -> None:
     """Raises InputError for counts and shares that no model has, which transformers itself takes."""
     for one in layer_configs(config):
         for entry, most in _COUNTS.items():
-            told = getattr(one, entry, None)
+            told: Any = getattr(one, entry, None)
             by_layer = entry == "intermediate_size" and isinstance(told, list) and told  # Gemma 3n's
             for count in told if by_layer else [told]:
                 if count is not None and not (type(count) is int and 1 <= count <= most):
