@@ -109,7 +109,7 @@ def sensitivity_by_pair(frame: pd.DataFrame, label: str = "") -> go.Figure:
     if classes[0] == "PairTurn":
         angle = rows["radians"].max()
         rows = rows[rows["radians"] == angle]
-        how = f"every pair turned by {angle:g} radians"
+        how = f"every pair turned by {_radians(angle)}"
     else:
         rows, dose = _of_largest_dose(rows)
         how = f"shift of {dose:g} tokens"
@@ -355,7 +355,7 @@ def pair_effects(frame: pd.DataFrame, label: str = "") -> go.Figure:
     rows = rows[rows["radians"] == angle]
     ticks = pair_ticks(rows, ROOM / rows["side"].nunique())
     ticks = {**ticks, "tickvals": [str(pair) for pair in ticks["tickvals"]], "title": "pair<br>wavelength"}
-    how = f"one pair of one layer turned by {angle:g} radians; below each pair its wavelength in tokens"
+    how = f"one pair of one layer turned by {_radians(angle)}; below each pair its wavelength in tokens"
     return _map_by_layer(rows, "pair", ticks, how, label)
 
 
@@ -402,6 +402,10 @@ def _map_by_layer(rows: pd.DataFrame, what: str, ticks: dict[str, Any], how: str
     note = f"{how}; mean over documents; {sample(rows)}; grey: nothing, or rounding"
     note = "; ".join([note, *largest]) + kinds.note
     return styled(figure, f"Which {what}s are sensitive to position", label, note)
+
+
+def _radians(angle: float) -> str:
+    return f"{angle:g} radian" if angle == 1 else f"{angle:g} radians"
 
 
 def _height(lines: int) -> int:
