@@ -106,7 +106,7 @@ SELECTION, JUDGING = "selection", "judging"
 UNTRAINED = "theta_swapped"
 TOGETHER = (UNTRAINED, "kd_phase_wise", "ce_phase_wise")
 """What the stage `temperature` measures."""
-MEASURED_TOO = ("kd_teacher_masked", "ce_long_documents")
+MEASURED_TOO = ("kd_teacher_masked", "kd_disjoint_keys", "ce_long_documents")
 """Arms of phase_scaling that are measured at every temperature, in full."""
 KNOWN = (*TOGETHER, *MEASURED_TOO)
 """Models that other experiments make; the command takes each of them alone too."""
@@ -164,6 +164,7 @@ CONTROL_OF = {
     "kd_phase_wise": "temperature",
     "ce_phase_wise": "temperature",
     "kd_teacher_masked": "masks",
+    "kd_disjoint_keys": "stream",
     "ce_long_documents": "stream",
     **{name: arm.control for name, arm in ARMS.items()},
 }
