@@ -1,5 +1,6 @@
 """What docs/extending.md tells, done from outside the package, through what it offers in public."""
 
+import copy
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Literal
@@ -10,7 +11,7 @@ import torch
 from transformers import CONFIG_MAPPING
 
 from experiments import reproduce, stages
-from rope_probe import InputError, PositionShift, load_model, repeated_window, trace
+from rope_probe import InputError, PositionShift, compare_spans, load_model, repeated_window, trace
 from rope_probe.distillation import LogitTerm, distill
 from rope_probe.gallery import figures
 from rope_probe.gallery.report import gallery
@@ -25,14 +26,23 @@ WINDOW = repeated_window([5, 6, 7, 8], 4)
 
 
 def test_an_architecture():
-    plain = zoo.model(CONFIG_MAPPING["phimoe"](**zoo.SIZES, num_local_experts=4))
-    with pytest.raises(InputError, match=r"'phimoe'.*misses by"):  # it makes its frequencies anew, in float64 there
-        load_model(plain)
+    """Of a type that is only measured, weights are not compared by head and pair; with an entry they are."""
+    config = CONFIG_MAPPING["phimoe"](**zoo.SIZES, num_local_experts=4)
+    plain = zoo.model(config)
+    turned = copy.deepcopy(plain)
+    with torch.no_grad():
+        turned.get_parameter("model.layers.1.self_attn.q_proj.weight")[8:16] *= 1.5  # head 1
+    with pytest.raises(InputError, match="phimoe"):
+        compare_spans(plain, turned)
     architectures.register("phimoe", architectures.Architecture())
     try:
         wanted = plain(zoo.tokens(), use_cache=False).logits
         torch.testing.assert_close(load_model(plain)(zoo.tokens()), wanted, rtol=0, atol=1e-5)
         assert (trace(load_model(plain), WINDOW, PositionShift("q", 2.0))["value"] > 0).any()
+        spans = compare_spans(plain, turned).query("metric == 'rel_change' and pair.notna()")
+        changed = spans[spans["value"] > 0]
+        assert set(zip(changed["layer"], changed["head"], strict=True)) == {(1, 1)}
+        assert changed["value"].to_numpy() == pytest.approx(0.5)
     finally:
         del architectures.ARCHITECTURES["phimoe"]
 
