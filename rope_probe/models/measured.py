@@ -721,7 +721,7 @@ def _pairs(outputs: dict[str, Tensor], added: Tensor) -> tuple[list[tuple[_Term,
     """The two of `outputs` that make up what a layer added, with their factors; those with factors of one first.
 
     And the misfit of the closest two, with their names. Modules called last come first, since a module that passes
-    another's output on has the last word on it.
+    another's output on has the last word on it. What is closer by rounding alone is not closer.
     """
     names = list(reversed(outputs))
     flat = {name: outputs[name].flatten() for name in names}
@@ -736,7 +736,8 @@ def _pairs(outputs: dict[str, Tensor], added: Tensor) -> tuple[list[tuple[_Term,
                 continue
             factors = torch.linalg.lstsq(columns, target.unsqueeze(1)).solution.squeeze(1)
             off = misfit(columns @ factors, target)
-            closest = min(closest, (off, f"{one} and {other}"))
+            if off < closest[0] * (1 - 1e-6):
+                closest = off, f"{one} and {other}"
             if off <= TOLERANCE and factors.abs().min() > 1e-6:
                 a, b = (round(factor, 12) for factor in factors.tolist())
                 found.append((abs(a - 1) + abs(b - 1), ((one, a), (other, b))))
