@@ -14,7 +14,7 @@ from scipy import stats
 
 from rope_probe.runs.intervals import share_difference_interval, share_interval, student_interval
 from rope_probe.runs.tables import Column, Metric, declare
-from rope_probe.runs.verdicts import beside, verdict, verdicts
+from rope_probe.runs.verdicts import mean_beside, verdict, verdicts
 
 BEYOND = declare(
     "beyond",
@@ -199,18 +199,13 @@ def gains(rows: pd.DataFrame, reference: Arm) -> list[dict]:
         for low, high in itertools.pairwise(EDGES):
             gain = paired(losses(rows, reference, (low, high)), losses(rows, arm, (low, high)))
             if len(gain) > 1:
-                told.append(_beside(f"{name}: nats of text saved at {low:,} to {high:,}", gain))
+                told.append(mean_beside(f"{name}: nats of text saved at {low:,} to {high:,}", gain))
         for task in sorted(rows["task"].dropna().unique()):
             for window in EDGES[1:]:
                 gain = paired(logprobs(rows, arm, window, task=task), logprobs(rows, reference, window, task=task))
                 if len(gain) > 1:
-                    told.append(_beside(f"{name}: nats a token gained in {task}, window {window:,}", gain))
+                    told.append(mean_beside(f"{name}: nats a token gained in {task}, window {window:,}", gain))
     return told
-
-
-def _beside(claim: str, values: pd.Series) -> dict:
-    value, low, high = mean_and_interval(values)
-    return beside(claim, value, n=len(values), low=low, high=high)
 
 
 def mean_and_interval(values: pd.Series) -> tuple[float, float, float]:

@@ -59,7 +59,7 @@ from rope_probe.runs.intervals import student_interval
 from rope_probe.runs.progress import progress
 from rope_probe.runs.results import new_run, read_tables
 from rope_probe.runs.tables import Column, Metric, Tables, declare
-from rope_probe.runs.verdicts import Section, beside, decided, verdict, verdicts
+from rope_probe.runs.verdicts import Section, decided, mean_beside, verdict, verdicts
 from rope_probe.seeds import derive
 from rope_probe.tracing.cone import LOGITS
 from rope_probe.tracing.heads import HEAD_PAIRS, HEADS, pair_contributions
@@ -535,9 +535,7 @@ def judged(mine: Tables) -> pd.DataFrame:
         )
     for metric, name in (("induction", "induction"), (RETRIEVAL_HEAD, "copying a passkey")):
         if len(found := correlations[metric]):
-            low, high = student_interval(found)
-            claim = f"rank correlation of effect and {name}, to compare with"
-            rows.append(beside(claim, float(found.mean()), n=len(found), low=low, high=high))
+            rows.append(mean_beside(f"rank correlation of effect and {name}, to compare with", found))
     left = mine["silence"].query("model == @MODELS[0]").groupby(["metric", "silenced", "seed"])["value"].mean()
     if len(left):
         gain = left["copy_gain_nats"]
@@ -588,9 +586,8 @@ def judged(mine: Tables) -> pd.DataFrame:
         alone = of_gemma.pivot_table(index="seed", columns="inject_layer", values="value")
         is_global = alone.columns.isin(GLOBAL_LAYERS)
         ratio = alone.loc[:, ~is_global].mean(axis=1) / alone.loc[:, is_global].mean(axis=1)
-        low, high = student_interval(ratio)
         claim = "Gemma: KL of a shift of one layer alone, mean over local layers over that of global ones"
-        rows.append(beside(claim, ratio.mean(), n=len(ratio), low=low, high=high))
+        rows.append(mean_beside(claim, ratio))
     passkeys = mine["passkeys"].query("metric == 'answer_logprob_nats'")
     if len(passkeys):
         logprob = passkeys.pivot_table(index="seed", columns="intervention", values="value")

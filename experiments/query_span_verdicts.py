@@ -26,7 +26,7 @@ from experiments.query_spans import (
 from experiments.toy_checkpoints import LONG, SHORT
 from rope_probe.runs.intervals import share_interval, student_interval
 from rope_probe.runs.tables import Tables
-from rope_probe.runs.verdicts import beside, decided, verdict, verdicts
+from rope_probe.runs.verdicts import decided_or_met, mean_beside, verdict, verdicts
 from rope_probe.spans import contrast, enrichment, fraction_to_reach, stability
 
 MAIN = "kd_adamw"
@@ -267,10 +267,9 @@ def judged(results: Tables) -> pd.DataFrame:
             return
         mean = values.mean()
         low, high = _interval(values, None if trials is None else pd.Series(list(trials), dtype=float))
-        has_interval = math.isfinite(low) and math.isfinite(high)
-        if has_interval and fraction:
+        if fraction and math.isfinite(low):
             low, high = max(low, 0.0), min(high, 1.0)
-        held = decided(low, high, least, most) if has_interval else least <= mean <= most
+        held = decided_or_met(mean, low, high, least, most)
         rows.append(verdict(number, what, mean, held if also else False, n=len(values), low=low, high=high))
 
     changes, norms = part_changes(spans), part_changes(spans, "change_norm")
@@ -285,9 +284,7 @@ def judged(results: Tables) -> pd.DataFrame:
             judge(number, f"{arm}: change of W_Q over {other} {wanted}", mine["W_Q"] / mine[other], *bounds)
             if arm in norms.index:
                 of_norms = norms.loc[arm]["W_Q"] / norms.loc[arm][other]
-                low, high = student_interval(of_norms)
-                claim = f"{arm}: the same of the norms of the changes, to compare with"
-                rows.append(beside(claim, of_norms.mean(), n=len(of_norms), low=low, high=high))
+                rows.append(mean_beside(f"{arm}: the same of the norms of the changes, to compare with", of_norms))
     if MAIN in changes.index:
         _judge_spectrum(spans, judge, rows.append)
         for number, other, low, high in ((5, "ce_more_short_adamw", 2, math.inf), (6, "ce_adamw", 1 / 1.5, 1.5)):
@@ -359,9 +356,8 @@ def _judge_spectrum(spans: pd.DataFrame, judge: Callable, tell: Callable) -> Non
         norms = queries[queries["metric"] == "change_norm"]
         if len(norms):
             of_seed, p_value = _left_behind(norms)
-            low, high = student_interval(of_seed)
             what = f"{MAIN}: layer {layer}, the same of the norm of the change, p {p_value:.3f}, to compare with"
-            tell(beside(what, float(np.mean(of_seed)), n=len(of_seed), low=low, high=high))
+            tell(mean_beside(what, of_seed))
     turns = weights[(weights["site"] == "blocks.0.attn.W_Q") & (weights["metric"] == "qk_rotation_radians")]
     frequency = 2 * np.pi / turns["wavelength"] - 2 * np.pi / turns["wavelength_after"]
     by_pair = turns.assign(frequency=frequency).groupby(["seed", "pair"])[["value", "frequency"]].mean()

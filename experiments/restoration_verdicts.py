@@ -8,7 +8,7 @@ from scipy import stats
 
 from rope_probe.runs.intervals import share_difference_interval, student_interval
 from rope_probe.runs.tables import Column, Metric, declare
-from rope_probe.runs.verdicts import beside, decided, verdict, verdicts
+from rope_probe.runs.verdicts import ABOVE_0, beside, decided, mean_beside, verdict, verdicts
 from rope_probe.spans.drift import ATTENTION_KL, COSINE_DISTANCE
 
 RESTORATION = declare(
@@ -37,9 +37,6 @@ FEWEST_THETAS = 4
 SHORT = 256
 RESAMPLES = 2000
 _SEED = 0
-
-ABOVE_0 = float(np.nextafter(0, 1))
-"""For claims of "above 0", which a difference of exactly 0 does not meet."""
 
 Statistic = Callable[[np.ndarray], float]
 
@@ -145,7 +142,7 @@ def _of_foresight(rows: pd.DataFrame) -> list[dict]:
     told.append(
         _judge(3, "correlation of log theta ratio less that of attention KL, 0 or more", of_ratio - of_drift, 0.0)
     )
-    told.append(_beside("over thetas, correlation of log theta ratio and loss", of_ratio))
+    told.append(mean_beside("over thetas, correlation of log theta ratio and loss", of_ratio))
     of_documents, of_all = rise.to_numpy(), kl.loc[rise.index].to_numpy()
 
     def partial(chosen: np.ndarray) -> float:
@@ -248,11 +245,6 @@ def _share_of(losses: pd.DataFrame) -> Statistic:
     gone = (losses["swapped"] - losses["restored"]).to_numpy()
     cost = (losses["swapped"] - losses["original"]).to_numpy()
     return lambda chosen: float(gone[chosen].sum() / cost[chosen].sum())
-
-
-def _beside(claim: str, values: np.ndarray) -> dict:
-    low, high = student_interval(pd.Series(values))
-    return beside(claim, float(values.mean()), n=len(values), low=low, high=high)
 
 
 def _row(number: int, claim: str, value: float, bottom: float, top: float, n: int, low: float, high: float) -> dict:

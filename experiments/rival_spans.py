@@ -47,7 +47,7 @@ from rope_probe.retrieval.probe import RETRIEVAL
 from rope_probe.runs.intervals import share_difference_interval, student_interval
 from rope_probe.runs.results import new_run, read_manifest
 from rope_probe.runs.tables import Column, Tables, declare
-from rope_probe.runs.verdicts import Section, decided, verdict, verdicts
+from rope_probe.runs.verdicts import Section, decided, decided_or_met, verdict, verdicts
 from rope_probe.seeds import derive
 from rope_probe.spans import gradient_times_change, query_spans
 from rope_probe.spans.transplant import transplanted
@@ -264,7 +264,7 @@ def judged(frame: pd.DataFrame) -> pd.DataFrame:
         ):
             mean = values.mean()
             low, high = student_interval(values)
-            held = decided(low, high, least, most) if len(values) > 1 else bool(least <= mean <= most)
+            held = decided_or_met(mean, low, high, least, most)
             rows.append(verdict(3, f"{model}: {what}", mean, held, n=len(values), low=low, high=high))
     return verdicts(rows)
 

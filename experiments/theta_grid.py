@@ -38,7 +38,7 @@ from rope_probe.retrieval.probe import RETRIEVAL
 from rope_probe.runs.intervals import student_interval
 from rope_probe.runs.results import new_run, read_manifest
 from rope_probe.runs.tables import Column, Tables, declare
-from rope_probe.runs.verdicts import Section, beside, decided, verdict, verdicts
+from rope_probe.runs.verdicts import ABOVE_0, BELOW_0, Section, decided_or_met, mean_beside, verdict, verdicts
 from rope_probe.seeds import derive
 
 QUESTION = "Which short theta goes with which long theta, and what foresees it?"
@@ -196,7 +196,6 @@ def report(results: Mapping[str, Tables]) -> Section:
 
 Figure = Callable[[pd.DataFrame], float]
 """Of the cells of one seed."""
-BELOW_0 = float(np.nextafter(0, -1))
 
 
 def judged(frame: pd.DataFrame) -> pd.DataFrame:
@@ -207,25 +206,24 @@ def judged(frame: pd.DataFrame) -> pd.DataFrame:
     table, rows = cells(frame), []
     larger = table[table["steps"] == max(BUDGETS)]
 
-    def over_seeds(of: pd.DataFrame, figure: Figure) -> tuple[float, float, float, int]:
-        values = pd.Series([figure(part) for _, part in of.groupby("seed")], dtype=float).dropna()
-        return float(values.mean()), *student_interval(values), len(values)
+    def by_seed(of: pd.DataFrame, figure: Figure) -> pd.Series:
+        return pd.Series([figure(part) for _, part in of.groupby("seed")], dtype=float).dropna()
 
     def judge(
         number: int, claim: str, figure: Figure, least: float = -np.inf, most: float = np.inf, of: pd.DataFrame = larger
     ) -> None:
-        mean, low, high, n = over_seeds(of, figure)
-        held = decided(low, high, least, most) if n > 1 else bool(least <= mean <= most)
-        rows.append(verdict(number, claim, mean, held, n=n, low=low, high=high))
+        values = by_seed(of, figure)
+        mean, (low, high) = values.mean(), student_interval(values)
+        held = decided_or_met(mean, low, high, least, most)
+        rows.append(verdict(number, claim, mean, held, n=len(values), low=low, high=high))
 
     judge(1, "share of cells the base bound sorts right, larger budget, .8 or more", _sorted_by_bound, 0.8)
-    mean, low, high, n = over_seeds(larger, _sorted_by_cutoff)
     what = f"the same of its rival, one cutoff for both head dims: a long theta of {CUTOFF:,.0f} or more"
-    rows.append(beside(what, mean, n=n, low=low, high=high))
+    rows.append(mean_beside(what, by_seed(larger, _sorted_by_cutoff)))
     for dim, part in larger[larger["long_theta"] >= 20_000].groupby("head_dim"):
         wanted, bounds = ("within .1", (-0.1, 0.1)) if dim == 32 else ("above .1", (0.1, np.inf))
         judge(2, f"head dim {dim}: phase-wise less constant large theta {wanted}", _gap, *bounds, of=part)
-    judge(3, "rank correlation of base bound with accuracy above 0", partial(_rank, "reaches"), -BELOW_0)
+    judge(3, "rank correlation of base bound with accuracy above 0", partial(_rank, "reaches"), ABOVE_0)
     judge(3, "rank correlation of spectrum use with accuracy below 0", partial(_rank, "use_long"), most=BELOW_0)
     claim = f"cells at .5 or more with {BUDGETS[0]} steps, less those with {BUDGETS[1]}, below 0"
     judge(4, claim, _fewer_that_work, most=BELOW_0, of=table)

@@ -5,7 +5,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
+
+from rope_probe.runs.intervals import student_interval
 
 Kind = Literal["prediction", "identity"]
 COLUMNS = {
@@ -23,6 +26,8 @@ could have come out otherwise; an identity holds for any weights. `measured` is 
 where there is an interval, over `n` seeds. `held` is "held", "not held" or "undecided": what the interval says. A
 prediction without an interval came out "as predicted" or "not as predicted", which says nothing of other seeds. `kind`
 and `held` are null for what is told beside the claims."""
+ABOVE_0, BELOW_0 = float(np.nextafter(0, 1)), float(np.nextafter(0, -1))
+"""Bounds for claims of "above 0" and "below 0", which exactly 0 does not meet."""
 _HELD = {True: "held", False: "not held", None: "undecided"}
 _WITHOUT_INTERVAL = {True: "as predicted", False: "not as predicted", None: "undecided"}
 
@@ -47,6 +52,15 @@ def decided(low: float, high: float, least: float = -math.inf, most: float = mat
     if low >= least and high <= most:
         return True
     return False if high < least or low > most else None
+
+
+def decided_or_met(
+    value: float, low: float, high: float, least: float = -math.inf, most: float = math.inf
+) -> bool | None:
+    """As `decided`; without an interval, as of one seed, whether the value itself lies within the bounds."""
+    if math.isfinite(low) and math.isfinite(high):
+        return decided(low, high, least, most)
+    return bool(least <= value <= most)
 
 
 def verdict(
@@ -78,6 +92,13 @@ def verdict(
 def beside(claim: str, measured: float, *, n: int = 1, low: float = math.nan, high: float = math.nan) -> dict[str, Any]:
     """A row for what is told beside the claims, to compare them with."""
     return {**verdict(None, claim, measured, None, n=n, low=low, high=high), "kind": None, "held": None}
+
+
+def mean_beside(claim: str, values: pd.Series | Sequence[float]) -> dict[str, Any]:
+    """A mean over seeds, or other units, to compare claims with, and Student's interval of it."""
+    series = pd.Series(values, dtype=float)
+    low, high = student_interval(series)
+    return beside(claim, series.mean(), n=len(series), low=low, high=high)
 
 
 def verdicts(rows: list[dict[str, Any]]) -> pd.DataFrame:

@@ -8,7 +8,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from rope_probe.errors import InputError
-from rope_probe.gallery.figures.layout import panels, roomy
+from rope_probe.gallery.figures.layout import panels
 from rope_probe.gallery.figures.style import (
     DASHES,
     GREY,
@@ -20,6 +20,7 @@ from rope_probe.gallery.figures.style import (
     listed,
     seeds_of,
     styled,
+    ticks_of,
 )
 
 _MOST_SPECTRA = 3
@@ -98,13 +99,12 @@ def _pair_axis(pairs_of: Mapping[Sequence[float], Sequence[int]]) -> dict[str, A
         pair: "<br>".join([f"{pair}", *(in_short(one[pair]) if pd.notna(one.get(pair)) else "-" for one in spectra)])
         for pair in pairs
     }
-    kept = roomy(pairs, list(texts.values()), pairs)
     title = "rotary pair, 0 fastest"
     if len(spectra) == 1:
         title += "<br>its wavelength in tokens"
     elif spectra:
         title += f"<br>its wavelength in tokens:<br>{'<br>'.join(map(_spectrum, pairs_of))}"
-    return {"tickvals": kept, "ticktext": [texts[pair] for pair in kept], "title": title}
+    return {**ticks_of(texts), "title": title}
 
 
 def _spectrum(wavelengths: Sequence[float]) -> str:

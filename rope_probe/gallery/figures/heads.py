@@ -5,7 +5,7 @@ import plotly.graph_objects as go
 
 from rope_probe.errors import InputError
 from rope_probe.gallery.figures.kinds import global_layers
-from rope_probe.gallery.figures.layout import ROOM, mark_layers, missing_is_grey, panels, roomy
+from rope_probe.gallery.figures.layout import ROOM, mark_layers, missing_is_grey, panels
 from rope_probe.gallery.figures.style import (
     PLAIN,
     SCALE,
@@ -13,9 +13,9 @@ from rope_probe.gallery.figures.style import (
     bar_of,
     down,
     drawing,
-    in_short,
     joined,
     number_of,
+    pair_ticks,
     seeds_of,
     signed,
     styled,
@@ -118,9 +118,6 @@ def head_pairs(frame: pd.DataFrame, label: str = "") -> go.Figure:
         table = table.loc[table.abs().sum(axis=1).nlargest(_MOST_HEADS).index].sort_index()
     names = [f"{layer}.{head}" for layer, head in table.index]
     height = max(_LOWEST_PANEL, _PIXELS_OF_HEAD * len(names))
-    lengths = rows.groupby("pair")["wavelength"].first().to_dict()
-    texts = {pair: f"{pair}<br>{in_short(lengths[pair])}" for pair in table.columns if pd.notna(lengths[pair])}
-    kept = roomy(list(texts), list(texts.values()), list(texts))
     figure = panels([""], height)
     figure.add_trace(
         go.Heatmap(
@@ -131,13 +128,8 @@ def head_pairs(frame: pd.DataFrame, label: str = "") -> go.Figure:
             hovertemplate="layer.head %{y}, pair %{x}: %{z:.3g}<extra></extra>",
         )
     )
-    figure.update_xaxes(
-        tickvals=kept,
-        ticktext=[texts[pair] for pair in kept],
-        tickangle=0,
-        title="rotary pair, 0 fastest<br>its wavelength in tokens",
-        **PLAIN,
-    )
+    title = "rotary pair, 0 fastest<br>its wavelength in tokens"
+    figure.update_xaxes(**pair_ticks(rows), tickangle=0, title=title, **PLAIN)
     figure.update_yaxes(
         type="category", autorange="reversed", tickvals=down(names, height), title="layer.head", **PLAIN
     )

@@ -30,6 +30,7 @@ from rope_probe.gallery.figures.style import (
     pair_ticks,
     short,
     styled,
+    ticks_of,
 )
 from rope_probe.tracing.propagation import is_rounding
 
@@ -50,16 +51,14 @@ _MOST_DECADES_OF_AXIS = 8
 def is_of_pair(frame: pd.DataFrame) -> pd.Series:
     """Rows that `sensitivity_by_pair` draws: logit KL of a shift or turn of one pair, in all heads of its layers."""
     narrow = frame["pair"].notna() & frame["inject_layer"].isna() & frame["head"].isna()
-    turn = (frame["kind"] == "PairTurn").fillna(False) & frame["side"].isin(SIDES)
     of_logits = (frame["metric"] == "kl_nats") & frame["layer"].isna()  # not of a logit lens
-    return (is_shift(frame) | turn) & narrow & of_logits
+    return (is_shift(frame) | _is_turn(frame)) & narrow & of_logits
 
 
 def is_effect_of_pair(frame: pd.DataFrame) -> pd.Series:
     """Rows that `pair_effects` draws: logit KL of a turn of one pair, in all heads of one layer."""
-    turn = (frame["kind"] == "PairTurn").fillna(False) & frame["side"].isin(SIDES) & frame["radians"].notna()
-    of_logits = (frame["site"] == "logits").fillna(False) & (frame["metric"] == "kl_nats")
-    return turn & of_logits & frame["inject_layer"].notna() & frame["pair"].notna() & frame["head"].isna()
+    narrow = frame["inject_layer"].notna() & frame["pair"].notna() & frame["head"].isna()
+    return _is_turn(frame) & frame["radians"].notna() & narrow & _is_logit_kl(frame)
 
 
 def is_of_layer(frame: pd.DataFrame) -> pd.Series:
@@ -88,8 +87,15 @@ def is_effect_of_head(frame: pd.DataFrame) -> pd.Series:
 
 
 def _is_effect(frame: pd.DataFrame) -> pd.Series:
-    of_logits = (frame["site"] == "logits").fillna(False) & (frame["metric"] == "kl_nats")
-    return is_shift(frame) & of_logits & frame["inject_layer"].notna() & frame["pair"].isna()
+    return is_shift(frame) & _is_logit_kl(frame) & frame["inject_layer"].notna() & frame["pair"].isna()
+
+
+def _is_turn(frame: pd.DataFrame) -> pd.Series:
+    return (frame["kind"] == "PairTurn").fillna(False) & frame["side"].isin(SIDES)
+
+
+def _is_logit_kl(frame: pd.DataFrame) -> pd.Series:
+    return (frame["site"] == "logits").fillna(False) & (frame["metric"] == "kl_nats")
 
 
 @drawing
@@ -178,8 +184,7 @@ def _pair_ticks(rows: pd.DataFrame) -> dict[str, Any]:
     """Ticks that tell the wavelength, and below it the pair, of as many pairs as there is room for."""
     pairs = rows[rows["wavelength"] > 0].groupby("wavelength")["pair"].first()
     texts = {wavelength: f"{in_short(wavelength)}<br>pair {pair}" for wavelength, pair in pairs.items()}
-    kept = roomy(list(texts), list(texts.values()), np.log10(list(texts))) if texts else []
-    return {"tickvals": kept, "ticktext": [texts[wavelength] for wavelength in kept]}
+    return ticks_of(texts, np.log10(list(texts)))
 
 
 def _lengths(rows: pd.DataFrame) -> dict[int, str]:

@@ -12,7 +12,6 @@ from rope_probe.gallery.figures.layout import (
     mark_at,
     missing_is_grey,
     panels,
-    roomy,
     wrapped,
 )
 from rope_probe.gallery.figures.style import (
@@ -29,6 +28,7 @@ from rope_probe.gallery.figures.style import (
     seeds_of,
     short,
     styled,
+    ticks_of,
     trials_of,
 )
 
@@ -331,9 +331,8 @@ def _pair_ticks(rows: pd.DataFrame) -> tuple[dict[str, Any], str]:
         pair: "<br>".join([f"{pair}", *map(in_short, (before, after) if moved else (before,))])
         for pair, before, after in lengths.itertuples()
     }
-    kept = roomy(list(texts), list(texts.values()), list(texts))
     what = "its wavelength before, and after, in tokens" if moved else "its wavelength in tokens"
-    return {"tickvals": kept, "ticktext": [texts[pair] for pair in kept]}, f"rotary pair, 0 fastest<br>{what}"
+    return ticks_of(texts), f"rotary pair, 0 fastest<br>{what}"
 
 
 def _note(rows: pd.DataFrame, how: str) -> str:

@@ -121,14 +121,20 @@ def in_short(number: float) -> str:
     return f"{number:.3g}"
 
 
-def pair_ticks(rows: pd.DataFrame, room: float) -> dict[str, Any]:
+def ticks_of(texts: Mapping[Any, str], places: Sequence[float] | np.ndarray = (), room: float = ROOM) -> dict[str, Any]:
+    """Ticks of an axis with these texts by value, as many as `room` pixels hold; `places` as in `roomy`, or values."""
+    values = list(texts)
+    kept = roomy(values, list(texts.values()), values if len(places) == 0 else places, room)
+    return {"tickvals": kept, "ticktext": [texts[value] for value in kept]}
+
+
+def pair_ticks(rows: pd.DataFrame, room: float = ROOM) -> dict[str, Any]:
     """Ticks that tell a rotary pair, and below it its wavelength, of as many pairs as `room` pixels hold."""
     lengths = rows.groupby("pair")["wavelength"].first()
     texts = {
         pair: f"{pair}<br>{in_short(tokens)}" if pd.notna(tokens) else f"{pair}" for pair, tokens in lengths.items()
     }
-    kept = roomy(list(texts), list(texts.values()), list(texts), room)
-    return {"tickvals": kept, "ticktext": [texts[pair] for pair in kept]}
+    return ticks_of(texts, room=room)
 
 
 def log_range(values: pd.Series, most_decades: float) -> tuple[float, float] | None:
