@@ -11,10 +11,12 @@ import pandas as pd
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from experiments import phase_scaling
 from experiments.beyond_verdicts import BEYOND
 from experiments.longred import SKILLS
+from experiments.pretrained import PASSKEYS
 from experiments.rivals import TEMPERED
 from experiments.theta_grid import THETA_GRID, cells
 from rope_probe import InputError, PairTurn, PositionShift, copy_deltas, load_model, repeated_window, rope, trace
@@ -447,6 +449,27 @@ def grid_rows(missed=()):
                     for distance, value in ((256, 1.0), (512, (head_dim + 10 * i + steps / 50 + seed) / 100))
                 ]
     return rows_of("theta_grid", rows=rows)
+
+
+def test_passkeys_under_interventions_are_ordered_by_likelihood_with_intervals_over_seeds():
+    planted = {"clean": (-1.0, -1.5, -0.5), "silenced": (-40.0, -44.0, -36.0), "shifted": (-2.0, -2.0, -2.0)}
+    rows = [
+        {"metric": metric, "value": value if metric != "hit" else float(value > -1.2), "intervention": what}
+        | {"seed": seed, "seq_len": 1024, "distance": 768, "model": "tiny"}
+        for what, values in planted.items()
+        for seed, value in enumerate(values)
+        for metric in ("answer_logprob_nats", "hit")
+    ]
+    figure = plots.passkey_by_intervention(PASSKEYS.frame(pd.DataFrame(rows)))
+    nats, found = (trace for trace in figure.data if trace.marker.size == 11)
+    assert list(nats.y) == list(found.y) == ["clean", "shifted", "silenced"]
+    np.testing.assert_allclose(nats.x, [-1, -2, -40])
+    np.testing.assert_allclose(found.x, [2 / 3, 0, 0])
+    half = stats.t.ppf(0.975, 2) / np.sqrt(3)
+    np.testing.assert_allclose(nats.error_x.array, [0.5 * half, 0, 4 * half])
+    assert not found.error_x.visible
+    with pytest.raises(InputError, match="no passkeys under interventions"):
+        plots.passkey_by_intervention(PASSKEYS.frame([]))
 
 
 def test_retrieval_by_temperature_has_a_panel_a_distance_and_its_factors_in_order():
@@ -900,6 +923,10 @@ def what_each_drawing_draws(name):
         "pair_effects": every(
             1, **{**shifts, "kind": ["PairTurn"]}, metric=["kl_nats"], site=["logits"], inject_layer=[0, 1],
             pair=[0, 1], wavelength=[6.0], radians=[1.0],
+        ),
+        "passkey_by_intervention": every(
+            -1, **runs, metric=["answer_logprob_nats", "hit"], intervention=["clean", name], seq_len=[64],
+            distance=[16],
         ),
         "retrieval_by_task": every(
             0, **runs, metric=["accuracy"], task=[name, "vt"], seq_len=[64], low=[0.0], high=[1.0]

@@ -10,7 +10,7 @@ from rope_probe.gallery import figures as plots
 from tests.frames import rows_for
 
 for module in ("experiments.longred", "experiments.phase_scaling", "experiments.beyond", "experiments.theta_grid",
-               "experiments.rivals",
+               "experiments.rivals", "experiments.pretrained",
                "rope_probe.tracing.heads",
                "rope_probe.distillation.log", "rope_probe.distillation.signal", "rope_probe.spans.drift",
                "rope_probe.tracing.massive", "rope_probe.tracing.positional"):  # fmt: skip
@@ -79,6 +79,15 @@ def _asked(layers, heads, pairs):
                    distance=[100, 3000, 6000, 10_000, 14_000], unit=range(4))  # fmt: skip
     rows = rows[rows["distance"] < rows["seq_len"]]
     return [rows.assign(metric="hit", task="passkey", value=(rows["unit"] % 2).astype(float))]
+
+
+def _meddled(layers, heads, pairs):
+    done = ["clean", "global shifted", "global without position", "as many local silenced", f"{LONG_NAME} silenced"]
+    rows = crossed(intervention=done, seed=[0, 1, 2])
+    of_answers = {"model": LONG_NAME, "seq_len": 1024, "distance": 768}
+    answers = valued(rows, 1, 40).assign(metric="answer_logprob_nats", **of_answers)
+    hits = valued(rows, 0.1, 1).assign(metric="hit", **of_answers)
+    return [answers.assign(value=-answers["value"]), hits]
 
 
 def _losses_by_position(layers, heads, pairs):
@@ -282,6 +291,7 @@ _PARTS = {
     "retrieval_by_temperature": _tempered,
     "loss_by_position": _losses_by_position,
     "window_by_distance": _asked,
+    "passkey_by_intervention": _meddled,
     "trade_off": _skills,
     "theta_grid": _grid,
     "rotations_by_pair": _rotations,

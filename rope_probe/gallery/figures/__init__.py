@@ -14,6 +14,7 @@ from rope_probe.gallery.figures import (
     geometry,
     grid,
     heads,
+    interventions,
     lens,
     maps,
     massive,
@@ -34,6 +35,7 @@ from rope_probe.gallery.figures.findings import Extremes, extremes, losses_by_po
 from rope_probe.gallery.figures.geometry import rotations_by_pair
 from rope_probe.gallery.figures.grid import theta_grid
 from rope_probe.gallery.figures.heads import head_map, head_pairs
+from rope_probe.gallery.figures.interventions import passkey_by_intervention
 from rope_probe.gallery.figures.layout import fitted
 from rope_probe.gallery.figures.lens import lens_by_layer
 from rope_probe.gallery.figures.maps import retrieval_map
@@ -76,6 +78,7 @@ __all__ = [
     "loss_curves",
     "massive_map",
     "pair_effects",
+    "passkey_by_intervention",
     "positional_shares",
     "register",
     "retrieval_by_distance",
@@ -221,6 +224,22 @@ DRAWINGS = [
             "needle. A row that is dark throughout says that the window is too long, a column that the distance is."
         ),
         finding=Extremes(("rotation", "temperature", "seq_len"), {"hit": "share of answers found"}),
+    ),
+    Drawing(
+        "passkey_by_intervention",
+        ("passkeys",),
+        interventions.is_answer,
+        passkey_by_intervention,
+        lambda rows: ["window " + rows["seq_len"].astype("string")],
+        per_model=True,
+        how_to_read=(
+            "Further right, the answer is likelier. Compare each line with the clean one. What loses most is needed "
+            "most, but any layers that are silenced cost something: see what as many others cost."
+        ),
+        finding=Extremes(
+            ("intervention",),
+            {"answer_logprob_nats": "log-probability of the answer", "hit": "share of answers found"},
+        ),
     ),
     Drawing(
         "retrieval_map",

@@ -32,6 +32,7 @@ WHERE: Mapping[str, str] = {
     "delta_tokens": "{} tokens",
     "radians": "{} radians",
     "rotation": "{}",
+    "intervention": "{}",
     "temperature": "temperature {}",
     "distance": "distance {} tokens",
     "document": "document {}",
