@@ -59,7 +59,7 @@ from rope_probe.runs.intervals import student_interval
 from rope_probe.runs.progress import progress
 from rope_probe.runs.results import new_run, read_tables
 from rope_probe.runs.tables import Column, Metric, Tables, declare
-from rope_probe.runs.verdicts import Section, decided, mean_beside, verdict, verdicts
+from rope_probe.runs.verdicts import Section, decided_or_met, mean_beside, verdict, verdicts
 from rope_probe.seeds import derive
 from rope_probe.tracing.cone import LOGITS
 from rope_probe.tracing.heads import HEAD_PAIRS, HEADS, pair_contributions
@@ -497,7 +497,7 @@ def judged(mine: Tables) -> pd.DataFrame:
             return
         values = pd.Series(by_seed, dtype=float).dropna()
         bottom, top = student_interval(values)
-        held = decided(bottom, top, low, high)
+        held = decided_or_met(values.mean(), bottom, top, low, high)
         rows.append(verdict(number, claim, values.mean(), held, n=len(values), low=bottom, high=top))
 
     logits = mine["deltas"].query("site == @LOGITS and metric == 'kl_nats'")
