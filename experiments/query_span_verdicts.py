@@ -284,7 +284,7 @@ def judged(results: Tables) -> pd.DataFrame:
             judge(number, f"{arm}: change of W_Q over {other} {wanted}", mine["W_Q"] / mine[other], *bounds)
             if arm in norms.index:
                 of_norms = norms.loc[arm]["W_Q"] / norms.loc[arm][other]
-                rows.append(mean_beside(f"{arm}: the same of the norms of the changes, to compare with", of_norms))
+                rows.append(mean_beside(f"{arm}: norm of the change, W_Q over {other}, to compare with", of_norms))
     if MAIN in changes.index:
         _judge_spectrum(spans, judge, rows.append)
         for number, other, low, high in ((5, "ce_more_short_adamw", 2, math.inf), (6, "ce_adamw", 1 / 1.5, 1.5)):
