@@ -60,7 +60,7 @@ from rope_probe.models import checkpoints
 from rope_probe.runs.intervals import share_difference_interval, student_interval
 from rope_probe.runs.results import new_run, read_manifest
 from rope_probe.runs.tables import Column, Metric, Tables, declare
-from rope_probe.runs.verdicts import Section, beside, decided, verdict, verdicts
+from rope_probe.runs.verdicts import Section, beside, decided, in_words, verdict, verdicts
 from rope_probe.seeds import derive
 from rope_probe.spans.drift import FINAL_NORM
 from rope_probe.tracing.cone import LOGITS
@@ -367,7 +367,7 @@ def judged(found: pd.DataFrame, parts: pd.DataFrame, aligned: pd.DataFrame) -> p
     def accuracy(prediction: int, name: str, least: float, most: float) -> None:
         part = of_arm.get((name, 1.0))
         if part is not None:
-            claim = f"accuracy of {name} in [{least:g}, {most:g}]"
+            claim = f"{name}: accuracy {in_words(least, most)}"
             judge(prediction, claim, phase_scaling.mean_and_interval(part), least, most, len(part))
 
     def of_teacher(prediction: int, name: str, metric: str, least: float, most: float) -> None:
@@ -375,7 +375,7 @@ def judged(found: pd.DataFrame, parts: pd.DataFrame, aligned: pd.DataFrame) -> p
         if chosen.any():
             values = logits.loc[chosen, "value"]
             number = (values.mean(), *student_interval(values))
-            claim = f"{metric} of the teacher of {name} in [{least:g}, {most:g}]"
+            claim = f"{name}: {metric} of its teacher {in_words(least, most)}"
             judge(prediction, claim, number, least, most, len(values))
 
     def slope(prediction: int, name: str, least: float, most: float) -> None:
@@ -383,24 +383,32 @@ def judged(found: pd.DataFrame, parts: pd.DataFrame, aligned: pd.DataFrame) -> p
         if part is not None:
             bounds = student_interval(part["value"]) if len(part) > 1 else (part["low"].item(), part["high"].item())
             number = (part["value"].mean(), *bounds)
-            judge(prediction, f"slope of {name} in [{least:g}, {most:g}]", number, least, most, len(part))
+            claim = f"{name}: slope of its positional part against its teacher's {in_words(least, most)}"
+            judge(prediction, claim, number, least, most, len(part))
 
-    of_teacher(1, "full", "position_kl_nats", 0, 0.05)
+    of_teacher(1, "full", "position_kl_nats", -np.inf, 0.05)
     of_full = logits[(logits["role"] == "teacher") & (logits["model"] == "full")]
     share = of_full.pivot_table(index="seed", columns="metric", values="value")
     if len(share):
         beyond = share["position_share"] - share["position_by_chance"]
         claim = "positional share of the full logits, less chance, above 0"
         judge(1, claim, (beyond.mean(), *student_interval(beyond)), 0, 1, len(beyond))
-    accuracy(2, "full_less", 0.90, 1)
+    accuracy(2, "full_less", 0.90, np.inf)
     for name in INJECTED:
-        accuracy(3, name, 0, 0.10)
+        accuracy(3, name, -np.inf, 0.10)
     for name in INJECTED:
         one, other = of_arm.get((name, SHARP)), of_arm.get(("masked", SHARP))
         if one is not None and other is not None:
             apart = one["value"].mean() - other["value"].mean()
             bounds = share_difference_interval(one["value"], other["value"], TRIALS, TRIALS)
-            judge(4, f"queries x 3: {name} - masked <= .10", (apart, *bounds), -1, 0.10, len(one))
+            judge(
+                4,
+                f"queries x 3: accuracy of {name} less that of masked, 0.1 or less",
+                (apart, *bounds),
+                -1,
+                0.10,
+                len(one),
+            )
     for name, least, most in (
         ("full", 0.5, np.inf),
         ("masked_plus_1", 0.5, np.inf),
@@ -410,7 +418,7 @@ def judged(found: pd.DataFrame, parts: pd.DataFrame, aligned: pd.DataFrame) -> p
         slope(5, name, least, most)
     slope(6, "full_less", -np.inf, 0.25)
     of_teacher(7, "nope_strong", "position_kl_nats", 0.1, np.inf)
-    accuracy(7, "nope_strong", 0, 0.10)
+    accuracy(7, "nope_strong", -np.inf, 0.10)
     for name in ("theta_swapped", "full", "masked", "shuffled_16", "nope_masked"):
         for factor in DISTANCES:
             part = of_arm.get((name, factor))

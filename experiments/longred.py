@@ -60,7 +60,7 @@ from rope_probe.retrieval.probe import RETRIEVAL
 from rope_probe.runs.intervals import share_difference_interval, share_interval, student_interval
 from rope_probe.runs.results import new_run, read_manifest
 from rope_probe.runs.tables import Column, Metric, Tables, declare
-from rope_probe.runs.verdicts import Section, decided, verdict, verdicts
+from rope_probe.runs.verdicts import Section, decided, in_words, verdict, verdicts
 from rope_probe.seeds import derive
 from rope_probe.spans.drift import ATTENTION_KL, COSINE_DISTANCE, DRIFT, EXTENDED_LOSS, FINAL_NORM, drift
 from rope_probe.tracing.cone import LOGITS
@@ -497,8 +497,8 @@ def judged(values: pd.DataFrame, skilled: pd.DataFrame) -> pd.DataFrame:
         part = of_arm.get((arm, metric))
         if part is not None:
             mean, low, high = mean_and_interval(part)
-            held = decided(low, high, limit, np.inf) if sign == ">=" else decided(low, high, -np.inf, limit)
-            claim = f"{metric} of {arm} {sign} {limit:g}"
+            least, most = (limit, np.inf) if sign == ">=" else (-np.inf, limit)
+            held, claim = decided(low, high, least, most), f"{arm}: {metric} {in_words(least, most)}"
             rows.append(verdict(prediction, claim, mean, held, n=len(part), low=low, high=high))
 
     def apart(prediction: int, first: str, second: str, metric: str, least: float, most: float) -> None:
@@ -514,7 +514,7 @@ def judged(values: pd.DataFrame, skilled: pd.DataFrame) -> pd.DataFrame:
                 )
             else:
                 low, high = student_interval(difference)
-            claim = f"{metric}: {first} - {second} in [{least:g}, {most:g}]"
+            claim = f"{metric}: {first} less {second}, {in_words(least, most)}"
             held = decided(low, high, least, most)
             rows.append(verdict(prediction, claim, difference.mean(), held, n=len(difference), low=low, high=high))
 
@@ -541,7 +541,7 @@ def judged(values: pd.DataFrame, skilled: pd.DataFrame) -> pd.DataFrame:
         changed, plain = of_arm.get((name, metric)), of_arm.get(("longred_u", metric))
         if changed is not None and plain is not None and 0 in plain.index:
             difference = changed["value"].loc[0] - plain["value"].loc[0]
-            claim = f"{metric}: {name} - longred_u in [{least:g}, {most:g}], seed 0"
+            claim = f"{metric}: {name} less longred_u, {in_words(least, most)}, seed 0"
             rows.append(verdict(prediction, claim, difference, bool(least <= difference <= most)))
 
     ordered = ("weight_0", "weight_2", "longred_u", "weight_10")

@@ -42,7 +42,7 @@ from rope_probe.retrieval.probe import RETRIEVAL
 from rope_probe.runs.intervals import share_difference_interval, share_interval
 from rope_probe.runs.results import new_run, read_manifest
 from rope_probe.runs.tables import Metric, Tables, declare
-from rope_probe.runs.verdicts import Section, decided, verdict, verdicts
+from rope_probe.runs.verdicts import Section, decided, in_words, verdict, verdicts
 from rope_probe.seeds import derive
 
 QUESTION = "Which theta for which phase, and which objective, gives a short-window base the long window?"
@@ -289,14 +289,15 @@ def judged(frame: pd.DataFrame) -> pd.DataFrame:
         if arm in by_arm:
             part = by_arm[arm]
             mean, low, high = mean_and_interval(part)
-            held = decided(low, high, least=bound) if sign == ">=" else decided(low, high, most=bound)
-            claim = f"{arm} {sign} {bound}"
+            least, most = (bound, math.inf) if sign == ">=" else (-math.inf, bound)
+            held = decided(low, high, least, most)
+            claim = f"{arm}: accuracy at {FAR} tokens {in_words(least, most)}"
             rows.append(verdict(prediction, claim, mean, held, n=len(part), low=low, high=high))
     if {"kd_phase_wise", "kd_large_theta"} <= set(by_arm):
         common = sorted(set(by_arm["kd_phase_wise"].index) & set(by_arm["kd_large_theta"].index))
         one, other = (by_arm[arm].loc[common] for arm in ("kd_phase_wise", "kd_large_theta"))
         apart = (one["value"] - other["value"]).mean()
-        claim = f"kd_phase_wise - kd_large_theta within {TIE}"
+        claim = f"kd_phase_wise less kd_large_theta, {in_words(-TIE, TIE)}"
         low, high = -math.inf, math.inf
         if len(common) > 1:
             low, high = share_difference_interval(one["value"], other["value"], trials_of(one), trials_of(other))

@@ -19,6 +19,7 @@ Beside them stand the arms `kd_phase_wise` (the teacher as it is), `kd_teacher_m
 """
 
 import dataclasses
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -43,7 +44,7 @@ from rope_probe.names import MISSED_GATE
 from rope_probe.retrieval.probe import RETRIEVAL
 from rope_probe.runs.results import new_run, read_manifest
 from rope_probe.runs.tables import Tables
-from rope_probe.runs.verdicts import Section, beside, decided, verdict, verdicts
+from rope_probe.runs.verdicts import Section, beside, decided, in_words, verdict, verdicts
 from rope_probe.seeds import derive
 from rope_probe.tracing.propagation import DELTAS
 from rope_probe.windows.packing import Batch
@@ -300,8 +301,8 @@ def judged(frame: pd.DataFrame) -> pd.DataFrame:
     def judge(prediction: int, what: str, part: pd.DataFrame | None, sign: str, bound: float) -> None:
         if part is not None:
             mean, low, high = phase_scaling.mean_and_interval(part)
-            held = decided(low, high, least=bound) if sign == ">=" else decided(low, high, most=bound)
-            claim = f"{what} {sign} {bound:.2f}"
+            least, most = (bound, math.inf) if sign == ">=" else (-math.inf, bound)
+            held, claim = decided(low, high, least, most), f"{what}: accuracy {in_words(least, most)}"
             rows.append(verdict(prediction, claim, mean, held, n=len(part), low=low, high=high))
 
     def tell(what: str, part: pd.DataFrame | None) -> None:

@@ -42,7 +42,7 @@ from rope_probe.names import MISSED_GATE
 from rope_probe.runs.intervals import share_difference_interval, student_interval
 from rope_probe.runs.results import new_run, read_manifest
 from rope_probe.runs.tables import Tables
-from rope_probe.runs.verdicts import Section, beside, decided, verdict, verdicts
+from rope_probe.runs.verdicts import Section, beside, decided, in_words, verdict, verdicts
 from rope_probe.seeds import derive
 from rope_probe.tracing.cone import LOGITS
 from rope_probe.tracing.positional import POSITIONAL_PARTS
@@ -273,7 +273,7 @@ def judged(found: pd.DataFrame, parts: pd.DataFrame) -> pd.DataFrame:
     for number, name, least, most in ((2, "kd", 0.5, 1.0), (3, "kd_masked", 0.0, 0.1), (5, "ce", 0.0, 0.1)):
         part = of_arm.get((name, 1.0))
         if part is not None:
-            claim = f"accuracy of {name} in [{least:g}, {most:g}]"
+            claim = f"{name}: accuracy {in_words(least, most)}"
             judge(number, claim, phase_scaling.mean_and_interval(part), least, most, len(part))
     one, other = (of_arm.get((name, injection.SHARP)) for name in ("kd_masked", "theta_swapped"))
     if one is not None and other is not None:

@@ -25,7 +25,7 @@ from experiments.rivals import (
 from experiments.toy_checkpoints import LONG, by_distance
 from rope_probe.runs.intervals import share_interval
 from rope_probe.runs.tables import Tables
-from rope_probe.runs.verdicts import decided, verdict, verdicts
+from rope_probe.runs.verdicts import decided, in_words, verdict, verdicts
 
 BEST = "best"
 DRAWS = 4000
@@ -216,7 +216,7 @@ def judged(results: Tables) -> pd.DataFrame:
         one = found(frame, model, temperature)
         if one is not None:
             least, most = (limit, np.inf) if sign == ">=" else (-np.inf, limit)
-            what = f"{model}, {_named(temperature)}: accuracy {sign} {limit:g}"
+            what = f"{model}, {_named(temperature)}: accuracy {in_words(least, most)}"
             _tell(rows, number, what, one.mean, one.interval(), len(one.seeds), least, most)
 
     def apart(
@@ -234,7 +234,7 @@ def judged(results: Tables) -> pd.DataFrame:
         between = parted(other, other, one)
         where = "" if distances == FAR else f" at {distances[0]:,} tokens"
         named = (f"{model} ({_named(temperature)})" for model, temperature in (first, second))
-        what = f"{' less '.join(named)}{where} in [{least:g}, {most:g}]"
+        what = f"{' less '.join(named)}{where}: accuracy {in_words(least, most)}"
         _tell(rows, number, what, between.gain, between.gain_interval, between.seeds, least, most)
 
     base = (UNTRAINED, BEST)

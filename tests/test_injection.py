@@ -131,13 +131,13 @@ def test_verdicts_are_arithmetic_and_go_by_intervals():
         ]
     )
     table = injection.judged(found, parts, aligned).set_index("claim")
-    assert table.loc["accuracy of full_less in [0.9, 1]", "held"] == "undecided"  # three seeds reach down to .86
-    assert table.loc["accuracy of masked_plus_4 in [0, 0.1]", "held"] == "undecided"
-    assert table.loc["queries x 3: masked_plus_4 - masked <= .10", "held"] == "not held"
-    assert table.loc["position_kl_nats of the teacher of full in [0, 0.05]", "held"] == "held"
+    assert table.loc["full_less: accuracy 0.9 or more", "held"] == "undecided"  # three seeds reach down to .86
+    assert table.loc["masked_plus_4: accuracy 0.1 or less", "held"] == "undecided"
+    assert table.loc["queries x 3: accuracy of masked_plus_4 less that of masked, 0.1 or less", "held"] == "not held"
+    assert table.loc["full: position_kl_nats of its teacher 0.05 or less", "held"] == "held"
     assert table.loc["positional share of the full logits, less chance, above 0", "held"] == "held"
-    assert table.loc["slope of full in [0.5, inf]", "held"] == "held"
-    assert table.loc["slope of full_less in [-inf, 0.25]", "held"] == "not held"
+    assert table.loc["full: slope of its positional part against its teacher's 0.5 or more", "held"] == "held"
+    assert table.loc["full_less: slope of its positional part against its teacher's 0.25 or less", "held"] == "not held"
     beside = table.loc["accuracy of masked, queries x 3"]
     assert beside["measured"] == pytest.approx(0.2)
     assert pd.isna(beside["held"])
@@ -147,8 +147,8 @@ def test_verdicts_are_arithmetic_and_go_by_intervals():
     assert len(report.tables) == 4
     one = injection.judged(found[found["seed"] == 0], parts[parts["seed"] == 0], aligned[aligned["seed"] == 0])
     held = one.set_index("claim")["held"]
-    assert held["position_kl_nats of the teacher of full in [0, 0.05]"] == "undecided"
-    assert held["accuracy of full_less in [0.9, 1]"] == "held"
+    assert held["full: position_kl_nats of its teacher 0.05 or less"] == "undecided"
+    assert held["full_less: accuracy 0.9 or more"] == "held"
     assert np.isfinite(one["measured"]).all()
 
 

@@ -102,17 +102,17 @@ NOTHING_SCALED = pd.DataFrame(columns=["model", "seed", "metric", "value", "low"
 def test_verdicts_are_decided_by_intervals():
     judged = longred.judged(skilled(VALUES), NOTHING_SCALED).set_index("claim")
     held = judged["held"]
-    assert held["short_accuracy: theta_swapped - original in [-1, -0.1]"] == "held"
-    assert held["long_accuracy of theta_swapped <= 0.1"] == "held"
-    assert held["long_accuracy of long_ce >= 0.9"] == "not held"
-    assert held["short_accuracy: longred_u - mixed_ce in [-0.05, 0.05]"] == "held"
-    assert held[f"{longred.LAST_STATE}: longred_u - mixed_ce in [-2, 0]"] == "not held"
+    assert held["short_accuracy: theta_swapped less original, from -1 to -0.1"] == "held"
+    assert held["theta_swapped: long_accuracy 0.1 or less"] == "held"
+    assert held["long_ce: long_accuracy 0.9 or more"] == "not held"
+    assert held["short_accuracy: longred_u less mixed_ce, from -0.05 to 0.05"] == "held"
+    assert held[f"{longred.LAST_STATE}: longred_u less mixed_ce, from -2 to 0"] == "not held"
     assert not any("kd_packed" in claim for claim in judged.index)  # it was not run
 
 
 def test_one_seed_decides_no_difference():
     judged = longred.judged(skilled(VALUES, seeds=(0,)), NOTHING_SCALED)
-    differences = judged[judged["claim"].str.contains(" - ")]
+    differences = judged[judged["claim"].str.contains(" less ")]
     assert len(differences)
     assert (differences["held"] == "undecided").all()
 
@@ -122,7 +122,7 @@ def test_seeds_at_the_ceiling_do_not_decide_a_small_difference():
     values = {(arm, "short_accuracy"): 1.0 for arm in ("original", "long_ce")}
     rows = skilled(values, seeds=(0, 1)).assign(value=1.0, trials=512)
     judged = longred.judged(rows, NOTHING_SCALED).set_index("claim")
-    row = judged.loc["short_accuracy: long_ce - original in [-0.05, 0.05]"]
+    row = judged.loc["short_accuracy: long_ce less original, from -0.05 to 0.05"]
     assert row["held"] == "undecided"
     assert row["low"] < -0.05 < 0 < 0.05 < row["high"]
 

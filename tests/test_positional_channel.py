@@ -74,9 +74,12 @@ def test_verdicts_are_arithmetic():
         + rows("middle_pairs", [0.1, 0.1], role="teacher") + rows("middle_pairs", [0.02, 0.02])
     )  # fmt: skip
     table = positional_channel.judged(RETRIEVAL.frame(frame)).set_index("claim")
-    assert table.loc["student of scrubbed >= 0.90", ["measured", "held"]].tolist() == [pytest.approx(0.95), "undecided"]
-    assert table.loc["student of nope >= 0.90", "held"] == "not held"
-    assert table.loc["teacher with slow_pairs alone <= 0.50", "held"] == "held"
-    assert table.loc["student of middle_pairs <= 0.20", "held"] == "held"
-    assert table.loc["student of slow_pairs <= 0.20", "held"] == "not held"
+    assert table.loc["student of scrubbed: accuracy 0.9 or more", ["measured", "held"]].tolist() == [
+        pytest.approx(0.95),
+        "undecided",
+    ]
+    assert table.loc["student of nope: accuracy 0.9 or more", "held"] == "not held"
+    assert table.loc["teacher with slow_pairs alone: accuracy 0.5 or less", "held"] == "held"
+    assert table.loc["student of middle_pairs: accuracy 0.2 or less", "held"] == "held"
+    assert table.loc["student of slow_pairs: accuracy 0.2 or less", "held"] == "not held"
     assert pd.isna(table.loc["student of kd_phase_wise", "held"])

@@ -54,6 +54,13 @@ def decided(low: float, high: float, least: float = -math.inf, most: float = mat
     return False if high < least or low > most else None
 
 
+def in_words(least: float = -math.inf, most: float = math.inf) -> str:
+    """Bounds as a claim tells them: "0.5 or more", "0.1 or less", "from -0.1 to 0.1"."""
+    if math.isinf(most):
+        return f"{least:g} or more"
+    return f"{most:g} or less" if math.isinf(least) else f"from {least:g} to {most:g}"
+
+
 def decided_or_met(
     value: float, low: float, high: float, least: float = -math.inf, most: float = math.inf
 ) -> bool | None:
