@@ -5,12 +5,12 @@ import plotly.graph_objects as go
 
 from rope_probe.errors import InputError
 from rope_probe.gallery.figures.layout import TEXT, lines_of, panels, wrapped
-from rope_probe.gallery.figures.style import drawing, joined, line_style, listed, seeds_of, styled
+from rope_probe.gallery.figures.style import drawing, joined, line_style, listed, seeds_of, short, styled
 from rope_probe.runs.intervals import student_interval
 
 PANELS = {"answer_logprob_nats": "log-probability of the answer, nats", "hit": "share of answers found"}
-_LONGEST_LINE = 110
-"""Pixels of a line of an intervention's name."""
+_LONGEST_NAME, _LONGEST_LINE = 40, 110
+"""Letters of an intervention's name, and pixels of a line of it."""
 _LINE, _BETWEEN = 16, 14
 """Pixels down of a line of text, and between two interventions."""
 
@@ -33,8 +33,8 @@ def passkey_by_intervention(frame: pd.DataFrame, label: str = "") -> go.Figure:
     means = rows.pivot_table(index="intervention", columns="metric", values="value", dropna=False)
     shown = [metric for metric in PANELS if metric in means]
     means = means.sort_values(shown, ascending=False)
-    names = {name: wrapped(str(name), _LONGEST_LINE, TEXT) for name in means.index}
-    height = sum(max(2, lines_of(name)) * _LINE + _BETWEEN for name in names.values())
+    names = {name: wrapped(short(str(name), _LONGEST_NAME), _LONGEST_LINE, TEXT) for name in means.index}
+    height = len(names) * (max(map(lines_of, names.values())) * _LINE + _BETWEEN)
     colour, _, symbol = line_style(0)
     figure = panels([PANELS[metric] for metric in shown], max(height, 120))
     for row, metric in enumerate(shown, start=1):
