@@ -401,14 +401,8 @@ def judged(found: pd.DataFrame, parts: pd.DataFrame, aligned: pd.DataFrame) -> p
         if one is not None and other is not None:
             apart = one["value"].mean() - other["value"].mean()
             bounds = share_difference_interval(one["value"], other["value"], TRIALS, TRIALS)
-            judge(
-                4,
-                f"queries x 3: accuracy of {name} less that of masked, 0.1 or less",
-                (apart, *bounds),
-                -1,
-                0.10,
-                len(one),
-            )
+            claim = f"queries x 3: accuracy of {name} less that of masked, 0.1 or less"
+            judge(4, claim, (apart, *bounds), -1, 0.10, len(one))
     for name, least, most in (
         ("full", 0.5, np.inf),
         ("masked_plus_1", 0.5, np.inf),

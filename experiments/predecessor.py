@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import pandas as pd
 import torch
 import typer
@@ -270,7 +271,7 @@ def judged(found: pd.DataFrame, parts: pd.DataFrame) -> pd.DataFrame:
         beyond = share["position_share"] - share["position_by_chance"]
         claim = "masked: positional share of the teacher's logits, less chance, above 0"
         judge(1, claim, (beyond.mean(), *student_interval(beyond)), 0, 1, len(beyond))
-    for number, name, least, most in ((2, "kd", 0.5, 1.0), (3, "kd_masked", 0.0, 0.1), (5, "ce", 0.0, 0.1)):
+    for number, name, least, most in ((2, "kd", 0.5, np.inf), (3, "kd_masked", -np.inf, 0.1), (5, "ce", -np.inf, 0.1)):
         part = of_arm.get((name, 1.0))
         if part is not None:
             claim = f"{name}: accuracy {in_words(least, most)}"
@@ -279,7 +280,8 @@ def judged(found: pd.DataFrame, parts: pd.DataFrame) -> pd.DataFrame:
     if one is not None and other is not None:
         apart = one["value"].mean() - other["value"].mean()
         bounds = share_difference_interval(one["value"], other["value"], injection.TRIALS, injection.TRIALS)
-        judge(4, "queries x 3: kd_masked - theta_swapped <= .10", (apart, *bounds), -1, 0.10, len(one))
+        claim = "queries x 3: accuracy of kd_masked less that of theta_swapped, 0.1 or less"
+        judge(4, claim, (apart, *bounds), -1, 0.10, len(one))
     own = parts[(parts["role"] == "student") & (parts["arm"] == "masked") & (parts["metric"] == "position_share")]
     if len(own):
         claim = "masked: largest positional share of a student's logits below 1e-6, an identity"
