@@ -493,11 +493,10 @@ def judged(values: pd.DataFrame, skilled: pd.DataFrame) -> pd.DataFrame:
     of_arm |= {(model, "x3"): part.set_index("seed") for model, part in scaled.groupby("model")}
     rows: list[dict[str, Any]] = []
 
-    def bound(prediction: int, arm: str, metric: str, sign: str, limit: float) -> None:
+    def bound(prediction: int, arm: str, metric: str, *, least: float = -np.inf, most: float = np.inf) -> None:
         part = of_arm.get((arm, metric))
         if part is not None:
             mean, low, high = mean_and_interval(part)
-            least, most = (limit, np.inf) if sign == ">=" else (-np.inf, limit)
             held, claim = decided(low, high, least, most), f"{arm}: {metric} {in_words(least, most)}"
             rows.append(verdict(prediction, claim, mean, held, n=len(part), low=low, high=high))
 
@@ -519,8 +518,8 @@ def judged(values: pd.DataFrame, skilled: pd.DataFrame) -> pd.DataFrame:
             rows.append(verdict(prediction, claim, difference.mean(), held, n=len(difference), low=low, high=high))
 
     apart(1, "theta_swapped", "original", "short_accuracy", -1, -0.10)
-    bound(1, "theta_swapped", "long_accuracy", "<=", 0.10)
-    bound(2, "long_ce", "long_accuracy", ">=", 0.90)
+    bound(1, "theta_swapped", "long_accuracy", most=0.10)
+    bound(2, "long_ce", "long_accuracy", least=0.90)
     apart(2, "long_ce", "original", "short_accuracy", -MARGIN, MARGIN)
     apart(3, "mixed_ce", "original", "short_accuracy", -MARGIN, MARGIN)
     for arm in ("longred_c", "longred_u"):
@@ -528,13 +527,13 @@ def judged(values: pd.DataFrame, skilled: pd.DataFrame) -> pd.DataFrame:
         apart(4, arm, "mixed_ce", "short_accuracy", -MARGIN, MARGIN)
         apart(5, arm, "long_ce", "long_accuracy", -1, -MARGIN)
     apart(6, "longred_c", "longred_u", "long_accuracy", -MARGIN, MARGIN)
-    bound(7, "kd_packed", "long_accuracy", ">=", 0.90)
+    bound(7, "kd_packed", "long_accuracy", least=0.90)
     apart(7, "kd_restored", "kd_packed", LAST_STATE, -2, ANY)
     for layer in range(LAYERS):
         apart(8, "linear_ard", "long_ce", f"attention KL, layer {layer}", -np.inf, ANY)
-    bound(9, "pose", "long_accuracy", "<=", 0.30)
-    bound(9, "pose", "x3", ">=", 0.50)
-    bound(10, "theta_swapped", "x3", ">=", 0.50)
+    bound(9, "pose", "long_accuracy", most=0.30)
+    bound(9, "pose", "x3", least=0.50)
+    bound(10, "theta_swapped", "x3", least=0.50)
 
     def ablated(prediction: int, name: str, metric: str, least: float, most: float) -> None:
         """An ablation less `longred_u`, both of seed 0 and so without an interval."""

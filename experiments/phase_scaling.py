@@ -231,17 +231,19 @@ def measure(model: HookedCausalLM, seed: int) -> pd.DataFrame:
     return pd.concat(frames)
 
 
+MUCH, LITTLE = (0.95, math.inf), (-math.inf, 0.10)
 BOUNDS = (
-    (1, ("kd_phase_wise", ">=", 0.95)),
-    *((2, (f"ce_{theta}", "<=", 0.10)) for theta in ("phase_wise", "small_theta", "large_theta")),
-    (3, ("kd_small_theta", "<=", 0.10)),
-    (5, ("kd_teacher_masked", "<=", 0.10)),
-    (6, ("kd_disjoint_keys", "<=", 0.10)),
-    (7, ("theta_swapped", "<=", 0.10)),
-    (7, ("ce_long_documents", ">=", 0.95)),
-    (8, ("kd_adamw", ">=", 0.95)),
-    *((8, (arm, "<=", 0.10)) for arm in ("ce_adamw", "ce_more_short", "ce_more_short_adamw")),
+    (1, "kd_phase_wise", MUCH),
+    *((2, f"ce_{theta}", LITTLE) for theta in ("phase_wise", "small_theta", "large_theta")),
+    (3, "kd_small_theta", LITTLE),
+    (5, "kd_teacher_masked", LITTLE),
+    (6, "kd_disjoint_keys", LITTLE),
+    (7, "theta_swapped", LITTLE),
+    (7, "ce_long_documents", MUCH),
+    (8, "kd_adamw", MUCH),
+    *((8, arm, LITTLE) for arm in ("ce_adamw", "ce_more_short", "ce_more_short_adamw")),
 )
+"""What each prediction says of an arm: accuracy far away, from the one to the other."""
 FAR, TIE = 8 * SHORT, 0.05
 
 
@@ -285,11 +287,10 @@ def judged(frame: pd.DataFrame) -> pd.DataFrame:
     far = frame[(frame["metric"] == "accuracy") & (frame["seq_len"] == LONG) & (frame["distance"] == FAR)]
     by_arm = {arm: part.set_index("seed") for arm, part in far.groupby("model")}
     rows = []
-    for prediction, (arm, sign, bound) in BOUNDS:
+    for prediction, arm, (least, most) in BOUNDS:
         if arm in by_arm:
             part = by_arm[arm]
             mean, low, high = mean_and_interval(part)
-            least, most = (bound, math.inf) if sign == ">=" else (-math.inf, bound)
             held = decided(low, high, least, most)
             claim = f"{arm}: accuracy at {FAR} tokens {in_words(least, most)}"
             rows.append(verdict(prediction, claim, mean, held, n=len(part), low=low, high=high))

@@ -298,10 +298,16 @@ def judged(frame: pd.DataFrame) -> pd.DataFrame:
     measured, of_teacher = dict(list(students.groupby("model"))), dict(list(teachers.groupby("model")))
     rows = []
 
-    def judge(prediction: int, what: str, part: pd.DataFrame | None, sign: str, bound: float) -> None:
+    def judge(
+        prediction: int,
+        what: str,
+        part: pd.DataFrame | None,
+        *,
+        least: float = -math.inf,
+        most: float = math.inf,
+    ) -> None:
         if part is not None:
             mean, low, high = phase_scaling.mean_and_interval(part)
-            least, most = (bound, math.inf) if sign == ">=" else (-math.inf, bound)
             held, claim = decided(low, high, least, most), f"{what}: accuracy {in_words(least, most)}"
             rows.append(verdict(prediction, claim, mean, held, n=len(part), low=low, high=high))
 
@@ -312,16 +318,16 @@ def judged(frame: pd.DataFrame) -> pd.DataFrame:
 
     for arm in BESIDE:
         tell(f"student of {arm}", measured.get(arm))
-    judge(1, "student of scrubbed", measured.get("scrubbed"), ">=", 0.9)
-    judge(2, "student of nope_masked", measured.get("nope_masked"), "<=", 0.1)
-    judge(2, "student of nope", measured.get("nope"), ">=", 0.9)
+    judge(1, "student of scrubbed", measured.get("scrubbed"), least=0.9)
+    judge(2, "student of nope_masked", measured.get("nope_masked"), most=0.1)
+    judge(2, "student of nope", measured.get("nope"), least=0.9)
     for band in filter(measured.__contains__, BANDS):
         own = of_teacher[band]
         if band == "middle_pairs":
             tell(f"teacher with {band} alone", own)
         else:
-            judge(3, f"teacher with {band} alone", own, "<=", 0.5)
-        judge(3, f"student of {band}", measured[band], "<=", own["value"].mean() + 0.1)
+            judge(3, f"teacher with {band} alone", own, most=0.5)
+        judge(3, f"student of {band}", measured[band], most=own["value"].mean() + 0.1)
     return verdicts(rows)
 
 

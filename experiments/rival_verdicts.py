@@ -212,10 +212,9 @@ def judged(results: Tables) -> pd.DataFrame:
     frame, costs = results["tempered_retrieval"], results["disturbed_teachers"]
     rows: list[dict] = []
 
-    def bound(number: int, model: str, temperature: str, sign: str, limit: float) -> None:
+    def bound(number: int, model: str, temperature: str, *, least: float = -np.inf, most: float = np.inf) -> None:
         one = found(frame, model, temperature)
         if one is not None:
-            least, most = (limit, np.inf) if sign == ">=" else (-np.inf, limit)
             what = f"{model}, {_named(temperature)}: accuracy {in_words(least, most)}"
             _tell(rows, number, what, one.mean, one.interval(), len(one.seeds), least, most)
 
@@ -238,31 +237,31 @@ def judged(results: Tables) -> pd.DataFrame:
         _tell(rows, number, what, between.gain, between.gain_interval, between.seeds, least, most)
 
     base = (UNTRAINED, BEST)
-    bound(1, UNTRAINED, UNSCALED, "<=", 0.10)
-    bound(1, UNTRAINED, BEST, ">=", 0.60)
+    bound(1, UNTRAINED, UNSCALED, most=0.10)
+    bound(1, UNTRAINED, BEST, least=0.60)
     apart(1, (UNTRAINED, "3"), (UNTRAINED, LOG_N), 0.10, 1)
     _judge_part(frame, rows)
     apart(2, ("kd_phase_wise", BEST), base, 0.10, 1, (1000,))
     apart(3, ("kd_phase_wise", BEST), ("kd_phase_wise", UNSCALED), -0.05, 0.05)
     apart(4, ("ce_phase_wise", BEST), base, -1, -0.30)
     for name in ("argmax_labels", "sampled_labels"):
-        bound(5, name, UNSCALED, ">=", 0.90)
+        bound(5, name, UNSCALED, least=0.90)
     for name in ("kd_teacher_masked", "student_masked", "both_masked"):
-        bound(6, name, UNSCALED, "<=", 0.10)
+        bound(6, name, UNSCALED, most=0.10)
     for name in ("student_masked", "both_masked"):
         apart(6, (name, BEST), base, -0.15, 0.15)
-    bound(6, "kd_teacher_masked", BEST, "<=", 0.50)
-    bound(7, "value_positions", UNSCALED, ">=", 0.90)
-    bound(7, "other_positions", UNSCALED, "<=", 0.10)
+    bound(6, "kd_teacher_masked", BEST, most=0.50)
+    bound(7, "value_positions", UNSCALED, least=0.90)
+    bound(7, "other_positions", UNSCALED, most=0.10)
     for name in ("ce_rate_0.1", "ce_rate_0.3", "ce_rate_3"):
-        bound(8, name, UNSCALED, "<=", 0.10)
+        bound(8, name, UNSCALED, most=0.10)
     apart(8, ("ce_rate_0.1", BEST), ("ce_rate_3", BEST), 0.20, 1)
     for name in ("ce_agreeing", "kd_agreeing"):
-        bound(9, name, UNSCALED, ">=", 0.90)
-    bound(10, "wide_teacher", UNSCALED, ">=", 0.90)
-    bound(11, "shifted_teacher", UNSCALED, "<=", 0.10)
+        bound(9, name, UNSCALED, least=0.90)
+    bound(10, "wide_teacher", UNSCALED, least=0.90)
+    bound(11, "shifted_teacher", UNSCALED, most=0.10)
     for name in ("noisy_teacher", "flat_teacher"):
-        bound(11, name, UNSCALED, ">=", 0.50)
+        bound(11, name, UNSCALED, least=0.50)
     _judge_disturbed(frame, costs, rows)
     return verdicts(rows)
 

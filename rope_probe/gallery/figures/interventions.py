@@ -45,8 +45,10 @@ def passkey_by_intervention(frame: pd.DataFrame, label: str = "") -> go.Figure:
             figure.add_trace(
                 go.Scatter(**seeds, **points, marker={"color": colour, "size": 5, "opacity": 0.5}), row=row, col=1
             )
-        half = of_metric.groupby("intervention")["value"].agg(_half_of_interval).reindex(means.index)
-        bars = {"array": half, "visible": bool(metric != "hit" and half.notna().any()), "thickness": 1.5, "width": 4}
+        bars = {}  # a share has bounds, which Student's interval does not know
+        if metric != "hit":
+            half = of_metric.groupby("intervention")["value"].agg(_half_of_interval).reindex(means.index)
+            bars = {"array": half, "visible": bool(half.notna().any()), "thickness": 1.5, "width": 4}
         figure.add_trace(
             go.Scatter(
                 x=means[metric],
