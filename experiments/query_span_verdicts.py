@@ -7,29 +7,41 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from experiments.query_spans import (
-    ALONE,
-    BY_EFFECT,
-    CAUSAL,
-    CURVE,
-    END,
-    GROUPS,
-    KEPT,
-    PATH,
-    PREDICTORS,
-    RANDOM,
-    SELECTION,
-    START,
-    TOGETHER,
-    WITH_KEYS,
-)
 from experiments.toy_checkpoints import LONG, SHORT
 from rope_probe.runs.intervals import share_interval, student_interval
-from rope_probe.runs.tables import Tables
+from rope_probe.runs.tables import Metric, Tables, declare
 from rope_probe.runs.verdicts import decided_or_met, mean_beside, verdict, verdicts
 from rope_probe.spans import contrast, enrichment, fraction_to_reach, stability
 
+CAUSAL = ("kd_adamw", "kd_phase_wise")
 MAIN = "kd_adamw"
+START, END = "start", "end"
+GROUPS, ALONE, TOGETHER_ALONE, CURVE = "groups", "query span alone", "query and key span alone", "curve"
+SELECTION = "heads to select by"
+"""Heads reverted on trials of their own: the causal head is chosen by these, and judged by its row of GROUPS."""
+KEPT = "query spans kept in the end"
+WITH_KEYS = "query spans brought into the start after W_K"
+TOGETHER = "query and key spans brought into the start"
+BY_EFFECT, GREEDY, PATH, RANDOM = "by single effect", "greedy", "by gradients along the path", "random"
+PREDICTORS = {
+    "by change of weights": "change_norm",
+    "by change of states": "state_change",
+    "by gradient times change": "gradient_times_change",
+    PATH: "path_gradients",
+}
+SPAN_PREDICTORS = declare(
+    "span_predictors",
+    "What might foresee which query spans cause the skill, for far less than a transplant each.",
+    ("layer", "head", "pair"),
+    {
+        "change_norm": Metric("norm of the change of the span's weights"),
+        "state_change": Metric("root mean square of the change of its query states"),
+        "gradient_times_change": Metric("what reverting it costs to first order", "nats"),
+        "path_gradients": Metric("what it brings by gradients along the path", "nats"),
+        "greedy_rank": Metric("its place in the greedy order, after W_K"),
+        "greedy_rank_together": Metric("its place in the greedy order, with the key span that it is matched with"),
+    },
+)
 _PARTS = {"W_Q": "W_Q", "W_K": "W_K", "W_V": "W_V", "W_O": "W_O", "mlp": "MLP", "ln": "norms"}
 _EMBEDDINGS = {"W_E": "W_E", "W_U": "W_U"}
 

@@ -26,6 +26,26 @@ from torch import Tensor
 
 from experiments import phase_scaling
 from experiments.propagation import packed_documents
+from experiments.query_span_verdicts import (
+    ALONE,
+    BY_EFFECT,
+    CAUSAL,
+    CURVE,
+    END,
+    GREEDY,
+    GROUPS,
+    KEPT,
+    PREDICTORS,
+    RANDOM,
+    SELECTION,
+    SPAN_PREDICTORS,
+    START,
+    TOGETHER,
+    TOGETHER_ALONE,
+    WITH_KEYS,
+    judged,
+    shown,
+)
 from experiments.stages import Options, Stage
 from experiments.toy_checkpoints import LONG, SHORT, SHORT_DOCUMENTS, CheckpointsIn
 from rope_probe import HookedCausalLM, KeyValueTask, load_model, retrieval_accuracy, rope
@@ -34,7 +54,7 @@ from rope_probe.models import checkpoints
 from rope_probe.models.architectures import heads_of
 from rope_probe.runs.progress import progress
 from rope_probe.runs.results import new_run, read_manifest
-from rope_probe.runs.tables import Metric, Tables, declare
+from rope_probe.runs.tables import Tables
 from rope_probe.runs.verdicts import Section
 from rope_probe.seeds import derive
 from rope_probe.spans import (
@@ -102,37 +122,9 @@ FIGURES = {
 
 QUICK_ARMS = ("kd_phase_wise", "ce_phase_wise")
 ARMS = tuple(arm for arm, made in phase_scaling.ARMS.items() if made.objective is not None)
-CAUSAL = ("kd_adamw", "kd_phase_wise")
 DISTANCES = (128, 256, 512, 1000)
 SHORT_DISTANCES = (8, 32)
 PARTS = ("W_Q", "W_K", "W_V", "W_O", "mlp", "norms", "W_E", "W_U")
-START, END = "start", "end"
-GROUPS, ALONE, TOGETHER_ALONE, CURVE = "groups", "query span alone", "query and key span alone", "curve"
-SELECTION = "heads to select by"
-"""Heads reverted on trials of their own: the causal head is chosen by these, and judged by its row of GROUPS."""
-KEPT = "query spans kept in the end"
-WITH_KEYS = "query spans brought into the start after W_K"
-TOGETHER = "query and key spans brought into the start"
-BY_EFFECT, GREEDY, PATH, RANDOM = "by single effect", "greedy", "by gradients along the path", "random"
-PREDICTORS = {
-    "by change of weights": "change_norm",
-    "by change of states": "state_change",
-    "by gradient times change": "gradient_times_change",
-    PATH: "path_gradients",
-}
-SPAN_PREDICTORS = declare(
-    "span_predictors",
-    "What might foresee which query spans cause the skill, for far less than a transplant each.",
-    ("layer", "head", "pair"),
-    {
-        "change_norm": Metric("norm of the change of the span's weights"),
-        "state_change": Metric("root mean square of the change of its query states"),
-        "gradient_times_change": Metric("what reverting it costs to first order", "nats"),
-        "path_gradients": Metric("what it brings by gradients along the path", "nats"),
-        "greedy_rank": Metric("its place in the greedy order, after W_K"),
-        "greedy_rank_together": Metric("its place in the greedy order, with the key span that it is matched with"),
-    },
-)
 Purpose = Literal["transplants", "ranking", "selection"]
 Measure = Callable[[HookedCausalLM], pd.DataFrame]
 
@@ -174,8 +166,6 @@ def stages(options: Options) -> dict[str, Stage]:
 
 def report(results: Mapping[str, Tables]) -> Section:
     """Tables and verdicts; see experiments/query_span_verdicts.py."""
-    from experiments.query_span_verdicts import judged, shown
-
     mine = results["query_spans"]
     return Section(judged(mine), shown(mine))
 

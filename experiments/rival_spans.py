@@ -28,7 +28,8 @@ import typer
 
 from experiments import phase_scaling
 from experiments.propagation import packed_documents
-from experiments.query_spans import CAUSAL, DISTANCES, answer_loss, trials_seed
+from experiments.query_span_verdicts import CAUSAL
+from experiments.query_spans import DISTANCES, answer_loss, trials_seed
 from experiments.stages import Options, Stage
 from experiments.toy_checkpoints import LONG, SHORT_DOCUMENTS, CheckpointsIn
 from rope_probe import (

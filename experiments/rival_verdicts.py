@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from experiments.rivals import (
+from experiments.rival_arms import (
     ALWAYS_JUDGED,
     ARMS,
     CONTROL_OF,

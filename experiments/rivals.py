@@ -35,34 +35,50 @@ import typer
 from transformers import LlamaConfig
 
 from experiments import phase_scaling, toy_checkpoints
+from experiments.rival_arms import (
+    ALWAYS_JUDGED,
+    ARMS,
+    CONTROL_OF,
+    DISTANCES,
+    FAR,
+    JUDGING,
+    KNOWN,
+    LOG_N,
+    MEASURED_TOO,
+    SELECTION,
+    SHORT_DISTANCES,
+    TEMPERATURES,
+    TEMPERED,
+    TOGETHER,
+    UNSCALED,
+    UNTRAINED,
+    best_temperature,
+)
 from experiments.rival_lessons import (
     CALIBRATION_WINDOWS,
     DISTURBED,
     SHIFT,
-    AgreeingStream,
-    Disturbance,
-    PartialDivergence,
     disturb,
 )
+from experiments.rival_verdicts import judged, shown
 from experiments.stages import Options, Stage
-from experiments.toy_checkpoints import CE, LARGE_THETA, LONG, SHORT, SHORT_DOCUMENTS, CheckpointsIn
+from experiments.toy_checkpoints import LARGE_THETA, LONG, SHORT, SHORT_DOCUMENTS, CheckpointsIn
 from experiments.training import trained
 from rope_probe import (
     AttentionTemperature,
     HookedCausalLM,
-    KeyValueStream,
     KeyValueTask,
     load_model,
     retrieval_accuracy,
 )
-from rope_probe.distillation import Divergence, HardLabels, Phase, Term
+from rope_probe.distillation import Phase
 from rope_probe.distillation.log import LOSSES, history_rows
 from rope_probe.errors import InputError
 from rope_probe.models import checkpoints
 from rope_probe.names import MISSED_GATE
 from rope_probe.retrieval.probe import RETRIEVAL
 from rope_probe.runs.results import new_run, read_manifest
-from rope_probe.runs.tables import Column, Tables, declare
+from rope_probe.runs.tables import Tables
 from rope_probe.runs.verdicts import Section
 from rope_probe.seeds import derive
 
@@ -93,81 +109,6 @@ are unless it says otherwise. Known before: for one seed the untrained base at q
 128, 512 and 1,000 tokens, .00 unscaled; and all that docs/toy_findings.md tells of phase_scaling's arms."""
 FIGURES = dict.fromkeys(PREDICTIONS, ("retrieval_by_temperature",))
 """The drawings that show what a prediction is about, by its number."""
-
-FAR = (128, 256, 512, 1000)
-DISTANCES = (64, *FAR)
-SHORT_DISTANCES = (8, 32, 60)
-FACTORS = (1.0, 1.5, 2.0, 3.0, 4.0)
-LOG_N = "log_n"
-UNSCALED = "1"
-TEMPERATURES = (*(f"{factor:g}" for factor in FACTORS), LOG_N)
-ALWAYS_JUDGED = (UNSCALED, "2", "3")
-SELECTION, JUDGING = "selection", "judging"
-UNTRAINED = "theta_swapped"
-TOGETHER = (UNTRAINED, "kd_phase_wise", "ce_phase_wise")
-"""What the stage `temperature` measures."""
-MEASURED_TOO = ("kd_teacher_masked", "kd_disjoint_keys", "ce_long_documents")
-"""Arms of phase_scaling that are measured at every temperature, in full."""
-KNOWN = (*TOGETHER, *MEASURED_TOO)
-"""Models that other experiments make; the command takes each of them alone too."""
-
-TEMPERED = declare(
-    "tempered_retrieval",
-    "Retrieval by distance with the queries of every layer multiplied after rotation.",
-    ("control", "temperature", "purpose", "task", "seq_len", "distance", "trials", "low", "high"),
-    {name: RETRIEVAL.metrics[name] for name in ("accuracy", "answer_logprob_nats")},
-    own={
-        "control": Column("string", "which rival explanation the model is a control for"),
-        "temperature": Column("string", 'what queries are multiplied by: a number, or "log_n" by position'),
-        "purpose": Column("string", '"selection" of the best temperature, or "judging" on other trials'),
-        "task": RETRIEVAL.columns["task"],
-        "trials": RETRIEVAL.columns["trials"],
-    },
-)
-AGREEING = AgreeingStream(SHORT, SHORT_DOCUMENTS.distinct)
-KD: tuple[Term, ...] = (Divergence(),)
-
-
-@dataclass(frozen=True)
-class Arm:
-    """How the base is extended, and which rival explanation that is a control for."""
-
-    control: str
-    terms: tuple[Term, ...] = KD
-    data: KeyValueStream = SHORT_DOCUMENTS
-    masked: bool = False
-    teacher_masked: bool = False
-    rate: float = 1.0
-    teacher: str = "teacher"
-    disturbance: Disturbance | None = None
-
-
-ARMS = {
-    "argmax_labels": Arm("labels", (HardLabels(),)),
-    "sampled_labels": Arm("labels", (HardLabels(sampled=True),)),
-    "student_masked": Arm("masks", masked=True),
-    "both_masked": Arm("masks", masked=True, teacher_masked=True),
-    "shifted_teacher": Arm("disturbance", disturbance="shift"),
-    "noisy_teacher": Arm("disturbance", disturbance="noise"),
-    "flat_teacher": Arm("disturbance", disturbance="flat"),
-    "value_positions": Arm("positions", (PartialDivergence(),)),
-    "other_positions": Arm("positions", (PartialDivergence(others=True),)),
-    "ce_agreeing": Arm("stream", CE, AGREEING),
-    "kd_agreeing": Arm("stream", KD, AGREEING),
-    "ce_rate_0.1": Arm("rate", CE, rate=0.1),
-    "ce_rate_0.3": Arm("rate", CE, rate=0.3),
-    "ce_rate_3": Arm("rate", CE, rate=3.0),
-    "wide_teacher": Arm("width", teacher="wide_teacher"),
-}
-CONTROL_OF = {
-    UNTRAINED: "temperature",
-    "kd_phase_wise": "temperature",
-    "ce_phase_wise": "temperature",
-    "kd_teacher_masked": "masks",
-    "kd_disjoint_keys": "stream",
-    "ce_long_documents": "stream",
-    **{name: arm.control for name, arm in ARMS.items()},
-}
 
 
 @dataclass(frozen=True)
@@ -234,13 +175,6 @@ def tempered(model: HookedCausalLM, seed: int, trials: Trials, *, judge_all: boo
             measure(JUDGING, temperature, [(LONG, DISTANCES), (SHORT, SHORT_DISTANCES)], trials.judging)
     columns = [column for column in TEMPERED.columns if column in frames[0]]
     return pd.concat(frames, ignore_index=True)[columns]
-
-
-def best_temperature(frame: pd.DataFrame) -> str:
-    """The temperature of the highest accuracy far away on the trials to choose by; of equal ones the more certain."""
-    rows = frame[(frame["purpose"] == SELECTION) & frame["distance"].isin(FAR)]
-    means = rows.pivot_table(index="temperature", columns="metric", values="value")
-    return str(means.sort_values(["accuracy", "answer_logprob_nats"]).index[-1])
 
 
 def _measure_known(what: str, seed: int, out: Path, checkpoints_in: Path, quick: bool) -> None:
@@ -414,8 +348,6 @@ def stages(options: Options) -> dict[str, Stage]:
 
 def report(results: Mapping[str, Tables]) -> Section:
     """Retrieval by temperature, what temperature explains of each gain, and the predictions."""
-    from experiments.rival_verdicts import judged, shown
-
     mine = results["rivals"]
     return Section(judged(mine), shown(mine))
 

@@ -8,14 +8,14 @@ import pandas as pd
 import pytest
 import torch
 
-from experiments import phase_scaling, rival_lessons, rival_verdicts, rivals
-from experiments.toy_checkpoints import LONG, SHORT, SHORT_DOCUMENTS, architecture
+from experiments import phase_scaling, rival_arms, rival_lessons, rival_verdicts, rivals
+from experiments.toy_checkpoints import CE, LONG, SHORT, SHORT_DOCUMENTS, architecture
 from rope_probe import load_model
 from rope_probe.distillation import Divergence
 from rope_probe.models import checkpoints
 from rope_probe.runs.tables import Tables
 
-KNOWN_TERMS = rivals.KD, rivals.CE
+KNOWN_TERMS = rival_arms.KD, CE
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def teacher():
 
 def test_every_arm_differs_from_its_plain_one_in_what_its_control_says_alone():
     plain = {terms: phase_scaling.phase_of(phase_scaling.ARMS[name])
-             for terms, name in ((rivals.KD, "kd_phase_wise"), (rivals.CE, "ce_phase_wise"))}  # fmt: skip
+             for terms, name in ((rival_arms.KD, "kd_phase_wise"), (CE, "ce_phase_wise"))}  # fmt: skip
     differing = {
         "labels": {"terms"},
         "positions": {"terms"},
@@ -41,7 +41,7 @@ def test_every_arm_differs_from_its_plain_one_in_what_its_control_says_alone():
         "disturbance": set(),
     }
     for name, arm in rivals.ARMS.items():
-        mine, theirs = rivals.phase_of(name), plain.get(arm.terms, plain[rivals.KD])
+        mine, theirs = rivals.phase_of(name), plain.get(arm.terms, plain[rival_arms.KD])
         fields = {field.name for field in dataclasses.fields(mine)}
         differs = {field for field in fields if getattr(mine, field) != getattr(theirs, field)}
         assert differs <= differing[arm.control], name
@@ -64,10 +64,13 @@ def test_the_two_parts_of_the_divergence_add_up_to_it_and_part_by_the_next_token
 
 
 def test_labels_of_agreeing_streams_agree_in_a_window_and_else_nothing_changes():
-    plain, agreeing = SHORT_DOCUMENTS.batch(3, LONG, seed=1, index=2), rivals.AGREEING.batch(3, LONG, seed=1, index=2)
+    plain, agreeing = (
+        SHORT_DOCUMENTS.batch(3, LONG, seed=1, index=2),
+        rival_arms.AGREEING.batch(3, LONG, seed=1, index=2),
+    )
     assert torch.equal(plain.tokens[:, ::2], agreeing.tokens[:, ::2])
     assert torch.equal(plain.cu_seqlens, agreeing.cu_seqlens)
-    assert torch.equal(agreeing.tokens, rivals.AGREEING.batch(3, LONG, seed=1, index=2).tokens)
+    assert torch.equal(agreeing.tokens, rival_arms.AGREEING.batch(3, LONG, seed=1, index=2).tokens)
 
     def values_of_a_key(batch):
         pairs = [pd.DataFrame({"key": row[::2], "value": row[1::2]}) for row in batch.tokens.numpy()]
