@@ -13,7 +13,7 @@ from rope_probe.gallery.figures.style import (
     down,
     drawing,
     listed,
-    log_range,
+    log_axis,
     logarithmic,
     seeds_of,
     styled,
@@ -201,21 +201,15 @@ def dose_response(frame: pd.DataFrame, label: str = "") -> go.Figure:
                 )
             )
     moved = rows[rows["side"] != "qk"] if cancels and (rows["side"] != "qk").any() else rows
-    span = log_range(moved["value"], _MOST_DECADES)
     doses = sorted(rows["dose"].unique())
     is_log = doses[0] > 0
     places = np.log(doses) if is_log else np.asarray(doses)
     ticks = roomy(doses, [f"{dose:g}" for dose in doses], places)
     figure.update_xaxes(type="log" if is_log else "linear", title=KINDS[classes[0]], tickvals=ticks, tickformat="~g")
-    figure.update_yaxes(
-        type="log",
-        title="KL(clean || perturbed), nats",
-        exponentformat="power",
-        dtick=2 if span is not None and span[1] - span[0] > _MOST_DECADES - 1 else 1,
-        range=span,
-    )
+    axis = log_axis(moved["value"], _MOST_DECADES)
+    figure.update_yaxes(title="KL(clean || perturbed), nats", **axis)
     note = f"lines: mean over documents, bands: smallest to largest document; {sample(rows)}"
-    if span is not None and (below := rows[rows["value"] < 10 ** span[0]]["value"]).size:
+    if "range" in axis and (below := rows[rows["value"] < 10 ** axis["range"][0]]["value"]).size:
         note += f"; below the axis: {below.size} of {len(rows)} values, {below.max():.1g} nats at most"
     return styled(figure, f"How {MOVES[classes[0]]} changes the output", label, note)
 

@@ -25,7 +25,7 @@ from rope_probe.gallery.figures.style import (
     down,
     drawing,
     in_short,
-    log_range,
+    log_axis,
     logarithmic,
     pair_ticks,
     short,
@@ -175,8 +175,7 @@ def sensitivity_by_pair(frame: pd.DataFrame, label: str = "") -> go.Figure:
         ticks = {"dtick": 1, "tickformat": "~s"} if is_wide else {"tickformat": "~g"}
     figure.update_xaxes(title=title, tickangle=0, **ticks)
     values = pd.concat([rows["value"], distance[distance > 0]])
-    span = log_range(values, _MOST_DECADES_OF_AXIS)
-    figure.update_yaxes(type="log", title="KL(clean || perturbed), nats", exponentformat="power", dtick=1, range=span)
+    figure.update_yaxes(title="KL(clean || perturbed), nats", **log_axis(values, _MOST_DECADES_OF_AXIS))
     return styled(figure, "Which rotary pairs are sensitive to position", label, note)
 
 
@@ -320,8 +319,7 @@ def layer_effects(frame: pd.DataFrame, label: str = "") -> go.Figure:
     kinds = global_layers(rows, "inject_layer")
     mark_layers(figure, 1, "x", kinds.layers)
     figure.update_xaxes(title="layer of the shift", **({"dtick": 1} if len(layers) <= 10 else {"nticks": 10}))
-    span = log_range(rows["value"], _MOST_DECADES_OF_AXIS)
-    figure.update_yaxes(type="log", title="KL(clean || perturbed), nats", exponentformat="power", dtick=1, range=span)
+    figure.update_yaxes(title="KL(clean || perturbed), nats", **log_axis(rows["value"], _MOST_DECADES_OF_AXIS))
     note = f"shift of {dose:g} tokens in one layer; points: mean, bars: smallest to largest document; {sample(rows)}"
     return styled(figure, "Which layers are sensitive to position", label, note + kinds.note)
 

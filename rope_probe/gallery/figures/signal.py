@@ -5,11 +5,12 @@ import plotly.graph_objects as go
 
 from rope_probe.errors import InputError
 from rope_probe.gallery.figures.layout import panels
-from rope_probe.gallery.figures.style import GREY, across, drawing, line_style, listed, seeds_of, styled
+from rope_probe.gallery.figures.style import GREY, across, drawing, line_style, listed, log_axis, seeds_of, styled
 
 _KL = ("loss_kl_nats", "signal_kl_nats", "remaining_kl_nats")
 _GRADIENTS = ("loss_gradient", "signal_gradient")
 _COSINE = "remaining_gradient_cosine"
+_MOST_DECADES = 8
 _MATRIX = r"blocks\.\d+\.attn\.W_[QKV]"
 
 
@@ -43,6 +44,7 @@ def signal_of_distillation(frame: pd.DataFrame, label: str = "") -> go.Figure:
     )
     figure = panels(titles, [240, 200, 200])
     signal = rows[rows["metric"] == _KL[1]]
+    shares = [pd.Series(dtype=float)]
     figure.add_trace(
         _by_distance(signal, "teacher, before and after it is perturbed", {"color": GREY, "dash": "dot"}), 1, 1
     )
@@ -61,6 +63,7 @@ def signal_of_distillation(frame: pd.DataFrame, label: str = "") -> go.Figure:
         sizes = sizes.reindex(columns=_GRADIENTS)
         share = (sizes[_GRADIENTS[1]] / sizes[_GRADIENTS[0]]).dropna().groupby("site").agg(["mean", "min", "max"])
         figure.add_trace(_marks(_by_matrix(share), str(model), colour, symbol), 2, 1)
+        shares += [share["min"], share["max"]]
     seen = rows.loc[rows["occurrence"].notna(), "distance"].fillna(0)
     distances = [_distance(distance) for distance in sorted(seen.unique())]
     matrices = list(_by_matrix(pd.DataFrame(index=rows["site"].dropna().unique())).index)
@@ -72,7 +75,9 @@ def signal_of_distillation(frame: pd.DataFrame, label: str = "") -> go.Figure:
         places = {"type": "category", "categoryorder": "array", "categoryarray": order}
         figure.update_xaxes(title=title, **places, tickvals=across(order), tickangle=0, row=row, col=1)
     figure.update_yaxes(title="nats per position", rangemode="tozero", row=1, col=1)
-    figure.update_yaxes(title="norm / norm of<br>the loss's", type="log", tickformat="~g", nticks=6, row=2, col=1)
+    figure.update_yaxes(
+        title="norm / norm of<br>the loss's", **log_axis(pd.concat(shares), _MOST_DECADES), row=2, col=1
+    )
     figure.update_yaxes(title="cosine", range=[-1.05, 1.05], row=3, col=1)
     note = (
         f"taken from the teacher: {strongest}; window {listed(rows['seq_len'])} tokens, one window a seed, "

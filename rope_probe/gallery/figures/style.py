@@ -26,7 +26,7 @@ PLAIN: dict[str, Any] = {"showgrid": False, "zeroline": False}
 """An axis of a map."""
 _TAKEN_APART = ("site", "restriction")
 _ROOM_FOR_LINE = 17
-_MOST_BAR_TICKS = 6
+_MOST_BAR_TICKS, _MOST_LOG_TICKS = 6, 8
 _LEAST_POWER = -307
 
 
@@ -104,10 +104,7 @@ def logarithmic(shown: pd.Series, title: str, most_decades: float = math.inf) ->
         return {"colorscale": SCALE, "cmin": -1, "cmax": 0, "colorbar": bar_of(title)}
     highest = float(logs.max())
     lowest = max(float(logs.min()), highest - most_decades)
-    steps = (1, 2, 5) if highest - lowest < 1.5 else (1,)
-    powers = range(max(_LEAST_POWER, math.floor(lowest)), min(-_LEAST_POWER, math.ceil(highest)) + 1)
-    ticks = {power + math.log10(step): f"{step * 10.0**power:g}" for power in powers for step in steps}
-    ticks = {log: text for log, text in ticks.items() if lowest - 1e-9 <= log <= highest + 1e-9}
+    ticks = {math.log10(value): f"{value:g}" for value in _log_steps(lowest, highest)}
     if not ticks:  # all within a step
         ticks = {log: f"{10**log:.3g}" for log in dict.fromkeys([lowest, highest])}
     return {"colorscale": SCALE, "cmin": lowest, "cmax": highest, "colorbar": bar_of(title, ticks)}
@@ -137,8 +134,29 @@ def pair_ticks(rows: pd.DataFrame, room: float = ROOM) -> dict[str, Any]:
     return ticks_of(texts, room=room)
 
 
-def log_range(values: pd.Series, most_decades: float) -> tuple[float, float] | None:
-    """The range of a logarithmic axis that holds the positive ones of these, but no more decades than so many."""
+def log_axis(values: pd.Series, most_decades: float) -> dict[str, Any]:
+    """A logarithmic axis that holds the positive ones of these, but no more decades than so many.
+
+    It is marked at 1, 2 and 5 where it is short, else at powers of 10, and at every second one where it is long.
+    """
+    axis: dict[str, Any] = {"type": "log", "exponentformat": "power"}
+    span = _log_range(values, most_decades)
+    if span is None:
+        return axis
+    steps = _log_steps(*span)
+    return {**axis, "range": span, "tickvals": steps[:: math.ceil(len(steps) / _MOST_LOG_TICKS)]}
+
+
+def _log_steps(lowest: float, highest: float) -> list[float]:
+    """Round numbers whose logarithms lie between the two: 1, 2 and 5 times powers of 10, or the powers alone."""
+    steps = (1, 2, 5) if highest - lowest < 1.5 else (1,)
+    powers = range(max(_LEAST_POWER, math.floor(lowest)), min(-_LEAST_POWER, math.ceil(highest)) + 1)
+    numbers = [step * 10.0**power for power in powers for step in steps]
+    return [number for number in numbers if lowest - 1e-9 <= math.log10(number) <= highest + 1e-9]
+
+
+def _log_range(values: pd.Series, most_decades: float) -> tuple[float, float] | None:
+    """The logarithms that such an axis reaches from and to; None where no value is positive."""
     logs = np.log10(values[values > 0].astype(float))
     logs = logs[np.isfinite(logs)]
     if logs.empty:
