@@ -164,6 +164,16 @@ def decomposition(frame: pd.DataFrame, distances: Sequence[int] = FAR) -> pd.Dat
     return pd.DataFrame.from_dict(rows, orient="index").fillna("")
 
 
+def by_seed(frame: pd.DataFrame, distances: Sequence[int] = FAR) -> pd.DataFrame:
+    """The same for each seed of each model by itself; intervals are over trials, and say nothing of other seeds."""
+    tables = {int(seed): decomposition(part, distances).drop(columns="seeds") for seed, part in frame.groupby("seed")}
+    if len(tables) < 2:
+        return pd.DataFrame()
+    joined = pd.concat(tables, names=["seed", "model"]).swaplevel().fillna("")
+    order = {name: place for place, name in enumerate(CONTROL_OF)}
+    return joined.sort_index(level="model", key=lambda names: names.map(order), sort_remaining=True)
+
+
 def by_temperature(frame: pd.DataFrame) -> pd.DataFrame:
     """Accuracy by distance with queries times 1, 2 and 3 (the base: at all temperatures), mean over seeds."""
     rows = frame[(frame["purpose"] == JUDGING) & (frame["metric"] == "accuracy") & (frame["seq_len"] == LONG)]
@@ -199,6 +209,8 @@ def shown(results: Tables) -> dict[str, pd.DataFrame]:
         f"retrieval in a window of {LONG} tokens by queries' factor, accuracy by distance": by_temperature(frame),
         f"gain over the untrained base, and temperature's part of it; mean over {FAR} tokens": decomposition(frame),
         "the same at 1,000 tokens alone": decomposition(frame, (1000,)),
+        f"the same by seed; mean over {FAR} tokens": by_seed(frame),
+        "the same by seed, at 1,000 tokens alone": by_seed(frame, (1000,)),
         "disturbed teachers": disturbances(costs),
     }
     return {title: table for title, table in tables.items() if len(table)}

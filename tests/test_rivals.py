@@ -190,6 +190,23 @@ def test_a_gain_that_is_none_is_not_parted():
     assert table.loc[rivals.UNTRAINED, "best temperatures"] == "3"
 
 
+def test_gains_by_seed_are_those_of_each_seed_alone():
+    seeds = {0: (0.75, 1.0), 3: (0.25, 0.5)}
+    base = [rows_of(rivals.UNTRAINED, 0.0, share, seed=seed) for seed, (share, _) in seeds.items()]
+    arms = [rows_of("kd_phase_wise", 0.0, share, seed=seed) for seed, (_, share) in seeds.items()]
+    frame = table_of(*arms, *base, rows_of(rivals.UNTRAINED, 0.0, 0.5, seed=4))
+    table = rival_verdicts.by_seed(frame)
+    assert list(table.index) == [
+        *((rivals.UNTRAINED, seed) for seed in (0, 3, 4)),
+        ("kd_phase_wise", 0),
+        ("kd_phase_wise", 3),
+    ]
+    assert table.loc[("kd_phase_wise", 0), "temperature's part"].startswith("0.75 [")
+    assert table.loc[("kd_phase_wise", 3), "temperature's part"].startswith("0.50 [")
+    assert table.loc[(rivals.UNTRAINED, 4), "gain"] == ""
+    assert rival_verdicts.by_seed(frame[frame["seed"] == 0]).empty
+
+
 def test_the_best_temperature_is_that_of_the_trials_to_choose_by():
     frame = table_of(rows_of("kd_phase_wise", 1.0, 0.0, best="3"))
     assert rival_verdicts.found(frame, "kd_phase_wise", rival_verdicts.BEST).mean == 0.0
