@@ -57,7 +57,7 @@ from rope_probe.distillation import Phase
 from rope_probe.distillation.log import LOSSES, history_rows
 from rope_probe.errors import InputError
 from rope_probe.models import checkpoints
-from rope_probe.runs.intervals import share_difference_interval, student_interval
+from rope_probe.runs.intervals import student_interval
 from rope_probe.runs.results import new_run, read_manifest
 from rope_probe.runs.tables import Column, Metric, Tables, declare
 from rope_probe.runs.verdicts import Section, beside, decided, in_words, verdict, verdicts
@@ -399,10 +399,10 @@ def judged(found: pd.DataFrame, parts: pd.DataFrame, aligned: pd.DataFrame) -> p
     for name in INJECTED:
         one, other = of_arm.get((name, SHARP)), of_arm.get(("masked", SHARP))
         if one is not None and other is not None:
-            apart = one["value"].mean() - other["value"].mean()
-            bounds = share_difference_interval(one["value"], other["value"], TRIALS, TRIALS)
-            claim = f"queries x 3: accuracy of {name} less that of masked, 0.1 or less"
-            judge(4, claim, (apart, *bounds), -1, 0.10, len(one))
+            apart, seeds = phase_scaling.difference_and_interval(one, other)
+            if seeds:
+                claim = f"queries x 3: accuracy of {name} less that of masked, 0.1 or less"
+                judge(4, claim, apart, -1, 0.10, seeds)
     for name, least, most in (
         ("full", 0.5, np.inf),
         ("masked_plus_1", 0.5, np.inf),

@@ -295,14 +295,12 @@ def judged(frame: pd.DataFrame) -> pd.DataFrame:
             claim = f"{arm}: accuracy at {FAR} tokens {in_words(least, most)}"
             rows.append(verdict(prediction, claim, mean, held, n=len(part), low=low, high=high))
     if {"kd_phase_wise", "kd_large_theta"} <= set(by_arm):
-        common = sorted(set(by_arm["kd_phase_wise"].index) & set(by_arm["kd_large_theta"].index))
-        one, other = (by_arm[arm].loc[common] for arm in ("kd_phase_wise", "kd_large_theta"))
-        apart = (one["value"] - other["value"]).mean()
+        one, other = (by_arm[arm].reset_index() for arm in ("kd_phase_wise", "kd_large_theta"))
+        (apart, low, high), seeds = difference_and_interval(one, other)
+        if seeds == 1:
+            low, high = -math.inf, math.inf
         claim = f"kd_phase_wise less kd_large_theta, {in_words(-TIE, TIE)}"
-        low, high = -math.inf, math.inf
-        if len(common) > 1:
-            low, high = share_difference_interval(one["value"], other["value"], trials_of(one), trials_of(other))
-        rows.append(verdict(4, claim, apart, decided(low, high, -TIE, TIE), n=len(common), low=low, high=high))
+        rows.append(verdict(4, claim, apart, decided(low, high, -TIE, TIE), n=seeds, low=low, high=high))
     return verdicts(rows)
 
 
@@ -313,6 +311,20 @@ def mean_and_interval(rows: pd.DataFrame) -> tuple[float, float, float]:
     else:
         low, high = share_interval(rows["value"], trials_of(rows))
     return rows["value"].mean(), low, high
+
+
+def difference_and_interval(one: pd.DataFrame, other: pd.DataFrame) -> tuple[tuple[float, float, float], int]:
+    """The mean accuracy of one less another over the seeds that both have, its interval, and the number of seeds.
+
+    The interval carries seeds and trials; without a seed in common the numbers are nan.
+    """
+    one, other = one.set_index("seed"), other.set_index("seed")
+    common = one.index.intersection(other.index)
+    if common.empty:
+        return (math.nan, math.nan, math.nan), 0
+    one, other = one.loc[common], other.loc[common]
+    low, high = share_difference_interval(one["value"], other["value"], trials_of(one), trials_of(other))
+    return ((one["value"] - other["value"]).mean(), low, high), len(common)
 
 
 def trials_of(rows: pd.DataFrame) -> pd.Series:

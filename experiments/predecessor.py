@@ -40,7 +40,7 @@ from rope_probe.distillation.log import LOSSES, history_rows
 from rope_probe.errors import InputError
 from rope_probe.models import checkpoints
 from rope_probe.names import MISSED_GATE
-from rope_probe.runs.intervals import share_difference_interval, student_interval
+from rope_probe.runs.intervals import student_interval
 from rope_probe.runs.results import new_run, read_manifest
 from rope_probe.runs.tables import Tables
 from rope_probe.runs.verdicts import Section, beside, decided, in_words, verdict, verdicts
@@ -278,10 +278,10 @@ def judged(found: pd.DataFrame, parts: pd.DataFrame) -> pd.DataFrame:
             judge(number, claim, phase_scaling.mean_and_interval(part), least, most, len(part))
     one, other = (of_arm.get((name, injection.SHARP)) for name in ("kd_masked", "theta_swapped"))
     if one is not None and other is not None:
-        apart = one["value"].mean() - other["value"].mean()
-        bounds = share_difference_interval(one["value"], other["value"], injection.TRIALS, injection.TRIALS)
-        claim = "queries x 3: accuracy of kd_masked less that of theta_swapped, 0.1 or less"
-        judge(4, claim, (apart, *bounds), -1, 0.10, len(one))
+        apart, seeds = phase_scaling.difference_and_interval(one, other)
+        if seeds:
+            claim = "queries x 3: accuracy of kd_masked less that of theta_swapped, 0.1 or less"
+            judge(4, claim, apart, -1, 0.10, seeds)
     own = parts[(parts["role"] == "student") & (parts["arm"] == "masked") & (parts["metric"] == "position_share")]
     if len(own):
         claim = "masked: largest positional share of a student's logits below 1e-6, an identity"

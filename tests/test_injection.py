@@ -108,6 +108,17 @@ def test_retrieval_is_measured_at_every_scale():
     assert not model.has_hooks
 
 
+def test_a_difference_is_that_of_the_seeds_that_both_have():
+    def of(shares):
+        return pd.DataFrame([{"seed": seed, "value": share, "trials": 128} for seed, share in shares.items()])
+
+    difference = phase_scaling.difference_and_interval
+    (mean, low, high), seeds = difference(of({2: 0.9, 0: 0.5}), of({0: 0.25, 1: 1.0, 2: 0.4}))
+    assert (mean, seeds) == (0.375, 2)
+    assert low < mean < high
+    assert difference(of({0: 0.5}), of({1: 0.5}))[1] == 0
+
+
 def test_verdicts_are_arithmetic_and_go_by_intervals():
     def accuracy(name, values, scale=1.0):
         told = {"model": name, "metric": "accuracy", "seq_len": LONG, "distance": injection.FAR, "query_scale": scale}
