@@ -24,6 +24,7 @@ from rope_probe.distillation import distillation_signal
 from rope_probe.distillation.log import LOSSES
 from rope_probe.gallery import figures as plots
 from rope_probe.gallery.drawn import draw_all
+from rope_probe.gallery.figures import style
 from rope_probe.gallery.report import _free_slug, gallery, write_figure
 from rope_probe.retrieval.probe import RETRIEVAL
 from rope_probe.runs.intervals import share_interval
@@ -470,6 +471,16 @@ def test_passkeys_under_interventions_are_ordered_by_likelihood_with_intervals_o
     assert not found.error_x.visible
     with pytest.raises(InputError, match="no passkeys under interventions"):
         plots.passkey_by_intervention(PASSKEYS.frame([]))
+
+
+@pytest.mark.parametrize("values", [[3.16], [1e-9, 3.0], [0.2, 21.0], [0.0]])
+def test_a_logarithmic_axis_is_marked_at_round_numbers_within_its_range(values):
+    axis = style.log_axis(pd.Series(values), 8)
+    low, high = axis.get("range", (0.0, 0.0))
+    ticks = np.log10(axis.get("tickvals", []))
+    assert ((low <= ticks) & (ticks <= high)).all()
+    assert len(ticks) <= 8
+    assert len(ticks) > 1 or len(values) == 1  # of one value, plotly chooses
 
 
 def test_retrieval_by_temperature_has_a_panel_a_distance_and_its_factors_in_order():

@@ -137,14 +137,17 @@ def pair_ticks(rows: pd.DataFrame, room: float = ROOM) -> dict[str, Any]:
 def log_axis(values: pd.Series, most_decades: float) -> dict[str, Any]:
     """A logarithmic axis that holds the positive ones of these, but no more decades than so many.
 
-    It is marked at 1, 2 and 5 where it is short, else at powers of 10, and at every second one where it is long.
+    It is marked at 1, 2 and 5 where it is short, else at powers of 10, and at every second one where it is long. Where
+    it is so short that none of these lies in it, its marks are left to plotly.
     """
     axis: dict[str, Any] = {"type": "log", "exponentformat": "power"}
     span = _log_range(values, most_decades)
     if span is None:
         return axis
-    steps = _log_steps(*span)
-    return {**axis, "range": span, "tickvals": steps[:: math.ceil(len(steps) / _MOST_LOG_TICKS)]}
+    axis["range"] = span
+    if steps := _log_steps(*span):
+        axis["tickvals"] = steps[:: math.ceil(len(steps) / _MOST_LOG_TICKS)]
+    return axis
 
 
 def _log_steps(lowest: float, highest: float) -> list[float]:
