@@ -1,11 +1,16 @@
 """How often nominal 95% intervals of an accuracy over seeds hold the true one, by simulation.
 
 A seed's accuracy is drawn from a beta distribution around the true one, and its hits from a binomial of `--trials`. The
-spread between seeds is none, a standard deviation of .02, or a correlation rho of the trials of a seed of .1 or .3 (the
-beta's alpha + beta is 1 / rho - 1). Rows of the printed table are methods and spreads, columns are true accuracies;
-`width` is the mean width at .5. An asterisk marks cells outside 93 to 97%, the target.
+spread between seeds is none, a standard deviation of .02, or a correlation rho of the trials of a seed of .1, .3 or .5
+(the beta's alpha + beta is 1 / rho - 1). "logits 2" is no beta: logits of seeds are normal with a standard deviation
+of 2. Rows of the printed table are methods and spreads, columns are true accuracies; `width` is the mean width at .5.
+An asterisk marks cells outside 93 to 97%, the target.
 
-- share_interval: ours, rope_probe.runs.intervals;
+A second table has seeds of two kinds: one in five, four or three finds less. Some measurements then see one kind only.
+
+- share_interval: ours, rope_probe.runs.intervals; it holds an accuracy where the p-value of that one is above .05;
+- wilson, dispersion: Wilson's with the binomial variance times Pearson's dispersion between the seeds, and Student's
+  quantile; at least 1.2 standard errors wide, and with a correlation of .02 where every trial came out alike;
 - student: over the seeds' accuracies, as they are; on their logits (with 1/2 added); on arcsines of their roots;
 - wilson: over all trials, as if there were no seeds;
 - bootstrap: seeds drawn anew, then the trials of each, percentiles of 400 means;
@@ -19,14 +24,18 @@ from collections.abc import Callable
 from typing import Annotated
 
 import numpy as np
+import numpy.typing as npt
 import typer
 from scipy import stats
+from scipy.optimize import brentq
 from scipy.special import betaln, expit, logit
 
-from rope_probe.runs.intervals import share_intervals
+from rope_probe.runs.intervals import share_interval, share_p_values
 
 ACCURACIES = (0.02, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.98)
-SPREADS = {"none": None, "sd .02": 0.02, "rho .1": 0.1, "rho .3": 0.3}
+SPREADS = {"none": None, "sd .02": 0.02, "rho .1": 0.1, "rho .3": 0.3, "rho .5": 0.5, "logits 2": 2.0}
+TWO_KINDS = ((1 / 5, 0.2, 0.85), (1 / 4, 0.0, 0.9), (1 / 3, 0.05, 0.95))
+"""How often a seed is of the lesser kind, what that kind finds, and what the other does."""
 TARGET = (0.93, 0.97)
 _MEANS, _RHOS = expit(np.linspace(-8, 8, 129)), expit(np.linspace(-9, 2.5, 36))
 _DRAWS = 400
@@ -41,6 +50,8 @@ def simulated(accuracy: float, spread: str, shape: tuple[int, int], trials: int,
     amount = SPREADS[spread]
     if amount is None:
         return rng.binomial(trials, accuracy, shape)
+    if spread.startswith("logits"):
+        return rng.binomial(trials, expit(_middle_logit(accuracy, amount) + amount * rng.normal(size=shape)))
     variance = accuracy * (1 - accuracy)
     rho = amount**2 / variance if spread.startswith("sd") else amount
     concentration = 1 / rho - 1
@@ -48,9 +59,22 @@ def simulated(accuracy: float, spread: str, shape: tuple[int, int], trials: int,
     return rng.binomial(trials, of_seed)
 
 
-def ours(hits: np.ndarray, trials: int) -> Interval:
-    """`share_interval`."""
-    return share_intervals(hits / trials, trials)
+def _middle_logit(accuracy: float, deviation: float) -> float:
+    """The mean of normal logits whose accuracies have this mean."""
+    points, weights = np.polynomial.hermite_e.hermegauss(80)
+    weights = weights / weights.sum()
+    return float(brentq(lambda middle: weights @ expit(middle + deviation * points) - accuracy, -30, 30))
+
+
+def wilson_dispersion(hits: np.ndarray, trials: int) -> Interval:
+    """Wilson's by quasi-likelihood."""
+    seeds = hits.shape[1]
+    shares, total = hits / trials, seeds * trials
+    mean = shares.mean(1)
+    binomial = mean * (1 - mean)
+    apart = trials * shares.var(1, ddof=1)
+    dispersion = np.divide(apart, binomial, out=np.full(len(hits), 1 + 0.02 * (trials - 1)), where=binomial > 0)
+    return _wilsons(mean, np.maximum(stats.t.ppf(0.975, seeds - 1) ** 2 * dispersion, 1.2**2) / total)
 
 
 def student(hits: np.ndarray, trials: int) -> Interval:
@@ -73,7 +97,7 @@ def student_arcsine(hits: np.ndarray, trials: int) -> Interval:
 
 def wilson(hits: np.ndarray, trials: int) -> Interval:
     """Wilson's over all trials together."""
-    return share_intervals(hits.sum(1, keepdims=True) / (hits.shape[1] * trials), hits.shape[1] * trials)
+    return _wilsons(hits.mean(1) / trials, stats.norm.ppf(0.975) ** 2 / (hits.shape[1] * trials))
 
 
 def bootstrap(hits: np.ndarray, trials: int) -> Interval:
@@ -105,7 +129,7 @@ def bayes(hits: np.ndarray, trials: int) -> Interval:
 
 
 METHODS: dict[str, Method] = {
-    "share_interval": ours,
+    "wilson, dispersion": wilson_dispersion,
     "student": student,
     "student, logit": student_logit,
     "student, arcsine": student_arcsine,
@@ -116,6 +140,15 @@ METHODS: dict[str, Method] = {
 }
 DRAWS_OF = {"bootstrap": 1000, "profile": 2000, "bayes": 2000}
 """Fewer draws for what is slow."""
+WIDTHS = 100
+"""Draws whose width is measured for `share_interval`."""
+
+
+def _wilsons(mean: np.ndarray, part: npt.ArrayLike) -> Interval:
+    """Wilson's ends for a squared quantile divided by the trials."""
+    middle = (mean + np.asarray(part) / 2) / (1 + np.asarray(part))
+    half = np.sqrt(part * (mean * (1 - mean) + np.asarray(part) / 4)) / (1 + np.asarray(part))
+    return np.clip(middle - half, 0, mean), np.clip(middle + half, mean, 1)
 
 
 def _students(values: np.ndarray) -> Interval:
@@ -130,7 +163,23 @@ def _log_likelihood(hits: np.ndarray, trials: int) -> np.ndarray:
     alpha, beta = np.multiply.outer(_MEANS, concentration), np.multiply.outer(1 - _MEANS, concentration)
     number = np.arange(trials + 1)[:, None, None]
     table = betaln(number + alpha, trials - number + beta) - betaln(alpha, beta)
-    return sum(table[hits[:, seed]] for seed in range(hits.shape[1]))  # type: ignore[return-value]
+    return sum(table[hits[:, seed]] for seed in range(hits.shape[1]))
+
+
+def coverage(name: str, hits: np.ndarray, trials: int, accuracy: float) -> float:
+    """The share of measurements whose interval holds the true accuracy."""
+    if name not in METHODS:
+        return float((share_p_values(hits, np.full(hits.shape[1], trials), accuracy) > 0.05).mean())
+    low, high = METHODS[name](hits, trials)
+    return float(((low <= accuracy) & (accuracy <= high)).mean())
+
+
+def mean_width(name: str, hits: np.ndarray, trials: int) -> float:
+    """Mean width of the intervals; of the first `WIDTHS` measurements for `share_interval`."""
+    if name not in METHODS:
+        return float(np.mean([np.diff(share_interval(row / trials, trials)) for row in hits[:WIDTHS]]))
+    low, high = METHODS[name](hits, trials)
+    return float((high - low).mean())
 
 
 def main(
@@ -142,16 +191,30 @@ def main(
     """Print the table, in Markdown."""
     print(f"| {seeds} seeds x {trials} trials | spread |", " | ".join(f"{p:g}" for p in ACCURACIES), "| width |")
     print("|---|---|" + "---|" * (len(ACCURACIES) + 1))
-    for name, method in METHODS.items():
+    for name in ("share_interval", *METHODS):
         for spread in SPREADS:
             cells, width = [], 0.0
             for accuracy in ACCURACIES:
                 hits = simulated(accuracy, spread, (min(draws, DRAWS_OF.get(name, draws)), seeds), trials, seed)
-                low, high = method(hits, trials)
-                covered = ((low <= accuracy) & (accuracy <= high)).mean()
+                covered = coverage(name, hits, trials, accuracy)
                 cells.append(f"{100 * covered:.1f}" + ("" if TARGET[0] <= covered <= TARGET[1] else "*"))
-                width = float((high - low).mean()) if accuracy == 0.5 else width
+                if accuracy == 0.5:
+                    width = mean_width(name, hits, trials)
             print(f"| {name} | {spread} |", " | ".join(cells), f"| {width:.2f} |", flush=True)
+    print(
+        "\n| seeds of two kinds |",
+        " | ".join(f"{q:.0%} find {few:g}, others {many:g}" for q, few, many in TWO_KINDS),
+        "|",
+    )
+    print("|---|" + "---|" * len(TWO_KINDS))
+    for name in ("share_interval", *METHODS):
+        rng = np.random.default_rng(seed)
+        cells = []
+        for lesser, few, many in TWO_KINDS:
+            shape = (min(draws, DRAWS_OF.get(name, draws)), seeds)
+            hits = rng.binomial(trials, np.where(rng.random(shape) < lesser, few, many))
+            cells.append(f"{100 * coverage(name, hits, trials, lesser * few + (1 - lesser) * many):.1f}")
+        print(f"| {name} |", " | ".join(cells), "|", flush=True)
 
 
 if __name__ == "__main__":

@@ -23,12 +23,11 @@ from experiments.rival_arms import (
     best_temperature,
 )
 from experiments.toy_checkpoints import LONG, by_distance
-from rope_probe.runs.intervals import share_interval
+from rope_probe.runs.intervals import ratio_interval, share_difference_interval, share_interval
 from rope_probe.runs.tables import Tables
 from rope_probe.runs.verdicts import decided, in_words, verdict, verdicts
 
 BEST = "best"
-DRAWS = 4000
 LEAST_GAIN = 0.05
 """A gain whose interval reaches below this is too small to be parted."""
 
@@ -55,14 +54,10 @@ class Found:
         """95% interval of the mean, over seeds and trials."""
         return share_interval(self.shares.mean(1), self.trials.sum(1))
 
-    def drawn(self, rng: np.random.Generator, rows: np.ndarray) -> np.ndarray:
-        """Means of as many draws as there are `rows` [draws, m]: of these seeds, with trials drawn anew; [draws].
-
-        Half a hit and half a miss are added to every cell, so that no cell is certain.
-        """
-        certain = (self.shares * self.trials + 0.5) / (self.trials + 1)
-        hits = rng.binomial(self.trials[rows].astype(int), certain[rows])  # [draws, m, distances]
-        return (hits / self.trials[rows]).mean((1, 2))
+    def less(self, other: "Found") -> tuple[float, tuple[float, float]]:
+        """The mean less another's, and its 95% interval over seeds and trials."""
+        first, second = (one.shares.mean(1) for one in (self, other))
+        return self.mean - other.mean, share_difference_interval(first, second, self.trials.sum(1), other.trials.sum(1))
 
 
 def best_of(frame: pd.DataFrame) -> dict[tuple[str, int], str]:
@@ -100,32 +95,23 @@ class Parted:
     rest_interval: tuple[float, float]
 
 
-def parted(plain: Found, scaled: Found, arm: Found, *, seed: int = 0) -> Parted:
+def parted(plain: Found, scaled: Found, arm: Found) -> Parted:
     """Part the gain of `arm`, at its best, over the `plain` base, by what the base does `scaled`, at its best.
 
-    Intervals are percentiles of a bootstrap over seeds and trials. Seeds are drawn for the three together, one fewer
-    than there are, which makes the spread of their mean unbiased (Rao and Wu 1988); with one seed they are of trials
-    alone. Trials are drawn apart, though base and arm read the same, so intervals are rather too wide. The part is nan
-    where the gain is too small to be parted.
+    Only seeds that all three have are taken. Intervals are made of those of the three accuracies, as if they were
+    independent. All share their seeds and trials, so intervals are rather too wide. The part is nan where the gain is
+    too small to be parted.
     """
     common = [one for one in arm.seeds if one in plain.seeds and one in scaled.seeds]
     plain, scaled, arm = (one.of_seeds(common) for one in (plain, scaled, arm))
-    rng = np.random.default_rng(seed)
-    rows = rng.integers(len(common), size=(DRAWS, max(1, len(common) - 1)))
-    at_plain, at_scaled, at_arm = (one.drawn(rng, rows) for one in (plain, scaled, arm))
-    gains = at_arm - at_plain
-    gain, rest = arm.mean - plain.mean, arm.mean - scaled.mean
-    gain_interval, rest_interval = _percentiles(gains), _percentiles(at_arm - at_scaled)
+    gain, gain_interval = arm.less(plain)
+    rest, rest_interval = arm.less(scaled)
     part, part_interval = np.nan, (np.nan, np.nan)
     if gain_interval[0] >= LEAST_GAIN:
-        part = (scaled.mean - plain.mean) / gain
-        part_interval = _percentiles((at_scaled - at_plain) / gains)
+        of_temperature, its_interval = scaled.less(plain)
+        part = of_temperature / gain
+        part_interval = ratio_interval(of_temperature, its_interval, gain, gain_interval)
     return Parted(len(common), gain, gain_interval, part, part_interval, rest, rest_interval)
-
-
-def _percentiles(values: np.ndarray) -> tuple[float, float]:
-    low, high = np.percentile(values, (2.5, 97.5))
-    return float(low), float(high)
 
 
 def _told(value: float, interval: tuple[float, float]) -> str:
@@ -242,11 +228,12 @@ def judged(results: Tables) -> pd.DataFrame:
         one, other = (found(frame, *which, distances) for which in (first, second))
         if one is None or other is None or not set(one.seeds) & set(other.seeds):
             return
-        between = parted(other, other, one)
+        common = [seed for seed in one.seeds if seed in other.seeds]
+        difference, interval = one.of_seeds(common).less(other.of_seeds(common))
         where = "" if distances == FAR else f" at {distances[0]:,} tokens"
         named = (f"{model} ({_named(temperature)})" for model, temperature in (first, second))
         what = f"{' less '.join(named)}{where}: accuracy {in_words(least, most)}"
-        _tell(rows, number, what, between.gain, between.gain_interval, between.seeds, least, most)
+        _tell(rows, number, what, difference, interval, len(common), least, most)
 
     base = (UNTRAINED, BEST)
     bound(1, UNTRAINED, UNSCALED, most=0.10)

@@ -1,7 +1,6 @@
 """The rivals: each arm differs in one thing, its lesson is what it says, and gains are parted by arithmetic."""
 
 import dataclasses
-import math
 
 import numpy as np
 import pandas as pd
@@ -13,6 +12,7 @@ from experiments.toy_checkpoints import CE, LONG, SHORT, SHORT_DOCUMENTS, archit
 from rope_probe import load_model
 from rope_probe.distillation import Divergence
 from rope_probe.models import checkpoints
+from rope_probe.runs.intervals import share_difference_interval
 from rope_probe.runs.tables import Tables
 
 KNOWN_TERMS = rival_arms.KD, CE
@@ -160,26 +160,20 @@ def test_a_gain_is_parted_into_temperatures_part_and_the_rest():
     arm = rival_verdicts.found(frame, "kd_phase_wise", rival_verdicts.BEST)
     of_gain = rival_verdicts.parted(plain, scaled, arm)
     assert (of_gain.gain, of_gain.part, of_gain.rest) == (1.0, 0.75, 0.25)
-    for value, (low, high) in (
-        (of_gain.part, of_gain.part_interval),
-        (of_gain.rest, of_gain.rest_interval),
-        (of_gain.gain, of_gain.gain_interval),
-    ):
-        assert low < value + 0.02
-        assert high > value - 0.02
-        assert 0.01 < high - low < 0.2
-    assert of_gain.part_interval[0] < 0.75 < of_gain.part_interval[1]
+    trials = 64 * len(rivals.FAR)
+    apart = share_difference_interval([1.0] * 3, [0.75] * 3, trials, trials)
+    assert of_gain.rest_interval == apart
+    assert of_gain.gain_interval == share_difference_interval([1.0] * 3, [0.0] * 3, trials, trials)
+    assert of_gain.part_interval[0] < 0.75 < of_gain.part_interval[1] < 1
 
 
-def test_seeds_that_differ_widen_the_interval_as_much_as_their_standard_error():
-    shares = np.array([0.3, 0.5, 0.7])[:, None].repeat(4, 1)
-    many = np.full((3, 4), 100_000.0)
-    arm = rival_verdicts.Found((0, 1, 2), shares, many)
-    nothing = rival_verdicts.Found((0, 1, 2), np.zeros((3, 4)), many)
-    rng = np.random.default_rng(0)
-    drawn = arm.drawn(rng, rng.integers(3, size=(20_000, 2)))
-    assert drawn.std() == pytest.approx(0.2 / math.sqrt(3), rel=0.02)
-    assert rival_verdicts.parted(nothing, nothing, arm).gain == pytest.approx(0.5)
+def test_a_gain_is_parted_over_the_seeds_that_all_have():
+    trials = np.full((2, 4), 64)
+    plain = rival_verdicts.Found((0, 1), np.zeros((2, 4)), trials)
+    scaled = rival_verdicts.Found((0, 1), np.array([[0.2] * 4, [0.9] * 4]), trials)
+    arm = rival_verdicts.Found((1, 2), np.array([[1.0] * 4, [0.5] * 4]), trials)
+    of_gain = rival_verdicts.parted(plain, scaled, arm)
+    assert (of_gain.seeds, of_gain.gain, of_gain.rest) == (1, 1.0, pytest.approx(0.1))
 
 
 def test_a_gain_that_is_none_is_not_parted():

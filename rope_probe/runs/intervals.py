@@ -1,4 +1,4 @@
-"""95% intervals: of accuracies pooled over seeds, of differences of two of these, and of unbounded means over seeds.
+"""95% intervals: of accuracies pooled over seeds, of their differences and ratios, and of unbounded means over seeds.
 
 An accuracy varies twice: seeds differ, and each was measured by so many trials. `share_interval` carries both. It was
 chosen by simulated coverage (benchmarks/interval_coverage.py); docs/statistics.md has the table of all candidates.
@@ -6,60 +6,147 @@ chosen by simulated coverage (benchmarks/interval_coverage.py); docs/statistics.
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 from scipy import stats
+from scipy.special import betaln, expit, gammaln, logit
 
 from rope_probe.errors import InputError
 
-LEAST_ERRORS = 1.2
-"""However alike seeds are, an interval reaches this many standard errors of the trials alone.
-
-Fewer would let chance agreement make it a point. The trials' own 1.96 would cover 98 to 99%, as seeds vary too."""
-UNSEEN_CORRELATION = 0.02
-"""Correlation of trials of one seed that is assumed where every trial of every seed came out alike.
-
-Such trials tell no spread, and seeds of rare failures (or hits) look just so."""
+LARGEST_CORRELATION = 0.3
+"""The largest correlation of the trials of one seed that is reckoned with. At an accuracy of .5 seeds then differ by a
+standard deviation of .27. Without a limit three seeds that always hit could be three that always or never hit, and
+their interval would begin at .43."""
+LEAST_DISPERSION = 0.1
+"""However alike seeds are, their variance counts as this much of the binomial one."""
+_CORRELATIONS = np.geomspace(1e-4, LARGEST_CORRELATION, 40)
+_MANY_SEEDS = 32
+_FARTHEST_LOGIT = 12.0
+_HALVINGS = 15
 
 
 def share_interval(shares: npt.ArrayLike, trials: npt.ArrayLike) -> tuple[float, float]:
     """95% interval of a share over seeds, each measured by `trials`: `shares` [seeds], `trials` [seeds] or one for all.
 
-    Wilson's interval with the binomial variance multiplied by a dispersion (quasi-likelihood), estimated between the
-    seeds by Pearson's statistic, and Student's quantile for its degrees of freedom in place of the normal one. It lies
-    in [0, 1] and is never a point. The share that it is of is the mean over seeds, weighted by their trials. With one
-    seed it is Wilson's over the trials and says nothing of other seeds.
+    It ends where `share_p_values` falls below .05. It lies in [0, 1] and is never a point. The share that it is of is
+    the mean over seeds, weighted by their trials. Shares are rounded to whole hits. With one seed it is Wilson's
+    interval over the trials and says nothing of other seeds.
 
     Raises InputError for no seeds, for shares outside 0..1, and for seeds without trials.
     """
     values = np.asarray(shares, float)
     counts = np.broadcast_to(np.asarray(trials, float), values.shape)
     _require_shares(values, counts)
-    low, high = share_intervals(values[None], counts)
-    return float(low[0]), float(high[0])
+    hits = np.rint(values * counts)
+    measured = sorted(zip(hits.astype(int).tolist(), counts.astype(int).tolist(), strict=True))
+    return _share_interval(*map(tuple, zip(*measured, strict=True)))
 
 
-def share_intervals(shares: np.ndarray, trials: npt.ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    """`share_interval` of many measurements: `shares` [N, seeds], `trials` [seeds] or one for all; unchecked."""
-    seeds = shares.shape[1]
-    counts = np.broadcast_to(np.asarray(trials, float), (seeds,))
-    total = counts.sum()
-    mean = (shares * counts).sum(1) / total  # [N]
+@lru_cache(maxsize=4096)
+def _share_interval(hits: tuple[int, ...], trials: tuple[int, ...]) -> tuple[float, float]:
+    if len(hits) == 1:
+        wilson = stats.binomtest(hits[0], trials[0]).proportion_ci(method="wilson")
+        return float(wilson.low), float(wilson.high)
+    mean = sum(hits) / sum(trials)
+    if mean > 0.5:  # simulated as misses, so that intervals of misses and of hits mirror each other
+        low, high = _share_interval(tuple(n - hit for hit, n in zip(hits, trials, strict=True)), trials)
+        return 1 - high, 1 - low
+    low = 0.0 if mean == 0 else min(mean, _end(hits, trials, mean, -_FARTHEST_LOGIT))
+    return low, max(mean, _end(hits, trials, mean, _FARTHEST_LOGIT))
+
+
+def _end(hits: tuple[int, ...], trials: tuple[int, ...], mean: float, outside: float) -> float:
+    """Where p-values fall below .05 between the mean and a logit far outside, by halving."""
+    measured, counts = np.array([hits]), np.array(trials)
+    inside = float(np.clip(logit(mean), -_FARTHEST_LOGIT, _FARTHEST_LOGIT))
+    for _ in range(_HALVINGS):
+        middle = (inside + outside) / 2
+        if share_p_values(measured, counts, float(expit(middle)))[0] > 0.05:
+            inside = middle
+        else:
+            outside = middle
+    return float(expit(inside))
+
+
+def share_p_values(hits: np.ndarray, trials: np.ndarray, share: float) -> np.ndarray:
+    """How well each of N measurements agrees with a true share: `hits` [N, seeds] of `trials` [seeds]; p-values [N].
+
+    Hits of a seed are beta-binomial: its own share varies around the true one, so its trials are correlated. The
+    correlation is the likeliest one for these hits and this share, up to `LARGEST_CORRELATION`. The statistic is
+    Wilson's, (mean - share) / its standard error at that share, with the dispersion between the seeds. Its distribution
+    is simulated. A p-value is Blaker's (2000, Canadian Journal of Statistics 28): the probability of a tail as small as
+    this one, on either side. Where one tail cannot be that small, the other has all of it.
+    """
+    likeliest = _log_likelihoods(hits, trials, share).argmax(1)  # [N]
+    observed = _statistics(hits, trials, share)
+    p_values = np.empty(len(hits))
+    for number in np.unique(likeliest):
+        rows = likeliest == number
+        simulated = np.sort(_statistics(_drawn(trials, share, _CORRELATIONS[number]), trials, share))
+        tails = np.sort(_smaller_tails(simulated, simulated))
+        as_small = np.searchsorted(tails, _smaller_tails(observed[rows], simulated), side="right")
+        p_values[rows] = as_small / len(tails)
+    return p_values
+
+
+def _log_likelihoods(hits: np.ndarray, trials: np.ndarray, share: float) -> np.ndarray:
+    """Of the hits [N, seeds] by correlation, [N, correlations]; less a constant of the hits."""
+    alpha, beta = _beta_parameters(share, _CORRELATIONS)
+    found, missed = hits[:, :, None], (trials - hits)[:, :, None]
+    return (betaln(found + alpha, missed + beta) - betaln(alpha, beta)).sum(1)
+
+
+def _beta_parameters(share: float, correlation: npt.ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    concentration = 1 / np.asarray(correlation) - 1
+    return share * concentration, (1 - share) * concentration
+
+
+def _statistics(hits: np.ndarray, trials: np.ndarray, share: float) -> np.ndarray:
+    """Signed distance of the mean from the share, in standard errors; `hits` [N, seeds], result [N].
+
+    Rounded, so that equal hits in another order are equal."""
+    mean = hits.sum(1) / trials.sum()
+    apart = ((hits - mean[:, None] * trials) ** 2 / trials).sum(1) / (len(trials) - 1)
     binomial = mean * (1 - mean)
-    if seeds == 1:
-        squared_quantile = np.full(len(shares), stats.norm.ppf(0.975) ** 2)
-    else:
-        apart = (counts * (shares - mean[:, None]) ** 2).sum(1)
-        dispersion = np.divide(apart, (seeds - 1) * binomial, out=np.zeros_like(apart), where=binomial > 0)
-        unseen = 1 + (total / seeds - 1) * UNSEEN_CORRELATION
-        dispersion = np.where(binomial > 0, dispersion, unseen)
-        squared_quantile = np.maximum(stats.t.ppf(0.975, seeds - 1) ** 2 * dispersion, LEAST_ERRORS**2)
-    part = squared_quantile / total
-    middle = (mean + part / 2) / (1 + part)
-    half = np.sqrt(part * (binomial + part / 4)) / (1 + part)
-    return np.clip(middle - half, 0, mean), np.clip(middle + half, mean, 1)  # rounding may leave out a 0 or a 1
+    dispersion = np.divide(apart, binomial, out=np.zeros_like(apart), where=binomial > 0)
+    variance = share * (1 - share) / trials.sum() * np.maximum(dispersion, LEAST_DISPERSION)
+    return np.round((mean - share) / np.sqrt(variance), 9)
+
+
+@lru_cache(maxsize=8)
+def _uniforms(seeds: int) -> tuple[np.ndarray, np.ndarray]:
+    """Evenly spread points of the unit cube, each coordinate in order, and the place of each point in that order.
+
+    Both [draws, seeds]; the same in every call.
+    """
+    points = stats.qmc.Sobol(seeds, seed=0).random_base2(12 if seeds <= _MANY_SEEDS else 10)
+    return np.sort(points, 0), points.argsort(0).argsort(0)
+
+
+def _drawn(trials: np.ndarray, share: float, correlation: float) -> np.ndarray:
+    """Hits [draws, seeds] of seeds with this true share and correlation, by the inverse of their distribution."""
+    alpha, beta = _beta_parameters(share, correlation)
+    uniforms, places = _uniforms(len(trials))
+    drawn = np.empty(uniforms.shape)
+    for count in np.unique(trials):
+        number = np.arange(count + 1)
+        choices = gammaln(count + 1) - gammaln(number + 1) - gammaln(count - number + 1)
+        at_most = np.cumsum(np.exp(choices + betaln(number + alpha, count - number + beta) - betaln(alpha, beta)))
+        for seed in np.flatnonzero(trials == count):
+            ends = np.searchsorted(uniforms[:, seed], at_most[:-1])
+            in_order = np.repeat(number, np.diff(ends, prepend=0, append=len(uniforms)))
+            drawn[:, seed] = in_order[places[:, seed]]
+    return drawn
+
+
+def _smaller_tails(values: np.ndarray, ordered: np.ndarray) -> np.ndarray:
+    """The share of `ordered` that is at most, or at least, each value: whichever is less."""
+    at_most = np.searchsorted(ordered, values, side="right")
+    at_least = len(ordered) - np.searchsorted(ordered, values, side="left")
+    return np.minimum(at_most, at_least) / len(ordered)
 
 
 def share_difference_interval(
@@ -81,6 +168,27 @@ def share_difference_interval(
     below = math.hypot(mean - low, other_high - other_mean)
     above = math.hypot(high - mean, other_mean - other_low)
     return apart - below, apart + above
+
+
+def ratio_interval(
+    top: float, top_interval: tuple[float, float], bottom: float, bottom_interval: tuple[float, float]
+) -> tuple[float, float]:
+    """95% interval of top / bottom from the interval of each, taken as independent (MOVER-R, Newcombe 2016).
+
+    Newcombe (2016), Statistical Methods in Medical Research 25: 1774. Raises InputError where the interval of `bottom`
+    reaches 0: the ratio then has no bounds.
+    """
+    (low, high), (other_low, other_high) = top_interval, bottom_interval
+    if other_low <= 0:
+        raise InputError(
+            f"a ratio needs a divisor whose interval is above 0, but it is [{other_low:g}, {other_high:g}]"
+        )
+
+    def end(of_top: float, of_bottom: float, sign: int) -> float:
+        inside = (top * bottom) ** 2 - of_top * of_bottom * (2 * top - of_top) * (2 * bottom - of_bottom)
+        return (top * bottom + sign * math.sqrt(max(inside, 0))) / (of_bottom * (2 * bottom - of_bottom))
+
+    return end(low, other_high, -1), end(high, other_low, 1)
 
 
 def student_interval(values: pd.Series | Sequence[float]) -> tuple[float, float]:
