@@ -172,7 +172,11 @@ def test_what_is_no_identity_is_found_out_on_such_weights(untrained):
 
 
 def test_verdicts_of_phase_scaling_are_arithmetic():
-    far = {"kd_phase_wise": (1, 0.9, 0.98), "ce_phase_wise": (0, 0.02, 0.01), "kd_large_theta": (0.5, 0.4, 0.48)}
+    far = {
+        "kd_phase_wise": (1, 0.9, 0.98),
+        "ce_phase_wise": (2 / 128, 3 / 128, 2 / 128),
+        "kd_large_theta": (0.5, 0.4, 0.48),
+    }
     far |= {"theta_swapped": (0.5, 0.6, 0.55)}
     at = {"seq_len": 1024, "distance": 512, "metric": "accuracy", "low": 0.0, "high": 1.0, "trials": 128}
     rows = [

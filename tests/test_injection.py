@@ -125,7 +125,7 @@ def test_verdicts_are_arithmetic_and_go_by_intervals():
         return [{**told, "trials": 128, "seed": s, "value": v, "low": v, "high": v} for s, v in enumerate(values)]
 
     found = injection.INJECTION.frame(
-        accuracy("full_less", [1.0, 1.0, 1.0]) + accuracy("masked_plus_4", [0.0, 0.5, 1.0])
+        accuracy("full_less", [1.0, 1.0, 1.0]) + accuracy("masked_plus_4", [0.0, 0.1, 0.4])
         + accuracy("masked_plus_4", [0.9, 0.9, 0.9], 3.0) + accuracy("masked", [0.2, 0.2, 0.2], 3.0)
     )  # fmt: skip
     part = {"role": "teacher", "model": "full", "site": "logits"}
@@ -142,7 +142,7 @@ def test_verdicts_are_arithmetic_and_go_by_intervals():
         ]
     )
     table = injection.judged(found, parts, aligned).set_index("claim")
-    assert table.loc["full_less: accuracy 0.9 or more", "held"] == "undecided"  # three seeds reach down to .86
+    assert table.loc["full_less: accuracy 0.9 or more", "held"] == "undecided"  # three seeds reach down to .88
     assert table.loc["masked_plus_4: accuracy 0.1 or less", "held"] == "undecided"
     assert table.loc["queries x 3: accuracy of masked_plus_4 less that of masked, 0.1 or less", "held"] == "not held"
     assert table.loc["full: position_kl_nats of its teacher 0.05 or less", "held"] == "held"

@@ -4,12 +4,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy import stats
 from torch.nn.utils.rnn import pad_sequence
 from transformers import ByT5Tokenizer, GenerationConfig, LlamaForCausalLM
 
 from rope_probe import InputError, KeyValueStream, load_model
 from rope_probe.retrieval.probe import KeyValueTask, retrieval_accuracy, retrieval_trials, trials_hash
 from rope_probe.retrieval.tasks import TextTask
+from rope_probe.runs.intervals import share_interval
 from tests import zoo
 
 STREAM = KeyValueStream(32, distinct=(2, 8), keys=30, values=30)
@@ -153,9 +155,10 @@ def test_intervals_of_several_answers_have_the_dispersion_between_trials_and_of_
         one = retrieval_accuracy(hooked, FWE, [None], trials=1).set_index("metric").loc["accuracy"]
     finally:
         hooked.release()
-    part = 2.776445**2 * (np.var([1, 1, 2 / 3, 1 / 3, 0], ddof=1) / 5 / 0.24)
-    middle, half = (0.6 + part / 2) / (1 + part), (part * (0.24 + part / 4)) ** 0.5 / (1 + part)
-    assert (several["low"], several["high"]) == pytest.approx((middle - half, middle + half), abs=1e-6)
+    assert (several["low"], several["high"]) == share_interval([1, 1, 2 / 3, 1 / 3, 0], 3)
+    as_if_apart = stats.binomtest(9, 15).proportion_ci(method="wilson")
+    assert several["low"] < as_if_apart.low
+    assert several["high"] > as_if_apart.high
     assert (single["low"], single["high"]) == pytest.approx((0.094531, 0.905469), abs=1e-6)
     low = 3 / (3 + 1.959964**2)
     assert (one["low"], one["high"]) == pytest.approx((low, 1), abs=1e-6)
