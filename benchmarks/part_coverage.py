@@ -60,7 +60,7 @@ def main(
     draws: Annotated[int, typer.Option(help="Simulated measurements of a case.")] = 250,
     seed: Annotated[int, typer.Option(help="Seed of the simulation.")] = 0,
 ) -> None:
-    """Print coverage in % and mean widths, a line a case."""
+    """Print coverage in %, a line a case, and of how many measurements the part was told by both."""
     print("| scaled base, arm: accuracy and rho | rest: ours | bootstrap | part: ours | bootstrap | of so many |")
     print("|---|---|---|---|---|---|")
     for scaled_case, arm_case in CASES:
